@@ -1,0 +1,35 @@
+"""The definition of the op, by the plainest means: what the other implementations are tested against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax import mxfp4
+
+
+class Mxfp4Weight(NamedTuple):
+    """blocks uint8 [E, out, C, 16], scales uint8 [E, out, C], as the checkpoint stores them; C * 32 = in."""
+
+    blocks: jax.Array
+    scales: jax.Array
+
+
+def expert_matmul(x_MI, weight, bias_EO, group_sizes_E):
+    """Multiply each row by its expert's matrix and add its expert's bias.
+
+    x: [M, in], rows sorted by expert; weight: Mxfp4Weight, or dense [E, in, out]; bias: [E, out]; group_sizes: int32 [E], rows of each
+    expert in order, zeros allowed; rows past their sum give zeros. Sums in float32. Returns [M, out] in x's dtype.
+    """
+    if isinstance(weight, Mxfp4Weight):
+        matrices = jnp.swapaxes(mxfp4.decode(*weight, dtype=x_MI.dtype), 1, 2)
+    else:
+        matrices = weight.astype(x_MI.dtype)
+    ends = jnp.cumsum(group_sizes_E)
+    rows = jnp.arange(x_MI.shape[0])
+    expert = jnp.minimum(jnp.searchsorted(ends, rows, side="right"), matrices.shape[0] - 1)
+    out = jnp.einsum("mi,mio->mo", x_MI, matrices[expert], preferred_element_type=jnp.float32, precision="highest")
+    out = out + bias_EO[expert].astype(jnp.float32)
+    return jnp.where((rows < ends[-1])[:, None], out, 0).astype(x_MI.dtype)

@@ -1,0 +1,120 @@
+"""Mixture of experts: a router that takes the top few of all experts, and clamped-SwiGLU experts kept in MXFP4."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from gptoss_jax import sharding
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, expert_matmul
+from gptoss_jax.model.linear import Linear
+
+
+class PackedWeight(nnx.Variable):
+    """MXFP4 bytes: not a parameter, so that filters for `nnx.Param` (gradients, optimizers) leave it alone."""
+
+
+class Experts(nnx.Module):
+    """The matrices of all experts of a layer, packed or dense, under the checkpoint's names."""
+
+    def __init__(self, config: GptOssConfig, prefix: str, weights: Mapping[str, jax.Array]):
+        self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
+        for name in ("gate_up_proj", "down_proj"):
+            if f"{prefix}.{name}" in weights:
+                setattr(self, name, nnx.Param(weights[f"{prefix}.{name}"]))
+            else:
+                setattr(self, f"{name}_blocks", PackedWeight(weights[f"{prefix}.{name}_blocks"]))
+                setattr(self, f"{name}_scales", PackedWeight(weights[f"{prefix}.{name}_scales"]))
+            setattr(self, f"{name}_bias", nnx.Param(weights[f"{prefix}.{name}_bias"]))
+
+    def matrix(self, name: str):
+        """Return `gate_up_proj` or `down_proj` as the kernels take it: Mxfp4Weight, or dense [E, in, out]."""
+        if hasattr(self, name):
+            return getattr(self, name)[...]
+        return Mxfp4Weight(getattr(self, f"{name}_blocks")[...], getattr(self, f"{name}_scales")[...])
+
+
+class MoE(nnx.Module):
+    """Router and experts of one layer."""
+
+    def __init__(self, config: GptOssConfig, layer: int, weights: Mapping[str, jax.Array]):
+        self.config = config
+        self.router = Linear(weights, f"model.layers.{layer}.mlp.router")
+        self.experts = Experts(config, f"model.layers.{layer}.mlp.experts", weights)
+
+    def route(self, x_BTD):
+        """Return (logits float32 [B, T, E], chosen experts int32 [B, T, A] by descending logit, their weights float32 [B, T, A]).
+
+        One softmax, over the chosen logits only.
+        """
+        logits = self.router(x_BTD, jnp.float32)
+        chosen, indices = jax.lax.top_k(logits, self.config.num_experts_per_tok)
+        return logits, indices, jax.nn.softmax(chosen, axis=-1)
+
+    def __call__(self, x_BTD, indices_BTA, weights_BTA, real_BT, mesh):
+        """Return the weighted sum of the chosen experts' outputs, [B, T, D]. Tokens that aren't real go to no expert."""
+        experts = self.experts
+        matrices = (experts.matrix("gate_up_proj"), experts.gate_up_proj_bias[...], experts.matrix("down_proj"), experts.down_proj_bias[...])
+        if real_BT is not None:
+            indices_BTA = jnp.where(real_BT[..., None], indices_BTA, self.config.num_local_experts)
+        if mesh is None or mesh.size == 1:
+            return self._local(x_BTD, indices_BTA, weights_BTA, *matrices)
+        return self._sharded(x_BTD, indices_BTA, weights_BTA, *matrices, mesh=mesh)
+
+    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up, gate_up_bias, down, down_bias):
+        """Compute the experts whose matrices are here; an index of E or more is somebody else's and adds nothing."""
+        B, T, D = x_BTD.shape
+        E, A = gate_up_bias.shape[0], indices_BTA.shape[-1]
+        expert_M = indices_BTA.reshape(-1)
+        order_M = jnp.argsort(expert_M, stable=True)
+        group_sizes = jnp.zeros(E + 1, jnp.int32).at[jnp.minimum(expert_M, E)].add(1)[:E]
+        x_MD = x_BTD.reshape(-1, D)[order_M // A]
+        h_MF = swiglu(expert_matmul(x_MD, gate_up, gate_up_bias, group_sizes), self.experts.limit, self.experts.alpha)
+        y_MD = expert_matmul(h_MF, down, down_bias, group_sizes)
+        back_M = jnp.argsort(order_M, stable=True)
+        y_BTAD = y_MD[back_M].reshape(B, T, A, D).astype(jnp.float32)
+        return (y_BTAD * weights_BTA[..., None]).sum(axis=2).astype(x_BTD.dtype)
+
+    def _sharded(self, x_BTD, indices_BTA, weights_BTA, gate_up, gate_up_bias, down, down_bias, *, mesh):
+        """Expert and tensor parallelism: every device computes its experts' share for its rows of the batch, then all are summed.
+
+        No token is ever dropped: each device loops over as many rows as the routing gives it.
+        """
+        spec = sharding.partition_spec(("batch", None, None), sharding.COMPUTE_RULES, mesh)
+        if x_BTD.shape[0] % sharding.split_of(spec[0], mesh):
+            spec = P(None, None, None)  # a batch that doesn't divide is computed by every device
+        weight = sharding.partition_spec(("expert", "expert_hidden"), sharding.COMPUTE_RULES, mesh)
+        expert, hidden = weight
+        packed = isinstance(gate_up, Mxfp4Weight)
+        gate_up_spec = Mxfp4Weight(P(expert, hidden), P(expert, hidden)) if packed else P(expert, None, hidden)
+        down_spec = Mxfp4Weight(P(expert, None, hidden), P(expert, None, hidden)) if packed else P(expert, hidden)
+        reduced = tuple(axis for axis in (expert, hidden) if axis is not None)
+
+        def body(x, indices, weights, gate_up, gate_up_bias, down, down_bias):
+            local = gate_up_bias.shape[0]
+            if expert is not None:
+                mine = indices - jax.lax.axis_index(expert) * local
+                indices = jnp.where((mine >= 0) & (mine < local), mine, local)
+            if hidden is not None:  # each shard holds part of the sum: the bias belongs to one of them
+                down_bias = jnp.where(jax.lax.axis_index(hidden) == 0, down_bias, 0)
+            out = self._local(x, indices, weights, gate_up, gate_up_bias, down, down_bias)
+            return jax.lax.psum(out.astype(jnp.float32), reduced).astype(out.dtype) if reduced else out
+
+        run = jax.shard_map(body, mesh=mesh, in_specs=(spec, spec, spec, gate_up_spec, weight, down_spec, P(expert, None)),
+                            out_specs=spec, check_vma=False)
+        return run(x_BTD, indices_BTA, weights_BTA, gate_up, gate_up_bias, down, down_bias)
+
+
+def swiglu(x, limit: float, alpha: float):
+    """Gate and up interleaved in the last dim [..., 2F] -> [..., F]: gate clamped from above, up on both sides, and up + 1.
+
+    Source: openai/gpt-oss `gpt_oss/torch/model.py: swiglu`.
+    """
+    gate, up = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (gate * jax.nn.sigmoid(alpha * gate) * (up + 1)).astype(x.dtype)

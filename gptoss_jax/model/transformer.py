@@ -1,0 +1,164 @@
+"""gpt-oss: one forward for training, prefill and decode. Source: openai/gpt-oss `gpt_oss/torch/model.py`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptoss_jax import sharding
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.model import cache as cache_lib
+from gptoss_jax.model.attention import Attention
+from gptoss_jax.model.linear import Linear, RMSNorm
+from gptoss_jax.model.moe import MoE
+from gptoss_jax.model.rope import rope_tables
+
+
+class Capture:
+    """Named activations asked for by patterns (`layers.3.hidden`, `layers.*.router_logits`); does nothing for names nobody asked for."""
+
+    def __init__(self, patterns: str | Sequence[str]):
+        self.patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        self.values: dict[str, jax.Array] = {}
+        self.names: list[str] = []
+
+    def __call__(self, name: str, value: jax.Array) -> jax.Array:
+        if self.patterns:
+            self.names.append(name)
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns):
+                self.values[name] = value
+        return value
+
+    def check(self) -> None:
+        """Raise ValueError for a pattern that matched nothing."""
+        for pattern in self.patterns:
+            if not fnmatch.filter(self.names, pattern):
+                leaves = sorted({name.rsplit(".", 1)[-1] for name in self.names if name.startswith("layers.")})
+                top = [name for name in self.names if not name.startswith("layers.")]
+                raise ValueError(f"capture {pattern!r} matches no activation; there are {', '.join(top)} and, in layers.N, {', '.join(leaves)}")
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: GptOssConfig, index: int, weights: Mapping[str, jax.Array]):
+        prefix = f"model.layers.{index}"
+        self.name = f"layers.{index}"
+        self.input_layernorm = RMSNorm(weights, f"{prefix}.input_layernorm", config.rms_norm_eps)
+        self.self_attn = Attention(config, index, weights)
+        self.post_attention_layernorm = RMSNorm(weights, f"{prefix}.post_attention_layernorm", config.rms_norm_eps)
+        self.mlp = MoE(config, index, weights)
+
+    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, capture: Capture):
+        def keep(name, value):
+            return capture(f"{self.name}.{name}", value)
+
+        with jax.named_scope("attention"):
+            normed = keep("attn_norm", self.input_layernorm(x_BTD))
+            out, cache = self.self_attn(normed, rope, positions, segments, cache, chunk, mesh)
+            x_BTD = keep("after_attn", x_BTD + keep("attn_out", out))
+        with jax.named_scope("mlp"):
+            normed = keep("mlp_norm", self.post_attention_layernorm(x_BTD))
+            logits, indices, weights = self.mlp.route(normed)
+            keep("router_logits", logits)
+            out = self.mlp(normed, keep("router_indices", indices), keep("router_weights", weights), real, mesh)
+            x_BTD = x_BTD + keep("mlp_out", out)
+        return keep("hidden", sharding.constrain(x_BTD, ("batch", None, None), mesh)), cache
+
+
+class GptOss(nnx.Module):
+    """The model: an nnx.Module and a pytree. A weight's path in it is its Hugging Face name, without the leading `model.`.
+
+    weights: every array by Hugging Face name (`model.weights.declare`), experts packed or dense. Activations have the dtype of the
+    embedding. mesh: where the weights lie, if on several devices; `jax.set_mesh` takes precedence.
+    """
+
+    def __init__(self, config: GptOssConfig, weights: Mapping[str, jax.Array], *, mesh=None):
+        self.config = config
+        self.mesh = mesh
+        self.embed_tokens = Linear(weights, "model.embed_tokens")  # only its weight is used: a row is a token's embedding
+        self.layers = nnx.List([Layer(config, i, weights) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(weights, "model.norm", config.rms_norm_eps)
+        self.lm_head = Linear(weights, "lm_head")
+
+    def __call__(self, tokens, *, positions=None, segment_ids=None, cache=None, capture=()):
+        """Return logits float32 [B, T, V]; then the new cache if one was given; then {name: activation} if `capture` asks for any.
+
+        tokens: int32 [B, T]. segment_ids: int32 [B, T], tokens attend within their segment, 0 is padding (whose logits mean nothing);
+        with a cache only "0 or not" counts, and the real tokens of a row must be contiguous. positions: int32 [B, T], consecutive within a
+        segment; by default they count from 0 in each segment, or go on where the cache ends.
+        cache: from `make_cache`; never modified, the new one is returned.
+        capture: names or shell patterns of activations, e.g. "layers.*.router_logits". There are `embed`, `final_norm`, and in each
+        layer `attn_norm`, `attn_out`, `after_attn`, `mlp_norm`, `router_logits`, `router_indices`, `router_weights`, `mlp_out`, `hidden`.
+        """
+        recorder = Capture(capture)
+        x, cache = self.hidden_states(tokens, positions=positions, segment_ids=segment_ids, cache=cache, capture=recorder)
+        outputs = (self.unembed(x),)
+        if cache is not None:
+            outputs += (cache,)
+        if recorder.patterns:
+            recorder.check()
+            outputs += (recorder.values,)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def hidden_states(self, tokens, *, positions=None, segment_ids=None, cache=None, capture: Capture | None = None):
+        """Return (what `unembed` takes, [B, T, D]; the new cache or None), for callers that need logits of few positions only."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens: {tokens.dtype}{list(tokens.shape)} found, expected integers [batch, tokens]")
+        for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+            if array is not None and array.shape != tokens.shape:
+                raise ValueError(f"{name}: shape {array.shape} found, expected that of tokens, {tokens.shape}")
+        capture = capture or Capture(())
+        mesh = sharding.ambient_mesh() or self.mesh
+        real = None if segment_ids is None else segment_ids != 0
+        if positions is None:
+            positions = _positions(tokens.shape, segment_ids, None if cache is None else cache.lengths)
+        chunk = None if cache is None else cache_lib.locate(jnp.ones(tokens.shape, bool) if real is None else real, positions)
+        rope = rope_tables(self.config, positions)
+        x = capture("embed", self.embed_tokens.weight[...][tokens])
+        x = sharding.constrain(x, ("batch", None, None), mesh)
+        layer_caches = []
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer{index}"):
+                layer_cache = None if cache is None else cache.layers[index]
+                x, layer_cache = layer(x, rope, positions, segment_ids, real, layer_cache, chunk, mesh, capture)
+                layer_caches.append(layer_cache)
+        if cache is not None:
+            lengths = jnp.where(chunk.end > chunk.start, chunk.end, cache.lengths)
+            cache = cache_lib.Cache(lengths, tuple(layer_caches))
+        return capture("final_norm", self.norm(x)), cache
+
+    def unembed(self, x):
+        """Return logits float32 [..., V] of final hidden states [..., D]."""
+        return self.lm_head(x, jnp.float32)
+
+    def weights(self) -> dict[str, jax.Array]:
+        """Return every weight by its Hugging Face name, in the checkpoint's shapes."""
+        named = {}
+        for path, variable in nnx.to_flat_state(nnx.state(self)):
+            name = ".".join(str(part) for part in path)
+            named[name if name.startswith("lm_head") else f"model.{name}"] = variable[...]
+        return named
+
+    def replace(self, weights: Mapping[str, jax.Array]) -> GptOss:
+        """Return a model with some weights exchanged by name. Raises ValueError for a name or shape that isn't the model's."""
+        named = self.weights()
+        for name, value in weights.items():
+            if name not in named:
+                raise ValueError(f"{name}: no such weight")
+            if value.shape != named[name].shape:
+                raise ValueError(f"{name}: shape {value.shape} found, expected {named[name].shape}")
+        return GptOss(self.config, named | dict(weights), mesh=self.mesh)
+
+
+def _positions(shape, segment_ids, lengths_B):
+    """Count tokens from 0 in each segment or, with a cache, on from each row's length."""
+    index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    if segment_ids is None:
+        return index if lengths_B is None else index + lengths_B[:, None]
+    if lengths_B is not None:
+        return jnp.maximum(jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32) - 1, 0) + lengths_B[:, None]
+    starts = jnp.concatenate([jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,0 +1,1 @@
+"""Text in, tokens out: tokenizers (`tokenizer`) and the harmony format (`harmony`). Imports nothing heavy."""
