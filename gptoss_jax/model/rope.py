@@ -14,11 +14,11 @@ from gptoss_jax.config import GptOssConfig
 def inverse_frequencies(config: GptOssConfig) -> tuple[np.ndarray, float]:
     """Return (radians per position float32 [H/2], concentration by which cosine and sine are multiplied).
 
-    The roundings to float32 are transformers': one unit in the last place is 4e-4 radians at position 4,096.
+    Rounded to float32 as both references round: one unit in the last place of two frequencies moves logits by 5e-5 at position 4,096.
     """
     rope, width = config.rope_scaling, config.head_dim
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    wavelengths = (np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
+    wavelengths = _power_as_torch(config.rope_theta, exponents)
     unscaled = np.float32(1) / wavelengths
     if rope.factor == 1:
         return unscaled, 1.0
@@ -53,3 +53,31 @@ def rotate(x_BTNH: jax.Array, cosine_BTH: jax.Array, sine_BTH: jax.Array) -> jax
     cosine, sine = cosine_BTH[:, :, None, :], sine_BTH[:, :, None, :]
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return rotated.astype(x_BTNH.dtype)
+
+
+def _power_as_torch(base: float, exponents: np.ndarray) -> np.ndarray:
+    """Return base ** exponents as PyTorch's CPU kernel rounds it: exactly, but for whole groups of 32 by Sleef's `powf_u10`.
+
+    That polynomial is within one unit in the last place; only its float32 roundings matter, the rest is done in float64.
+    """
+    f32, f64 = np.float32, np.float64
+    powers = (f64(base) ** exponents.astype(f64)).astype(f32)
+    count = len(exponents) // 32 * 32
+
+    def polynomial(x: np.ndarray, *coefficients: float) -> np.ndarray:
+        value = np.full_like(x, coefficients[0])
+        for coefficient in coefficients[1:]:  # one rounding a step: a fused multiply-add
+            value = (value.astype(f64) * x + f64(f32(coefficient))).astype(f32)
+        return value.astype(f64)
+
+    exponent = np.floor(np.log2(f64(f32(base)) / 0.75))
+    mantissa = f64(f32(base)) / 2**exponent
+    r = (mantissa - 1) / (mantissa + 1)
+    series = polynomial(np.asarray(r * r, f32), 0.24032035, 0.28511268, 0.4000080) * r * r + 0.66666666661861
+    logarithm = exponent * np.log(2) + 2 * r + r**3 * series
+    scaled = logarithm * exponents[:count].astype(f64)
+    whole = np.rint(scaled.astype(f32) * f32(np.log2(np.e)))
+    rest = scaled - whole * np.log(2)
+    series = polynomial(rest.astype(f32), 0.0013632465, 0.008365969, 0.041671082, 0.16666552, 0.49999985)
+    powers[:count] = (1 + (rest + rest * rest * series)).astype(f32) * np.exp2(whole).astype(f32)
+    return powers

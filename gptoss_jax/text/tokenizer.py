@@ -131,6 +131,8 @@ def load_tokenizer(path: str | PathLike) -> Tokenizer:
     Raises TokenizerError naming the file and what is wrong with it.
     """
     path = Path(path)
+    if not path.exists():
+        raise TokenizerError(f"{path}: no such file or directory")
     file = _find_file(path) if path.is_dir() else path
     loaders = {".json": _load_hugging_face, ".model": _load_sentencepiece, ".tiktoken": _load_o200k}
     if file.suffix not in loaders:
@@ -180,7 +182,7 @@ def _load_hugging_face(file: Path, content: bytes) -> Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises Exception itself
-        raise TokenizerError(f"{file}: not a readable tokenizer.json: {_one_line(error)}") from None
+        raise TokenizerError(f"{file}: not a readable tokenizer.json ({len(content)} bytes): {_one_line(error)}") from None
     library.encode_special_tokens = True  # the text of a special token in a text stays text
     library.no_truncation()
     library.no_padding()
@@ -213,21 +215,21 @@ def _load_sentencepiece(file: Path, content: bytes) -> Tokenizer:
     import sentencepiece
 
     library = sentencepiece.SentencePieceProcessor()
+    table, special, byte_ids = [], {}, {}
     try:
         library.LoadFromSerializedProto(content)
-    except (RuntimeError, TypeError) as error:
-        raise TokenizerError(f"{file}: not a readable SentencePiece model: {_one_line(error)}") from None
-    table, special, byte_ids = [], {}, {}
-    for id in range(library.GetPieceSize()):
-        piece, value = library.IdToPiece(id), b""
-        if library.IsControl(id) or library.IsUnknown(id):
-            special[piece] = id
-        elif library.IsByte(id):  # "<0x0A>"
-            value = bytes.fromhex(piece[3:5])
-            byte_ids[value] = id
-        elif not library.IsUnused(id):
-            value = piece.replace(SPACE_MARK, " ").encode()
-        table.append(value)
+        for id in range(library.GetPieceSize()):
+            piece, value = library.IdToPiece(id), b""
+            if library.IsControl(id) or library.IsUnknown(id):
+                special[piece] = id
+            elif library.IsByte(id):  # "<0x0A>"
+                value = bytes.fromhex(piece[3:5])
+                byte_ids[value] = id
+            elif not library.IsUnused(id):
+                value = piece.replace(SPACE_MARK, " ").encode()
+            table.append(value)
+    except Exception as error:  # RuntimeError, TypeError, UnicodeDecodeError, ...: whatever a damaged file brings about
+        raise TokenizerError(f"{file}: not a readable SentencePiece model ({len(content)} bytes): {_one_line(error)}") from None
     if len(byte_ids) != 256:
         raise TokenizerError(f"{file}: {len(byte_ids)} byte pieces; expected 256 (train with byte_fallback=True)")
     if names := [name for name in HARMONY_TOKENS if name.encode() in table]:

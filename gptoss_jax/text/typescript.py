@@ -156,24 +156,20 @@ def _property(name: str, schema: dict, indent: str) -> list[str]:
         above += _comments(["Examples:", *shown], indent)
     if isinstance(schema.get("oneOf"), list):
         return above + _one_of_property(name, schema, indent)
-    default = "" if "oneOf" in schema else "".join(f" // {text}" for text in _default(schema))
-    return [*above, f"{indent}{name}: {_nullable_type(schema, indent + '    ')},{default}"]
+    default = [] if "oneOf" in schema else _default(schema)
+    return [*above, f"{indent}{name}: {_nullable_type(schema, indent + '    ')},{_trailing(default)}"]
 
 
 def _one_of_property(name: str, schema: dict, indent: str) -> list[str]:
     """Write a property with variants: one line each, its own description above unless the first variant repeats it."""
     about, variants = _text(schema, "description"), schema["oneOf"]
-    if variants and about == _text(_object(variants[0]), "description"):
-        above = []
-    else:
-        above = about
+    above = [] if variants and about == _text(_object(variants[0]), "description") else about
     lines = _comments(above + _default(schema), indent) + [f"{indent}{name}:"]
     for index, variant in enumerate(map(_object, variants)):
         said = _text(variant, "description")
         if said == about or (index == 0 and above):
             said = []
-        comment = " ".join(said + _default(variant))
-        lines.append(f"{indent} | {_nullable_type(variant, indent + '   ')}" + (f" // {comment}" if comment else ""))
+        lines.append(f"{indent} | {_nullable_type(variant, indent + '   ')}{_trailing(said + _default(variant))}")
     return [*lines, f"{indent},"]
 
 
@@ -181,9 +177,8 @@ def _variant(schema: Any, indent: str) -> str:
     schema = _object(schema)
     default = _default(schema)
     if default and _list(schema.get("enum")):
-        default = [f"default: {_compact_json(schema['default'])}"]
-    comment = " ".join(_text(schema, "description") + default)
-    return _nullable_type(schema, indent + "   ") + (f" // {comment}" if comment else "")
+        default = [f"default: {compact_json(schema['default'])}"]
+    return _nullable_type(schema, indent + "   ") + _trailing(_text(schema, "description") + default)
 
 
 def _nullable_type(schema: dict, indent: str) -> str:
@@ -197,8 +192,12 @@ def _default(schema: dict) -> list[str]:
         return []
     value = schema["default"]
     if not isinstance(value, str):
-        return [f"default: {_compact_json(value)}"]
+        return [f"default: {compact_json(value)}"]
     return [f"default: {value}" if _list(schema.get("enum")) else f'default: "{value}"']
+
+
+def _trailing(comments: list[str]) -> str:
+    return f" // {' '.join(comments)}" if comments else ""
 
 
 def _text(schema: dict, key: str) -> list[str]:
@@ -214,14 +213,14 @@ def _object(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _compact_json(value: Any) -> str:
+def compact_json(value: Any) -> str:
     """Write JSON as Rust's serde_json does: no spaces, no escapes beyond those needed, its own form of numbers."""
     match value:
         case dict():
-            return "{" + ",".join(f"{_compact_json(str(key))}:{_compact_json(item)}" for key, item in value.items()) + "}"
+            return "{" + ",".join(f"{compact_json(str(key))}:{compact_json(item)}" for key, item in value.items()) + "}"
         case list() | tuple():
-            return "[" + ",".join(map(_compact_json, value)) + "]"
-        case bool() | None | str():
+            return "[" + ",".join(map(compact_json, value)) + "]"
+        case None | bool() | str():
             return json.dumps(value, ensure_ascii=False)
         case int() if -(2**63) <= value < 2**64:
             return str(value)
@@ -231,4 +230,4 @@ def _compact_json(value: Any) -> str:
                 sign = "-" if value < 0 else ""
                 return f"{sign}0.0000{digits.lstrip('-').replace('.', '')}"
             return f"{digits}e{int(exponent)}" if exponent else digits
-    raise TypeError(f"{value!r} is not JSON")
+    raise TypeError(f"{value!r:.80} is not JSON")

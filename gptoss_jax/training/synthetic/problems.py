@@ -167,7 +167,7 @@ def comparison(rng: random.Random) -> Problem:
                         "max of {a} and {b}", "Which is more, {a} or {b}?"))
     larger, smaller = max(a, b), min(a, b)
     return Problem(f"max({a},{b})", vary(rng, asked.format(a=a, b=b)), "", arithmetic.compare(a, b),
-                   f"Check: {arithmetic.subtract(larger, smaller)}, positive", str(larger), f"The larger number is {larger}", f"max({a},{b})")
+                   f"Check: {arithmetic.subtract(larger, smaller)}, positive", str(larger), f"The larger number is {larger}.", f"max({a},{b})")
 
 
 def sequence(rng: random.Random) -> Problem:
@@ -183,7 +183,7 @@ def sequence(rng: random.Random) -> Problem:
     steps = [f"{y}-{x}={y - x}" if y > x else f"{x}-{y}={x - y}" for x, y in zip(terms[:2], terms[1:3], strict=True)]
     working = "\n".join([*steps, arithmetic.add(last, step) if step > 0 else arithmetic.subtract(last, -step)])
     check = arithmetic.check_sum(last, step) if step > 0 else arithmetic.check_difference(last, -step)
-    return Problem(f"next({shown})", vary(rng, asked.format(shown)), "", working, check, str(terms[-1]), f"The next number is {terms[-1]}",
+    return Problem(f"next({shown})", vary(rng, asked.format(shown)), "", working, check, str(terms[-1]), f"The next number is {terms[-1]}.",
                    f"{last}{step:+d}")
 
 
@@ -225,10 +225,10 @@ def story(rng: random.Random) -> Problem:
         b = rng.randint(2, 9)
         a, templates, verb = b * number(rng, (1, 2)), _SHARES, "Divide"
     question = rng.choice(templates).format(n=n, m=m, t=t, a=a, b=b, c=rng.choice(words.CONTAINERS))
-    operation, check = _WORKINGS[kind]
-    value = _value(kind, a, b)
+    operation, check = WORKINGS[kind]
+    value = apply(kind, a, b)
     return Problem(f"{a}{kind}{b}", vary(rng, question), f"{a}{kind}{b}={value}", f"{verb}: {operation(a, b)}", check(a, b), str(value),
-                   f"The answer is {value}", f"{a}{'//' if kind == '/' else kind}{b}")
+                   f"The answer is {value}.", f"{a}{'//' if kind == '/' else kind}{b}")
 
 
 def two_step_story(rng: random.Random) -> Problem:
@@ -238,7 +238,7 @@ def two_step_story(rng: random.Random) -> Problem:
     a, b = (rng.randint(2, 9), number(rng, (1, 1, 2))) if first == "*" else (number(rng, (1, 2, 2)), number(rng, (1, 2)))
     if first == "-":
         a, b = max(a, b), min(a, b)
-    middle = _value(first, a, b)
+    middle = apply(first, a, b)
     d = rng.randint(0, min(middle, 99)) if second == "-" else number(rng, (1, 2))
     begin = {"+": ("{n} has {a} {t} and buys {b} more", "{n} finds {a} {t} and then {b} more", "{n} has {a} {t} and gets {b} more"),
              "-": ("{n} has {a} {t} and gives away {b}", "{n} has {a} {t} and loses {b}", "{n} has {a} {t} and sells {b}"),
@@ -247,19 +247,19 @@ def two_step_story(rng: random.Random) -> Problem:
            "-": ("Then {n} gives away {d}.", "{n} uses {d} of them.", "Then {n} loses {d}.")}[second]
     ask = rng.choice(("How many {t} does {n} have now?", "How many {t} are there now?", "How many {t} are left?" if second == "-" else "How many {t} in total?"))
     question = f"{rng.choice(begin)}. {rng.choice(end)} {ask}".format(n=n, t=t, c=c, a=a, b=b, d=d)
-    value = _value(second, middle, d)
-    working = f"First: {_WORKINGS[first][0](a, b)}\nThen: {_WORKINGS[second][0](middle, d)}"
+    value = apply(second, middle, d)
+    working = f"First: {WORKINGS[first][0](a, b)}\nThen: {WORKINGS[second][0](middle, d)}"
     bracketed = f"{a}{first}{b}{second}{d}"
-    return Problem(bracketed, vary(rng, question), f"{a}{first}{b}={middle}, {middle}{second}{d}={value}", working, _WORKINGS[second][1](middle, d),
-                   str(value), f"The answer is {value}", bracketed)
+    return Problem(bracketed, vary(rng, question), f"{a}{first}{b}={middle}, {middle}{second}{d}={value}", working, WORKINGS[second][1](middle, d),
+                   str(value), f"The answer is {value}.", bracketed)
 
 
-_WORKINGS: dict[str, tuple[Callable[[int, int], str], Callable[[int, int], str]]] = {
+WORKINGS: dict[str, tuple[Callable[[int, int], str], Callable[[int, int], str]]] = {
     "+": (arithmetic.add, arithmetic.check_sum), "-": (arithmetic.subtract, arithmetic.check_difference),
     "*": (arithmetic.multiply, arithmetic.check_product), "/": (arithmetic.divide, arithmetic.check_quotient)}
 
 
-def _value(sign: str, a: int, b: int) -> int:
+def apply(sign: str, a: int, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b, "/": a // max(b, 1)}[sign]
 
 

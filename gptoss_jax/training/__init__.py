@@ -1,0 +1,1 @@
+"""Training: data to batches, batches to gradients, gradients to a checkpoint."""
