@@ -1,8 +1,9 @@
 """Parse harmony ids into messages: whole sequences (`parse`) or id by id (`StreamParser`).
 
-With strict=True the parser equals openai-harmony 0.0.8: the same messages, and a HarmonyError where the library refuses.
-Without it the parser is total: it equals the library's `strict=False` where that gives a sensible result, mends what the
-model got wrong, starts anew at every <|start|>, and lists in `skipped` the text that fits no message. None is lost.
+With strict=True the parser equals openai-harmony 0.0.8, ids of no token aside: the same messages, and a HarmonyError where
+the library refuses. Without it the parser is total: it equals the library's `strict=False` where that gives a sensible
+result, mends what the model got wrong, starts anew at every <|start|>, and lists in `skipped` the text that fits no
+message. None is lost.
 
 | ids                                      | openai-harmony 0.0.8                | here                                          |
 | ---------------------------------------- | ----------------------------------- | --------------------------------------------- |

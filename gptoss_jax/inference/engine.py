@@ -1,0 +1,171 @@
+"""Generate and stream for many prompts at once.
+
+Two compiled functions do the work, prefill of a chunk and decode of a token, each compiled once per bucket: batch and chunk are powers of
+two, so is the cache's length. The decode step samples on the device and its cache is donated; the host dispatches a step before it reads
+the tokens of the one before, so the device never waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax import sharding
+from gptoss_jax.inference.sampling import Sampling, sample, stack
+from gptoss_jax.model import GptOss, make_cache
+
+_SMALLEST_CHUNK = 16
+_SMALLEST_CACHE = 256
+
+
+class PromptError(ValueError):
+    """A prompt that can't be run: empty, too long for the context, or with ids the model doesn't have."""
+
+
+class Token(NamedTuple):
+    """One generated token: of which prompt, its id, its log-probability under the model, and why the row ended with it.
+
+    finish: "stop" for a stop token, "length" when `max_new_tokens` or the context is used up, None while the row goes on.
+    """
+
+    row: int
+    id: int
+    logprob: float
+    finish: str | None
+
+
+class Completion(NamedTuple):
+    """All tokens of one prompt, the stop token included."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: str
+
+
+class Engine:
+    """Run a model with a tokenizer's stop and sampleable ids.
+
+    model: GptOss. tokenizer: gives `stop_ids` and `sampleable`; None stops at the config's eos_token_id and samples every id.
+    max_context: tokens of prompt and answer together, at most the config's max_position_embeddings. prefill_chunk: tokens of a prompt
+    computed at once; memory for activations grows with it, not with the prompt.
+    """
+
+    def __init__(self, model: GptOss, tokenizer=None, *, max_context: int | None = None, prefill_chunk: int = 512):
+        config = model.config
+        limit = config.max_position_embeddings
+        self.max_context = limit if max_context is None else max_context
+        if not 1 < self.max_context <= limit:
+            raise ValueError(f"max_context is {max_context}, expected 2 to max_position_embeddings = {limit}")
+        if prefill_chunk < _SMALLEST_CHUNK or prefill_chunk & (prefill_chunk - 1):
+            raise ValueError(f"prefill_chunk is {prefill_chunk}, expected a power of two of at least {_SMALLEST_CHUNK}")
+        self.config, self.mesh, self.prefill_chunk = config, model.mesh or sharding.ambient_mesh(), prefill_chunk
+        self.stop_ids = frozenset(config.eos_token_ids if tokenizer is None else tokenizer.stop_ids)
+        self.sampleable = config.vocab_size if tokenizer is None else min(tokenizer.sampleable, config.vocab_size)
+        self.weights = model.weights()
+        self.dtype = self.weights["model.embed_tokens.weight"].dtype
+        self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
+        self._first = jax.jit(self._first_token, static_argnames=("kind",))
+        self._decode = jax.jit(self._decode_step, donate_argnums=(1,), static_argnames=("kind",))
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] = Sampling(), *,
+                 max_new_tokens: int = 512) -> list[Completion]:
+        """Return a Completion for each prompt (token ids), in order. Arguments and errors as `stream`."""
+        rows = [([], []) for _ in prompts]
+        finish = [""] * len(rows)
+        for token in self.stream(prompts, sampling, max_new_tokens=max_new_tokens):
+            rows[token.row][0].append(token.id)
+            rows[token.row][1].append(token.logprob)
+            finish[token.row] = token.finish or ""
+        return [Completion(ids, logprobs, end) for (ids, logprobs), end in zip(rows, finish)]
+
+    def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] = Sampling(), *,
+               max_new_tokens: int = 512) -> Iterator[Token]:
+        """Yield tokens of all prompts as they come, a step at a time.
+
+        sampling: one for all, or one for each. A row ends at a stop id, after `max_new_tokens`, or where the context is full. Raises
+        PromptError for an empty prompt, ids outside the vocabulary or a prompt that leaves no room in the context.
+        """
+        settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if len(settings) != len(prompts):
+            raise ValueError(f"sampling: {len(settings)} settings found, expected one for each of {len(prompts)} prompts")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        self._check(prompts)
+        return self._stream(prompts, settings, max_new_tokens) if prompts else iter(())
+
+    def _stream(self, prompts, settings, max_new_tokens) -> Iterator[Token]:
+        room = [min(max_new_tokens, self.max_context - len(prompt)) for prompt in prompts]
+        length = max(len(prompt) + new for prompt, new in zip(prompts, room))
+        batch = _power_of_two(len(prompts))
+        spare = batch - len(prompts)
+        kind, arrays = stack(settings + settings[-1:] * spare)
+        arrays = jax.tree.map(jnp.asarray, arrays)
+        cache, hidden = self._prefill_prompts([*prompts, *[()] * spare], min(_power_of_two(max(length, _SMALLEST_CACHE)), self.max_context))
+        step = jnp.zeros(batch, jnp.int32)
+        ids, logprobs = self._first(self.weights, hidden, arrays, step, kind=kind)
+        open_rows, count = set(range(len(prompts))), 0
+        while open_rows:
+            pending = (ids, logprobs)
+            count += 1
+            if count < max(room):  # dispatched before the tokens at hand are read
+                ids, logprobs, cache, step = self._decode(self.weights, cache, ids, arrays, step, kind=kind)
+            step_ids, step_logprobs = jax.device_get(pending)
+            for row in sorted(open_rows):
+                id = int(step_ids[row])
+                finish = "stop" if id in self.stop_ids else "length" if count >= room[row] else None
+                if finish:
+                    open_rows.discard(row)
+                yield Token(row, id, float(step_logprobs[row]), finish)
+
+    def _prefill_prompts(self, prompts, length: int):
+        """Return (cache of `length` slots, final hidden state of each prompt's last token [B, D]), computed chunk by chunk."""
+        batch, longest = len(prompts), max(map(len, prompts))
+        cache = make_cache(self.config, batch, length, self.dtype, mesh=self.mesh)
+        hidden = jnp.zeros((batch, self.config.hidden_size), self.dtype)
+        for start in range(0, longest, self.prefill_chunk):
+            chunk = max(_SMALLEST_CHUNK, _power_of_two(min(longest - start, self.prefill_chunk)))
+            tokens = np.zeros((batch, chunk), np.int32)
+            counts = np.zeros(batch, np.int32)
+            for row, prompt in enumerate(prompts):
+                part = prompt[start : start + chunk]
+                tokens[row, : len(part)], counts[row] = part, len(part)
+            cache, hidden = self._prefill(self.weights, (cache, hidden), tokens, counts)
+        return cache, hidden
+
+    def _model(self, weights) -> GptOss:
+        return GptOss(self.config, weights, mesh=self.mesh)
+
+    def _prefill_step(self, weights, state, tokens_BT, counts_B):
+        cache, hidden_BD = state
+        real_BT = jnp.arange(tokens_BT.shape[1]) < counts_B[:, None]
+        x_BTD, cache = self._model(weights).hidden_states(tokens_BT, segment_ids=real_BT.astype(jnp.int32), cache=cache)
+        last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+        return cache, jnp.where((counts_B > 0)[:, None], last_BD, hidden_BD)
+
+    def _first_token(self, weights, hidden_BD, settings, step_B, *, kind):
+        return sample(self._model(weights).unembed(hidden_BD), settings, step_B, kind=kind, sampleable=self.sampleable)
+
+    def _decode_step(self, weights, cache, ids_B, settings, step_B, *, kind):
+        model = self._model(weights)
+        x_BTD, cache = model.hidden_states(ids_B[:, None], cache=cache)
+        step_B = step_B + 1
+        ids_B, logprobs_B = sample(model.unembed(x_BTD[:, 0]), settings, step_B, kind=kind, sampleable=self.sampleable)
+        return ids_B, logprobs_B, cache, step_B
+
+    def _check(self, prompts) -> None:
+        for row, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise PromptError(f"prompt {row} is empty, expected at least one token")
+            if len(prompt) >= self.max_context:
+                raise PromptError(f"prompt {row} has {len(prompt)} tokens, expected fewer than the context of {self.max_context}")
+            for id in prompt:
+                if not 0 <= id < self.config.vocab_size:
+                    raise PromptError(f"prompt {row} holds the id {id}, expected 0 to {self.config.vocab_size - 1}")
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
