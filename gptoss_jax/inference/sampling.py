@@ -14,12 +14,16 @@ import numpy as np
 _LOWEST = -1e30
 
 
+class SamplingError(ValueError):
+    """A sampling setting out of range; names it, the value found and what was expected."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How to choose tokens: temperature first, then top-k, top-p (of what is left) and min-p, as transformers orders them.
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 filter nothing; equal probabilities at a cut are all kept. The same seed gives the
-    same tokens whatever else is in the batch. Raises ValueError naming the field when a value is out of range.
+    same tokens whatever else is in the batch. Raises SamplingError naming the field when a value is out of range.
     """
 
     temperature: float = 1.0
@@ -37,7 +41,7 @@ class Sampling:
             ("seed", 0 <= self.seed < 2**32, "an integer from 0 to 4294967295"),
         ):
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+                raise SamplingError(f"{name} is {getattr(self, name)}, expected {expected}")
 
     @property
     def kind(self) -> str:

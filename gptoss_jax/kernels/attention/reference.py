@@ -28,13 +28,13 @@ def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_se
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     precision = "highest" if q_BTNH.dtype == jnp.float32 else None
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32, precision=precision) * H**-0.5
+    q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)  # so that no product is transposed after it: they are the large ones
+    scores = jnp.einsum("bkgth,bskh->bkgts", q_BKGTH, k_BSKH, preferred_element_type=jnp.float32, precision=precision) * H**-0.5
     seen = visible(q_positions, k_positions, q_segments, k_segments, window)[:, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     sinks = sinks_N.astype(jnp.float32).reshape(K, N // K)[None, :, :, None, None]
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
     weights = jnp.exp(scores - top)
-    weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - top))
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32, precision=precision)
-    return out.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - top)
+    out = jnp.einsum("bkgts,bskh->bkgth", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32, precision=precision)
+    return jnp.moveaxis(out / total, 3, 1).reshape(B, T, N, H).astype(q_BTNH.dtype)

@@ -1,0 +1,89 @@
+"""What every command shares: one clear line and exit code 2 for a user's error, 130 for Ctrl-C, and a progress line on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+
+class UsageError(ValueError):
+    """A flag or an input of a command that can't be used: names it, the value found and what was expected."""
+
+
+def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser,
+        argv: Sequence[str] | None = None) -> int:
+    """Parse `argv`, call `body(arguments)` and return the exit code; adds `--debug` to the parser.
+
+    Our errors are subclasses of ValueError, so these and OSError become one line on stderr and exit code 2, with `--debug` the traceback
+    first. A bare ValueError is a bug of ours or of a library: it keeps its traceback.
+    """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed its help, or the error
+        return stop.code or 0
+    try:
+        return body(arguments) or 0
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone: end quietly, at interpreter exit too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        if type(error) is ValueError:
+            raise
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache directory, so that the next start doesn't compile; JAX_COMPILATION_CACHE_DIR wins."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "gptoss_jax", "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class Status:
+    """One line on stderr that says what is going on: replaced by the next on a terminal, and only there."""
+
+    def __call__(self, text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Show bytes and rate on stderr: call it with (done_bytes, total_bytes). A terminal sees it move, a log gets the last line only."""
+
+    def __init__(self, verb: str):
+        self._verb, self._start, self._shown = verb, time.monotonic(), 0.0
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        now, last = time.monotonic(), done_bytes >= total_bytes
+        if not last and (not sys.stderr.isatty() or now - self._shown < 0.1):
+            return
+        self._shown = now
+        seconds = max(now - self._start, 1e-6)
+        line = (f"{self._verb} {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, {done_bytes / seconds / 1e9:.2f} GB/s, "
+                f"{seconds:.1f} s")
+        start = "\r" if sys.stderr.isatty() else ""
+        print(f"{start}{line}", end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())

@@ -1,0 +1,218 @@
+"""Answer one prompt: `python -m gptoss_jax.generate "What is 17 + 25?"`. The answer streams to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from gptoss_jax import command
+
+EFFORTS = ("low", "medium", "high")
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="python -m gptoss_jax.generate", description=__doc__)
+    options.add_argument("prompt", nargs="?", metavar="PROMPT", help="the question; - reads it from standard input")
+    add_options(options)
+    options.add_argument("--show-analysis", action="store_true", help="show the reasoning, on stderr")
+    shape = options.add_mutually_exclusive_group()
+    shape.add_argument("--raw", action="store_true", help="print the model's text as it is, special tokens spelled out")
+    shape.add_argument("--json", action="store_true", help="print the parsed messages, usage and log-probabilities as JSON")
+    return options
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    """Add what generate and chat share: which model, how it is asked, how tokens are chosen."""
+    options.add_argument("--checkpoint", default="tiny", metavar="DIR", help="Hugging Face, original/ or Orbax directory; "
+                         "default: tiny, the embedded demonstration model")
+    options.add_argument("--reasoning", choices=EFFORTS, default="medium", help="reasoning effort (default: medium)")
+    options.add_argument("--instructions", metavar="TEXT", help="the developer message: what the model should do and how")
+    options.add_argument("--tools", action="append", default=[], metavar="FILE",
+                         help="JSON file with a list of function definitions; or python, browser: the built-in tools. Repeatable. "
+                         "Calls are printed, not executed")
+    options.add_argument("--response-format", metavar="FILE", help="JSON file with a schema that the answer is asked to follow")
+    options.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="default: 1024")
+    options.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1, as gpt-oss was trained for)")
+    options.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
+    options.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, no limit")
+    options.add_argument("--min-p", type=float, default=0.0, metavar="P", help="default: 0")
+    options.add_argument("--seed", type=int, metavar="S", help="makes the answer reproducible (default: another one each time)")
+    options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation (default: bfloat16)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(run, parser(), argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = read_prompt(args.prompt)
+    opening = opening_messages(args)
+    sampling = sampling_of(args)
+    engine, tokenizer = load(args)
+    from gptoss_jax.inference.turn import Turn
+    from gptoss_jax.text import harmony
+
+    status = command.Status()
+    turn = Turn(engine, tokenizer, [*opening, harmony.message("user", prompt)], sampling, args.max_new_tokens)
+    status(f"reading {len(turn.prompt_ids)} tokens (the first run compiles)")
+    printer = Printer(tokenizer, raw=args.raw, quiet=args.json, show_analysis=args.show_analysis)
+    try:
+        for id, events in turn:
+            status.clear()
+            printer.show(id, events)
+    finally:
+        status.clear()
+        printer.end_line()
+        if args.json:
+            print(json.dumps(as_json(turn, tokenizer), ensure_ascii=False, indent=2), flush=True)
+        report(turn)
+    return 0
+
+
+def read_prompt(prompt: str | None) -> str:
+    """Return the prompt, read from standard input for "-" or when it is piped in. Raises UsageError when there is none."""
+    if prompt is None and sys.stdin.isatty():
+        raise command.UsageError('no prompt found, expected one: python -m gptoss_jax.generate "What is 17 + 25?"')
+    if prompt in (None, "-"):
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise command.UsageError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        prompt = prompt.removesuffix("\n")
+    if not prompt.strip():
+        raise command.UsageError("the prompt is empty, expected some text")
+    return prompt
+
+
+def opening_messages(args: argparse.Namespace) -> list[dict]:
+    """Return the system message and, where there is something to say, the developer message. Raises UsageError for unusable files."""
+    from gptoss_jax.text import harmony
+
+    builtin = [name for name in ("browser", "python") if name in args.tools]
+    functions = []
+    for path in args.tools:
+        if path not in ("browser", "python"):
+            tools = read_json(path, "--tools")
+            functions += tools if isinstance(tools, list) else [tools]
+    response_format = None
+    if args.response_format:
+        response_format = read_json(args.response_format, "--response-format")
+        if not isinstance(response_format, dict):
+            raise command.UsageError(f"--response-format {args.response_format}: {type(response_format).__name__} found, expected a JSON object")
+        if not {"schema", "json_schema"} & set(response_format):
+            response_format = {"schema": response_format}  # the bare schema
+    messages = [harmony.system_message(reasoning_effort=args.reasoning, tools=builtin)]
+    if args.instructions is not None or functions or response_format:
+        messages.append(harmony.developer_message(args.instructions, tools=functions, response_format=response_format))
+    return messages
+
+
+def read_json(path: str, flag: str):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise command.UsageError(f"{flag} {path}: not a readable JSON file ({error})") from None
+
+
+def sampling_of(args: argparse.Namespace):
+    """Return the Sampling that the flags ask for; without --seed another one each time. Raises UsageError."""
+    from gptoss_jax.inference.sampling import Sampling
+
+    if args.max_new_tokens < 1:
+        raise command.UsageError(f"--max-new-tokens is {args.max_new_tokens}, expected at least 1")
+    seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
+    return Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed)
+
+
+def load(args: argparse.Namespace):
+    """Return (engine, tokenizer) for the checkpoint, with a progress line on stderr."""
+    status = command.Status()
+    status(f"loading {args.checkpoint}")
+    from gptoss_jax import checkpoint
+    from gptoss_jax.text.tokenizer import load_tokenizer
+
+    command.enable_compilation_cache()
+    path = checkpoint.resolve(args.checkpoint)
+    tokenizer = load_tokenizer(path)
+    missing = [name for name in ("<|start|>", "<|message|>", "<|return|>", "<|call|>") if name not in tokenizer.special]
+    if missing:
+        raise command.UsageError(f"{path}: the tokenizer lacks {', '.join(missing)}, expected harmony's special tokens")
+    started = time.perf_counter()
+    from gptoss_jax.inference.engine import Engine
+
+    model = checkpoint.load(path, dtype=args.dtype, progress=lambda done, total: status(
+        f"loading {args.checkpoint}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {done / 1e6 / (time.perf_counter() - started):,.0f} MB/s"))
+    engine = Engine(model, tokenizer)
+    status.clear()
+    return engine, tokenizer
+
+
+class Printer:
+    """Show a turn as it streams: answers and calls on stdout; with show_analysis the reasoning on stderr, dimmed on a terminal."""
+
+    def __init__(self, tokenizer, *, raw: bool = False, quiet: bool = False, show_analysis: bool = False):
+        self.tokenizer, self.raw, self.quiet, self.show_analysis = tokenizer, raw, quiet, show_analysis
+        self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+        self._mid_line = None  # the stream whose line isn't ended yet
+
+    def show(self, id: int | None, events) -> None:
+        if self.quiet:
+            return
+        if self.raw:
+            if id is not None:
+                self._write(sys.stdout, self.tokenizer.spelled(id))
+            return
+        for event in events:
+            thinking = event.channel == "analysis" and event.recipient is None
+            if event.kind == "skipped" or (thinking and not self.show_analysis):
+                continue
+            stream = sys.stderr if thinking else sys.stdout
+            if event.kind == "start":
+                self.end_line()
+                if event.recipient is not None:
+                    self._write(stream, f"{event.recipient} ".encode())
+            elif event.kind == "text":
+                self._write(stream, f"{self.dim}{event.delta}{self.plain}".encode() if thinking else event.delta.encode())
+            elif event.kind == "end":
+                self.end_line()
+
+    def end_line(self) -> None:
+        if self._mid_line is not None:
+            stream, self._mid_line = self._mid_line, None
+            self._write(stream, b"\n")
+            self._mid_line = None
+
+    def _write(self, stream, data: bytes) -> None:
+        stream.flush()
+        stream.buffer.write(data)
+        stream.buffer.flush()
+        self._mid_line = None if data.endswith(b"\n") else stream
+
+
+def as_json(turn, tokenizer) -> dict:
+    """Return what --json prints."""
+    tokens = [{"id": id, "text": tokenizer.spelled(id).decode(errors="replace"), "logprob": round(logprob, 5)}
+              for id, logprob in zip(turn.ids, turn.logprobs)]
+    skipped = [{"text": part.text, "reason": part.reason} for part in turn.skipped]
+    return {"messages": turn.messages, "finish": turn.finish, "usage": turn.usage(), "skipped": skipped, "tokens": tokens}
+
+
+def report(turn) -> None:
+    """Print what happened on stderr: speed, and anything the reader of stdout would miss."""
+    usage = turn.usage()
+    rate = f", {usage['tokens_per_second']} tokens/s" if usage["tokens_per_second"] else ""
+    print(f"[{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out, first after {usage['first_token_seconds']:.2f} s{rate}]",
+          file=sys.stderr)
+    if turn.skipped:
+        print(f"note: the model's output was malformed in {len(turn.skipped)} places; --raw shows it whole", file=sys.stderr)
+    if turn.finish == "length":
+        print(f"note: cut off after {usage['completion_tokens']} tokens; --max-new-tokens allows more", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
