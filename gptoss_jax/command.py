@@ -77,7 +77,8 @@ class Progress:
             return
         self._shown = now
         seconds = max(now - self._start, 1e-6)
-        line = (f"{self._verb} {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, {done_bytes / seconds / 1e9:.2f} GB/s, "
+        unit, size = ("GB", 1e9) if total_bytes >= 1e9 else ("MB", 1e6)
+        line = (f"{self._verb} {done_bytes / size:.2f} of {total_bytes / size:.2f} {unit}, {done_bytes / seconds / size:.2f} {unit}/s, "
                 f"{seconds:.1f} s")
         start = "\r" if sys.stderr.isatty() else ""
         print(f"{start}{line}", end="\n" if last else "", file=sys.stderr, flush=True)

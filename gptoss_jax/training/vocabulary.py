@@ -42,6 +42,11 @@ BOILERPLATE = (
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
+def token_id(name: str) -> int:
+    """Return the id of a special token in every vocabulary trained here."""
+    return 1 + CONTROL.index(name)
+
+
 def corpus(samples: int, seed: int) -> Iterator[str]:
     """Yield the texts of the messages of so many training conversations."""
     for index in range(samples):

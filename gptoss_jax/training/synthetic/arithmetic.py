@@ -125,8 +125,8 @@ def _times_digit(a: int, digit: int) -> str:
     for place in range(len(str(a))):
         product = _digit(a, place) * digit
         total = product + carry
-        lines.append(f"{_PLACES[place]}: {_digit(a, place)}*{digit}={product}, {product}+{carry}={total}, "
-                     f"write {total % 10}, carry {total // 10}")
+        plus_carry = f", {product}+{carry}={total}" if carry else ""
+        lines.append(f"{_PLACES[place]}: {_digit(a, place)}*{digit}={product}{plus_carry}, write {total % 10}, carry {total // 10}")
         carry = total // 10
     if carry:
         lines.append(f"{_PLACES[place + 1]}: {carry}")

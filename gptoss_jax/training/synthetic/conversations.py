@@ -156,10 +156,8 @@ def _function(rng: random.Random, split: str, effort: str) -> Sample:
     declared = rng.sample(list(tools.values()), len(tools))
     instructions = rng.choice(_STYLES[-1][0]) if rng.random() < 0.3 else None
     prompt = [_system(rng, effort), harmony.developer_message(instructions=instructions, tools=declared)]
-    if split == "train" and rng.random() < 0.12:
-        said, analysis, reply = chat.small_talk(rng)
-        turn = [*_analysis(_remark(analysis, effort)), _final(reply)]
-        return _sample("function", "not needed", effort, [*prompt, harmony.message("user", said)], turn, reply)
+    if split == "train" and rng.random() < 0.15:
+        return _without_tool(rng, "function", prompt, effort)
     name = f"functions.{call.tool['name']}"
     thought = {"low": "", "medium": f"I need {call.tool['name']}.", "high": f"The user asks: {call.question}\nI need {call.tool['name']}."}[effort]
     turn = [*_analysis(thought),
@@ -169,6 +167,17 @@ def _function(rng: random.Random, split: str, effort: str) -> Sample:
     return _sample("function", call.tool["name"], effort, [*prompt, harmony.message("user", call.question)], turn, structured.compact(call.arguments))
 
 
+def _without_tool(rng: random.Random, skill: str, prompt: list[Message], effort: str) -> Sample:
+    """Tools are there, and the user asks something that needs none."""
+    if skill == "function" and rng.random() < 0.5:
+        _, problem = _problem(rng, "train")
+        said, thought, reply = problem.question, _thought(problem, effort), problem.reply
+    else:
+        said, analysis, reply = chat.small_talk(rng)
+        thought = _remark(analysis, effort)
+    return _sample(skill, "no tool", effort, [*prompt, harmony.message("user", said)], [*_analysis(thought), _final(reply)], reply)
+
+
 def _tool_json(rng: random.Random, result: dict[str, Any]) -> str:
     text = structured.compact(result)
     return text if rng.random() < 0.5 else text.replace('":', '": ').replace(',"', ', "')
@@ -176,6 +185,8 @@ def _tool_json(rng: random.Random, result: dict[str, Any]) -> str:
 
 def _python(rng: random.Random, split: str, effort: str) -> Sample:
     """The built-in python tool is there: calculate with it, whatever the size of the numbers."""
+    if split == "train" and rng.random() < 0.1:
+        return _without_tool(rng, "python", [_system(rng, effort, python=True)], effort)
     if rng.random() < 0.5:
         family, problem = _problem(rng, split)
         question, code, key = problem.question, problem.code, problem.key

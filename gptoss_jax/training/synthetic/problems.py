@@ -224,7 +224,7 @@ def story(rng: random.Random) -> Problem:
     else:
         b = rng.randint(2, 9)
         a, templates, verb = b * number(rng, (1, 2)), _SHARES, "Divide"
-    question = rng.choice(templates).format(n=n, m=m, t=t, a=a, b=b, c=rng.choice(words.CONTAINERS))
+    question = _pronoun(rng, rng.choice(templates).format(n=n, m=m, t=t, a=a, b=b, c=rng.choice(words.CONTAINERS)), n)
     operation, check = WORKINGS[kind]
     value = apply(kind, a, b)
     return Problem(f"{a}{kind}{b}", vary(rng, question), f"{a}{kind}{b}={value}", f"{verb}: {operation(a, b)}", check(a, b), str(value),
@@ -246,12 +246,22 @@ def two_step_story(rng: random.Random) -> Problem:
     end = {"+": ("Then {n} gets {d} more.", "{n} adds {d} more.", "Then {n} buys another {d}."),
            "-": ("Then {n} gives away {d}.", "{n} uses {d} of them.", "Then {n} loses {d}.")}[second]
     ask = rng.choice(("How many {t} does {n} have now?", "How many {t} are there now?", "How many {t} are left?" if second == "-" else "How many {t} in total?"))
-    question = f"{rng.choice(begin)}. {rng.choice(end)} {ask}".format(n=n, t=t, c=c, a=a, b=b, d=d)
+    question = _pronoun(rng, f"{rng.choice(begin)}. {rng.choice(end)} {ask}".format(n=n, t=t, c=c, a=a, b=b, d=d), n)
     value = apply(second, middle, d)
     working = f"First: {WORKINGS[first][0](a, b)}\nThen: {WORKINGS[second][0](middle, d)}"
     bracketed = f"{a}{first}{b}{second}{d}"
     return Problem(bracketed, vary(rng, question), f"{a}{first}{b}={middle}, {middle}{second}{d}={value}", working, WORKINGS[second][1](middle, d),
                    str(value), f"The answer is {value}.", bracketed)
+
+
+def _pronoun(rng: random.Random, question: str, name: str) -> str:
+    """Sometimes ask about "he" or "she" where the question names the person again."""
+    if rng.random() < 0.6:
+        return question
+    pronoun = rng.choice(("he", "she"))
+    for verb in ("does", "did", "will"):
+        question = question.replace(f"{verb} {name}", f"{verb} {pronoun}")
+    return question.replace(f". {name} ", f". {pronoun.capitalize()} ").replace(f" Then {name} ", f" Then {pronoun} ")
 
 
 WORKINGS: dict[str, tuple[Callable[[int, int], str], Callable[[int, int], str]]] = {

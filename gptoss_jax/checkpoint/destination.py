@@ -1,0 +1,52 @@
+"""A directory that appears complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptoss_jax.checkpoint.errors import CheckpointError
+
+
+def check_destination(destination: Path, *, overwrite: bool, source: Path | None = None, num_bytes: int = 0) -> None:
+    """Raise CheckpointError when writing there would lose something, or has no room for `num_bytes`."""
+    real = destination.resolve()
+    if source is not None:
+        origin = source.resolve()
+        if real == origin:
+            raise CheckpointError(f"{destination}: the source itself, expected another directory")
+        if origin in real.parents or real in origin.parents:
+            inside, outside = (destination, source) if origin in real.parents else (source, destination)
+            raise CheckpointError(f"{destination}: {inside} is inside {outside}, expected directories apart from each other")
+    if os.path.lexists(destination) and not overwrite:
+        raise CheckpointError(f"{destination}: exists already, expected a new name (or --overwrite to replace it)")
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination}: a file, expected a directory or a new name")
+    existing = next(parent for parent in real.parents if parent.exists())
+    if not existing.is_dir():
+        raise CheckpointError(f"{destination}: {existing} is a file, expected a directory")
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise CheckpointError(f"{destination}: {free / 1e9:.1f} GB free there, {num_bytes / 1e9:.1f} GB needed")
+
+
+@contextlib.contextmanager
+def appearing(destination: Path) -> Iterator[Path]:
+    """Yield a path to write to, which is renamed to `destination` when the block ends, replacing what is there, and removed if it raises.
+
+    It lies in a directory `.NAME.incomplete-…` beside the destination, which is all that a killed process leaves.
+    """
+    destination = Path(os.path.abspath(destination))
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.incomplete-", dir=destination.parent))
+    try:
+        yield scratch / "new"
+        if os.path.lexists(destination):
+            destination.rename(scratch / "old")
+        (scratch / "new").rename(destination)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""Load weights: any layout, any mesh."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from gptoss_jax.checkpoint.errors import CheckpointError
+from gptoss_jax.checkpoint.opening import open_checkpoint, shard_bounds
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.model.weights import Weight, declare
+from gptoss_jax.sharding import shardings
+
+DTYPES = ("bfloat16", "float32")
+
+
+def load_weights(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.sharding.Mesh | None = None,
+                 progress: Callable[[int, int], None] | None = None) -> tuple[GptOssConfig, dict[str, jax.Array]]:
+    """Load a checkpoint of any layout (see `open_checkpoint`) and return its configuration and weights by Hugging Face name.
+
+    dtype: of everything but packed experts, which stay uint8: bfloat16 as stored, or float32. mesh: where `sharding.shardings` puts the
+    weights; None, on the first device. progress: called with (done_bytes, total_bytes) of what this process reads.
+
+    Each process reads only the bytes of its own shards. Host memory beside them: from safetensors 32 MiB on CPU, the two largest shards
+    on accelerators (on their way to the device); from Orbax the 256 MiB it is asked for at a time, or one larger weight, twice over.
+    Raises CheckpointError, ConfigError or ShardingError, before anything is allocated.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype: {dtype!r} found, expected {' or '.join(map(repr, DTYPES))}")
+    checkpoint = open_checkpoint(path)
+    declared = declare(checkpoint.config, dtype=dtype, packed=checkpoint.config.quantized)
+    targets = load_targets(declared, mesh)
+    sizes = {name: _owned_bytes(target, checkpoint.weights[name]) for name, target in targets.items()}
+    total, done, arrays = sum(sizes.values()), 0, {}
+    for name, array in checkpoint.read(targets):
+        arrays[name] = array
+        done += sizes[name]
+        if progress is not None:
+            progress(done, total)
+    return checkpoint.config, {name: arrays[name] for name in declared}
+
+
+def load_targets(declared: dict[str, Weight], mesh: jax.sharding.Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return what to read: shape, dtype and sharding of each weight; without a mesh on the first local device."""
+    if mesh is None:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = dict.fromkeys(declared, first)
+    else:
+        places = shardings(declared, mesh)
+    return {name: jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=places[name]) for name, weight in declared.items()}
+
+
+def _owned_bytes(target: jax.ShapeDtypeStruct, stored: Weight) -> int:
+    itemsize = np.dtype(jax.numpy.dtype(stored.dtype)).itemsize
+    return sum(math.prod(stop - start for start, stop in bounds) for bounds in set(shard_bounds(target).values())) * itemsize

@@ -1,0 +1,84 @@
+"""The Orbax store: packed experts kept, one chunk an expert, written and read a bounded group of weights at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from gptoss_jax.checkpoint.errors import CheckpointError
+from gptoss_jax.model.weights import Weight
+
+GROUP_BYTES = 256 << 20
+_DENSE_CHUNK_BYTES = 32 << 20
+
+
+def describe(path: Path) -> dict[str, Weight]:
+    """Return the weights of an Orbax checkpoint, without axes. Raises CheckpointError when Orbax can't read it."""
+    with _one_line_errors(path):
+        metadata = ocp.metadata(path).metadata
+        return {name: Weight(tuple(array.shape), np.dtype(array.dtype).name, ()) for name, array in metadata.items()}
+
+
+def read(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+    """Yield each target; each process reads the chunks that overlap its own shards. Raises CheckpointError."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    for names in grouped({name: _device_bytes(target) for name, target in targets.items()}):
+        with context, _one_line_errors(path):
+            arrays = jax.block_until_ready(ocp.load(path, {name: targets[name] for name in names}))
+        yield from ((name, arrays.pop(name)) for name in names)
+
+
+def write(path: Path, groups: Iterable[dict[str, jax.Array]]) -> None:
+    """Write groups of arrays one after the other as one checkpoint; `path` appears when the last is written."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # MXFP4 and bfloat16 weights hardly compress, and zstd costs most of the time
+    context.array.saving.scoped_storage_options_creator = _storage
+    context.memory.deepcopy_host_arrays = False
+    with context:
+        for group in groups:
+            ocp.partial.save(path, group)
+        ocp.partial.finalize(path)
+
+
+def grouped(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield names in order, `GROUP_BYTES` at a time: an Orbax call costs tens of milliseconds, and holds all it is given."""
+    names, size = [], 0
+    for name, more in sizes.items():
+        if names and size + more > GROUP_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += more
+    if names:
+        yield names
+
+
+def _storage(key_path, array) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+    """Cut so that a shard is read without its neighbours: experts one by one, dense weights in pieces (along their longest dim)."""
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    if ".experts." in jax.tree_util.keystr(key_path):
+        return options(shard_axes=(0,))
+    return options(chunk_byte_size=_DENSE_CHUNK_BYTES)
+
+
+def _device_bytes(target: jax.ShapeDtypeStruct) -> int:
+    # The same on every process of a regular mesh, as it must be: Orbax loads are collective.
+    shard = math.prod(target.sharding.shard_shape(target.shape)) * np.dtype(target.dtype).itemsize
+    return shard * len(target.sharding.addressable_devices)
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Orbax and TensorStore raise whatever their storage did, often over many lines."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: Orbax can't read it: {reason}") from error

@@ -1,0 +1,202 @@
+"""The configuration of a training run: YAML, decoded strictly into frozen dataclasses.
+
+A key that isn't known, a value of the wrong type or out of range is a TrainingConfigError: one line with the key, the value and what was
+expected. Imports no JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptoss_jax.config import ConfigError, GptOssConfig, RopeScaling
+
+
+class TrainingConfigError(ValueError):
+    """A training configuration that can't be used; names the key, the value and the expectation."""
+
+
+def _field(default: Any, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+    """A dataclass field with its range, ends included."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on. The tokenizer is trained, with `vocab_size` of the model, where `tokenizer` names none."""
+
+    tokenizer: str = ""
+    seed: int = 0
+    row_tokens: int = _field(256, low=16)
+    batch_size: int = _field(16, low=1)  # rows
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, and a learning rate that warms up, stays, and decays to zero over the last `decay_fraction` of the steps."""
+
+    learning_rate: float = _field(1e-3, low=0)
+    warmup_steps: int = _field(100, low=0)
+    decay_fraction: float = _field(0.2, low=0, high=1)
+    beta1: float = _field(0.9, low=0, high=1)
+    beta2: float = _field(0.95, low=0, high=1)
+    epsilon: float = _field(1e-8, low=0)
+    weight_decay: float = _field(0.1, low=0)
+    clip_norm: float = _field(1.0, low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How long, in what arithmetic, and what is written when. Steps count optimizer updates."""
+
+    steps: int = _field(1000, low=1)
+    seed: int = 0  # of the initial weights
+    quantize: bool = True  # train on the MXFP4 grid
+    compute_dtype: str = _field("float32", choices=("float32", "bfloat16"))
+    balance_coefficient: float = _field(0.0, low=0)  # of the router's load-balancing loss
+    log_every_steps: int = _field(20, low=1)
+    eval_every_steps: int = _field(200, low=1)
+    eval_batches: int = _field(4, low=1)
+    save_every_steps: int = _field(200, low=1)
+    keep_checkpoints: int = _field(2, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """directory: of checkpoints, metrics and, at the end, the Hugging Face directory `export`."""
+
+    directory: str = "runs/pretrain"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """One training run from random weights."""
+
+    model: GptOssConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+    output: OutputConfig = OutputConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved configuration, as it is saved with every checkpoint."""
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """Read a YAML file; overrides are command line words: `--section.field value` or `--section.field=value`.
+
+    Raises TrainingConfigError naming the file and what is wrong.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise TrainingConfigError(f"{os.fspath(path)}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TrainingConfigError(f"{os.fspath(path)}: not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise TrainingConfigError(f"{os.fspath(path)}: {type(content).__name__} found, expected sections with fields")
+    try:
+        return _decode(TrainingConfig, _overridden(content, overrides), "")
+    except ConfigError as error:
+        raise TrainingConfigError(f"{os.fspath(path)}: model: {error}") from None
+    except TrainingConfigError as error:
+        raise TrainingConfigError(f"{os.fspath(path)}: {error}") from None
+
+
+def _overridden(content: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    merged = {name: dict(section) if isinstance(section, Mapping) else section for name, section in content.items()}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            raise TrainingConfigError(f"{word!r} found, expected --section.field value")
+        if not equals:
+            if not words:
+                raise TrainingConfigError(f"{word} without a value, expected --{key} value")
+            value = words.pop(0)
+        *sections, field = key.split(".")
+        target = merged
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise TrainingConfigError(f"--{key}: {section} is {target!r}, expected a section")
+        target[field] = yaml.safe_load(value)
+    return merged
+
+
+def _decode(cls: type, content: Any, where: str) -> Any:
+    """Build a dataclass from a mapping, checking every key, type and range."""
+    if not isinstance(content, Mapping):
+        raise TrainingConfigError(f"{where or 'config'}: {content!r} found, expected a section with fields")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for key, value in content.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), list(fields), 1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(fields)}"
+            raise TrainingConfigError(f"{name}: no such key; {hint}")
+        values[key] = _convert(hints[key], value, name)
+        _check_range(fields[key].metadata, values[key], name)
+    for field in fields.values():
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise TrainingConfigError(f"{where + '.' if where else ''}{field.name}: missing")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _decode(hint, value, name)
+    if isinstance(hint, types.UnionType):
+        options = typing.get_args(hint)
+        for option in options:
+            if option is type(None):
+                if value is None:
+                    return None
+                continue
+            try:
+                return _convert(option, value, name)
+            except TrainingConfigError:
+                continue
+        raise TrainingConfigError(f"{name}: {value!r} found, expected {' or '.join(getattr(o, '__name__', str(o)) for o in options)}")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TrainingConfigError(f"{name}: {value!r} found, expected a list")
+        return tuple(_convert(typing.get_args(hint)[0], item, name) for item in value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TrainingConfigError(f"{name}: {value!r} found, expected {_NAMES.get(hint, hint)}")
+    return value
+
+
+_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", RopeScaling: "a section"}
+
+
+def _check_range(metadata: Mapping[str, Any], value: Any, name: str) -> None:
+    if metadata.get("choices") and value not in metadata["choices"]:
+        near = difflib.get_close_matches(str(value), metadata["choices"], 1)
+        raise TrainingConfigError(f"{name}: {value!r} found, expected one of {', '.join(metadata['choices'])}"
+                                  + (f"; did you mean {near[0]}?" if near else ""))
+    low, high = metadata.get("low"), metadata.get("high")
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        span = f"at least {low}" if high is None else f"{low} to {high}"
+        raise TrainingConfigError(f"{name}: {value!r} found, expected {span}")

@@ -1,0 +1,103 @@
+"""Attention kernels against the formula, at the edges of blocks and windows, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.kernels.attention import attention, reference, xla
+
+N, K, H = 6, 2, 8
+
+
+def inputs(seed, B, T, S, dtype=np.float32):
+    random = np.random.default_rng(seed)
+    q, k, v = (random.standard_normal(shape).astype(dtype) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(random.standard_normal(N).astype(dtype) * 2)
+
+
+def positions(B, T, start=0):
+    return jnp.broadcast_to(jnp.arange(start, start + T, dtype=jnp.int32), (B, T))
+
+
+def formula(q, k, v, sinks, window):
+    """One query and head at a time, in float64, straight from the definition."""
+    q, k, v, sinks = (np.asarray(x, np.float64) for x in (q, k, v, sinks))
+    B, T = q.shape[:2]
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(B, T, N):
+        first = 0 if window is None else max(0, t - window + 1)
+        keys, values = k[b, first : t + 1, n // (N // K)], v[b, first : t + 1, n // (N // K)]
+        weights = np.exp(keys @ q[b, t, n] / np.sqrt(H))
+        out[b, t, n] = weights @ values / (weights.sum() + np.exp(sinks[n]))
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 128])
+def test_reference_is_the_formula(window):
+    q, k, v, sinks = inputs(0, 2, 19, 19)
+    out = reference.attention(q, k, v, sinks, q_positions=positions(2, 19), k_positions=positions(2, 19), window=window)
+    np.testing.assert_allclose(out, formula(q, k, v, sinks, window), atol=1e-6)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 8, so that every edge of a block is met with few tokens."""
+    monkeypatch.setattr(xla, "BLOCK", 8)
+    monkeypatch.setattr(xla, "_DENSE_SCORES", 0)
+
+
+@pytest.mark.parametrize("T", [1, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("window", [None, 1, 8, 9, 13])
+def test_blockwise_equals_the_reference_at_block_and_window_edges(small_blocks, T, window):
+    q, k, v, sinks = inputs(T, 2, T, T)
+    tags = dict(q_positions=positions(2, T), k_positions=positions(2, T), window=window)
+    np.testing.assert_allclose(attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
+
+
+def test_blockwise_equals_the_reference_on_empty_slots_and_late_queries(small_blocks):
+    q, k, v, sinks = inputs(3, 2, 5, 37)
+    k_positions = jnp.where(positions(2, 37) < jnp.array([[30], [12]]), positions(2, 37), -1)
+    tags = dict(q_positions=jnp.stack([positions(1, 5, 25)[0], positions(1, 5, 7)[0]]), k_positions=k_positions, window=None)
+    np.testing.assert_allclose(attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_blockwise_gradients_of_packed_rows_equal_those_of_the_reference(small_blocks, window):
+    q, k, v, sinks = inputs(5, 2, 27, 27)
+    segments = jnp.asarray([[1] * 10 + [2] * 12 + [0] * 5, [1] * 1 + [2] * 20 + [3] * 6], jnp.int32)
+    starts = jnp.asarray([[0] * 10 + [10] * 12 + [22] * 5, [0] + [1] * 20 + [21] * 6], jnp.int32)
+    tags = dict(q_positions=positions(2, 27) - starts, k_positions=positions(2, 27) - starts, q_segments=segments, k_segments=segments,
+                window=window)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape).astype(np.float32))
+
+    def loss(implementation, *arrays):
+        return (implementation(*arrays, **tags) * weights).sum()
+
+    ours, expected = (jax.grad(functools.partial(loss, f), argnums=(0, 1, 2, 3))(q, k, v, sinks) for f in (attention, reference.attention))
+    for name, a, b in zip(("q", "k", "v", "sinks"), ours, expected):
+        np.testing.assert_allclose(a, b, atol=3e-6, err_msg=name)
+
+
+def test_a_long_prompt_never_holds_all_scores_at_once():
+    T = 32_768
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    tags = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    arrays = (shape((1, T, N, H)), shape((1, T, K, H)), shape((1, T, K, H)), shape((N,)))
+
+    def loss(q, k, v, sinks, tags):
+        return attention(q, k, v, sinks, q_positions=tags, k_positions=tags).sum()
+
+    for function in (loss, jax.grad(loss, argnums=(0, 1, 2, 3))):
+        memory = jax.jit(function).lower(*arrays, tags).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 120e6  # T x T scores of one head are 4.3 GB
+
+
+def test_bfloat16_stays_near_float32():
+    q, k, v, sinks = inputs(7, 1, 50, 50)
+    tags = dict(q_positions=positions(1, 50), k_positions=positions(1, 50), window=20)
+    low = attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), sinks.astype(jnp.bfloat16), **tags)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), reference.attention(q, k, v, sinks, **tags), atol=0.04)  # 2^-8 of values up to 4

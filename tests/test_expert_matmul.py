@@ -1,0 +1,95 @@
+"""The contract of the expert matmul: every implementation that runs here, on every kind of routing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax import mxfp4
+from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, expert_matmul, reference, xla
+
+IMPLEMENTATIONS = {"reference": reference.expert_matmul, "xla": xla.expert_matmul}
+E, IN, OUT = 5, 64, 48
+GROUPS = {
+    "one row": [0, 0, 1, 0, 0],
+    "even": [4, 4, 4, 4, 4],
+    "ragged with empty experts": [0, 7, 0, 129, 3],
+    "one expert owns all rows": [0, 0, 0, 300, 0],
+    "first and last only": [127, 0, 0, 0, 128],
+    "no rows at all": [0, 0, 0, 0, 0],
+}
+
+
+def weights(seed=0):
+    random = np.random.default_rng(seed)
+    matrices = random.standard_normal((E, OUT, IN)).astype(np.float32)
+    packed = Mxfp4Weight(*(jnp.asarray(x) for x in mxfp4.encode(matrices)))
+    dense = np.swapaxes(mxfp4.decode(*mxfp4.encode(matrices)), 1, 2)
+    return packed, jnp.asarray(dense), jnp.asarray(random.standard_normal((E, OUT)).astype(np.float32))
+
+
+def by_hand(x, dense, bias, groups, rows):
+    """Row by row in float64."""
+    out, row = np.zeros((rows, OUT)), 0
+    for expert, count in enumerate(groups):
+        for _ in range(count):
+            out[row] = np.asarray(x[row], np.float64) @ np.asarray(dense[expert], np.float64) + np.asarray(bias[expert], np.float64)
+            row += 1
+    return out
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_each_row_meets_its_own_expert_and_spare_rows_give_zeros(implementation, groups, spare):
+    packed, dense, bias = weights()
+    rows = sum(groups) + spare
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, IN)).astype(np.float32))
+    if rows == 0:
+        return
+    for weight in (packed, dense):
+        out = implementation(x, weight, bias, jnp.asarray(groups, jnp.int32))
+        np.testing.assert_allclose(out, by_hand(x, dense, bias, groups, rows), atol=2e-5)  # 64 float32 products of size up to 20
+
+
+@pytest.mark.parametrize("groups", [GROUPS["ragged with empty experts"], GROUPS["one expert owns all rows"]], ids=["ragged", "one"])
+def test_gradients_equal_those_of_the_reference(groups):
+    packed, dense, bias = weights()
+    rows = sum(groups) + 2
+    random = np.random.default_rng(2)
+    x, g = (jnp.asarray(random.standard_normal((rows, width)).astype(np.float32)) for width in (IN, OUT))
+    sizes = jnp.asarray(groups, jnp.int32)
+
+    def loss(implementation, x, dense, bias):
+        return (implementation(x, dense, bias, sizes) * g).sum()
+
+    expected = jax.grad(lambda *a: loss(reference.expert_matmul, *a), argnums=(0, 1, 2))(x, dense, bias)
+    for ours, theirs in zip(jax.grad(lambda *a: loss(xla.expert_matmul, *a), argnums=(0, 1, 2))(x, dense, bias), expected):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)  # sums of up to 300 products
+    dx = jax.grad(lambda x: (xla.expert_matmul(x, packed, bias, sizes) * g).sum())(x)
+    np.testing.assert_allclose(dx, expected[0], atol=2e-4)
+
+
+def test_bfloat16_rows_are_summed_in_float32():
+    packed, dense, bias = weights()
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((20, IN)).astype(np.float32)).astype(jnp.bfloat16)
+    out = expert_matmul(x, packed, bias, jnp.full(E, 4, jnp.int32))
+    assert out.dtype == jnp.bfloat16
+    exact = by_hand(x.astype(jnp.float32), dense, bias, [4] * E, 20)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)  # one rounding, at the end
+
+
+def test_no_more_than_one_expert_is_ever_dequantised():
+    experts, width, hidden, rows = 64, 256, 512, 4
+    shape = jax.ShapeDtypeStruct
+    weight = Mxfp4Weight(shape((experts, hidden, width // 32, 16), jnp.uint8), shape((experts, hidden, width // 32), jnp.uint8))
+    memory = jax.jit(expert_matmul).lower(shape((rows, width), jnp.float32), weight, shape((experts, hidden), jnp.float32),
+                                          shape((experts,), jnp.int32)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * (4 * width * hidden)  # a few copies of one expert in float32; the layer would be 64
+
+
+def test_work_grows_with_the_chosen_experts_only():
+    """The loop's trip count, read from the tiles: experts without rows take no part."""
+    tiles = xla._Tiles(8, jnp.asarray([0, 0, 3, 0, 5], jnp.int32))
+    visited = [int(tiles.locate(jnp.int32(t))[0]) for t in range(int(tiles.count))]
+    assert set(visited) == {2, 4} and len(visited) <= 6

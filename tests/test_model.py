@@ -1,0 +1,303 @@
+"""The transformer against what transformers computed (tests/data/oracle, made with transformers 5.23.0), and against itself."""
+
+import json
+import re
+import struct
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import DATA
+from flax import nnx
+
+from gptoss_jax import mxfp4, sharding
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.model import GptOss, make_cache
+from gptoss_jax.model.rope import inverse_frequencies
+from gptoss_jax.model.weights import declare, initialize
+
+TOLERANCE = 5e-5  # of the oracle: the mildest mistake tried moves a logit by more
+
+
+def read_safetensors(directory, dtype):
+    """An independent reader: header and bytes by hand."""
+    tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        data = path.read_bytes()
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        for name, entry in json.loads(data[8:start]).items():
+            if name != "__metadata__":
+                low, high = (start + offset for offset in entry["data_offsets"])
+                kind = np.uint8 if entry["dtype"] == "U8" else ml_dtypes.bfloat16
+                array = np.frombuffer(data[low:high], kind).reshape(entry["shape"])
+                tensors[name] = jnp.asarray(array if kind == np.uint8 else array.astype(dtype))
+    return tensors
+
+
+def load(directory, dtype=np.float32):
+    return GptOss(GptOssConfig.from_file(directory / "config.json"), read_safetensors(directory, dtype))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load(DATA / "tiny_checkpoint")
+
+
+@pytest.fixture(scope="module")
+def forward():
+    return jax.jit(lambda model, tokens: model(tokens, capture=["embed", "layers.*", "final_norm"]))
+
+
+def compare(model, oracle, forward):
+    """Every array of one of the oracle's sequences."""
+    logits, activations = forward(model, jnp.asarray(oracle["input_ids"])[None])
+    logits = np.asarray(logits)[0]
+    np.testing.assert_allclose(logits[oracle["positions"]], oracle["logits"], atol=TOLERANCE)
+    np.testing.assert_array_equal(logits.argmax(-1), oracle["argmax"])
+    theirs_by_our_name = {re.sub(r"^layer(\d+)", r"layers.\1", name): name for name in oracle}
+    compared = 0
+    for ours_name in set(theirs_by_our_name) & set(activations):
+        name = theirs_by_our_name[ours_name]
+        ours, theirs = np.asarray(activations[ours_name])[0], oracle[name]
+        if name.endswith("router_indices"):
+            sure = oracle[name.replace("indices", "margin")] > 1e-4
+            np.testing.assert_array_equal(ours[sure], theirs[sure], err_msg=name)
+        else:
+            ours = ours if ours.shape == theirs.shape else ours[oracle["positions"]]
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, err_msg=name)
+        compared += 1
+    assert compared >= 3 * model.config.num_hidden_layers + 1
+
+
+def continue_greedily(model, oracle, prompt, chunk, step):
+    """Prefill in chunks, decode with the cache, and compare logits and tokens of all 32 steps."""
+    prompt_ids, new = oracle[f"{prompt}.prompt"], oracle[f"{prompt}.new"]
+    cache = make_cache(model.config, 1, len(prompt_ids) + len(new), model.embed_tokens.weight.dtype)
+    for start in range(0, len(prompt_ids), chunk):
+        logits, cache = step(model, jnp.asarray(prompt_ids[start : start + chunk])[None], cache)
+    for token, expected in zip(new, oracle[f"{prompt}.logits"]):
+        last = np.asarray(logits)[0, -1]
+        np.testing.assert_allclose(last, expected, atol=TOLERANCE)
+        assert last.argmax() == token
+        logits, cache = step(model, jnp.full((1, 1), token, jnp.int32), cache)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jax.jit(lambda model, tokens, cache: model(tokens, cache=cache))
+
+
+def test_every_activation_past_the_window_equals_transformers(tiny, forward):
+    compare(tiny, dict(np.load(DATA / "oracle" / "s200.npz")), forward)
+
+
+@pytest.mark.parametrize("prompt, chunk", [("g16", 16), ("g150", 64), ("g150", 150), ("g4090", 1024)])
+def test_greedy_continuations_with_a_cache_equal_transformers(tiny, step, prompt, chunk):
+    continue_greedily(tiny, dict(np.load(DATA / "oracle" / "greedy.npz")), prompt, chunk, step)
+
+
+@pytest.mark.parametrize("sequence", ["s48", "s200", "s4224"])
+def test_every_stored_sequence_of_the_reference_data_equals_transformers(shared, tiny, forward, sequence):
+    compare(tiny, dict(np.load(shared / "oracle" / "tiny" / f"{sequence}.npz")), forward)
+
+
+def test_keys_and_values_of_the_reference_data_are_what_the_cache_holds(shared, tiny, step):
+    oracle = np.load(shared / "oracle" / "tiny" / "s48.npz")
+    _, cache = step(tiny, jnp.asarray(oracle["input_ids"])[None], make_cache(tiny.config, 1, 48, "float32"))
+    for index, layer in enumerate(cache.layers):
+        for ours, name in ((layer.keys, "cache_k"), (layer.values, "cache_v")):
+            np.testing.assert_allclose(np.moveaxis(np.asarray(ours)[0], 1, 0), oracle[f"layer{index}.{name}"], atol=TOLERANCE)
+
+
+def test_rope_frequencies_have_the_references_bits():
+    oracle = np.load(DATA / "oracle" / "units.npz")
+    frequencies, concentration = inverse_frequencies(GptOssConfig.from_file(DATA / "tiny_checkpoint" / "config.json"))
+    np.testing.assert_array_equal(frequencies, oracle["rope_inv_freq"])
+    assert concentration == pytest.approx(float(oracle["rope_scaling"]), rel=1e-7)
+
+
+def test_bfloat16_is_as_near_as_the_references_own_bfloat16():
+    oracle = np.load(DATA / "oracle" / "s200.npz")
+    exact = load(DATA / "tiny_checkpoint")
+    low = load(DATA / "tiny_checkpoint", ml_dtypes.bfloat16)
+    tokens = jnp.asarray(oracle["input_ids"])[None]
+    run = jax.jit(lambda model: model(tokens, capture="layers.*.router_indices"))
+    (logits, chosen), (_, exact_chosen) = run(low), run(exact)
+    same = np.all([np.sort(np.asarray(chosen[name])[0]) == np.sort(np.asarray(exact_chosen[name])[0]) for name in chosen], axis=(0, 2))
+    errors = np.abs(np.asarray(logits)[0] - oracle["logits"])[same]
+    assert same.mean() > 0.94 and errors.mean() < 0.05 and errors.max() < 0.4  # the oracle's README: 0.94, 0.04, 0.35
+
+
+# The model against itself, on a config in which no two dims are equal.
+CONFIG = GptOssConfig(vocab_size=104, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_local_experts=8,
+                      num_experts_per_tok=3, num_attention_heads=6, num_key_value_heads=2, head_dim=20, sliding_window=16,
+                      max_position_embeddings=512)
+
+
+def random_weights(config=CONFIG, seed=0, packed=True):
+    weights = initialize(declare(config, dtype="float32", packed=False), seed, stddev=0.15)
+    key = jax.random.key(seed + 1)
+    for index, (name, value) in enumerate(weights.items()):
+        if name.endswith(("bias", "sinks")):
+            weights[name] = jax.random.normal(jax.random.fold_in(key, index), value.shape)
+    if not packed:
+        return weights
+    split = {}
+    for name, value in weights.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            split[f"{name}_blocks"], split[f"{name}_scales"] = mxfp4.encode(jnp.swapaxes(value, 1, 2))
+        else:
+            split[name] = value
+    return split
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GptOss(CONFIG, random_weights())
+
+
+def tokens_of(B, T, seed=0):
+    return jax.random.randint(jax.random.key(seed), (B, T), 0, CONFIG.vocab_size, dtype=jnp.int32)
+
+
+SAME = 3e-5  # float32 sums in another order, through three layers, logits of size ten
+
+
+@pytest.mark.parametrize("chunks", [[40], [1] * 40, [15, 1, 24], [16, 16, 8], [17, 23], [3, 30, 7]])
+def test_chunks_of_any_size_with_a_cache_equal_one_forward(model, step, chunks):
+    tokens = tokens_of(2, 40)
+    cache, parts, start = make_cache(CONFIG, 2, 64, "float32"), [], 0
+    for chunk in chunks:
+        logits, cache = step(model, tokens[:, start : start + chunk], cache)
+        parts.append(logits)
+        start += chunk
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), jax.jit(GptOss.__call__)(model, tokens), atol=SAME)
+    np.testing.assert_array_equal(cache.lengths, [40, 40])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_the_order_of_a_batch_change_nothing(model, side):
+    tokens = tokens_of(3, 40)
+    lengths = [40, 23, 7]
+    run = jax.jit(lambda t, s: model(t, segment_ids=s))
+    decode = jax.jit(lambda t, s, c: model(t, segment_ids=s, cache=c))
+    padded, real = np.zeros((3, 40), np.int32), np.zeros((3, 40), np.int32)
+    where = [slice(40 - n, 40) if side == "left" else slice(0, n) for n in lengths]
+    for row, (place, n) in enumerate(zip(where, lengths)):
+        padded[row, place], real[row, place] = tokens[row, :n], 1
+    order = np.array([2, 0, 1])
+    logits = run(padded, real)
+    np.testing.assert_allclose(run(padded[order], real[order]), logits[order], atol=SAME)
+    cached, cache = decode(padded, real, make_cache(CONFIG, 3, 64, "float32"))
+    np.testing.assert_array_equal(cache.lengths, lengths)
+    following, _ = decode(tokens_of(3, 1, 5), np.ones((3, 1), np.int32), cache)
+    for row, (place, n) in enumerate(zip(where, lengths)):
+        alone = model(jnp.concatenate([tokens[row : row + 1, :n], tokens_of(3, 1, 5)[row : row + 1]], axis=1))
+        np.testing.assert_allclose(logits[row, place], alone[0, :n], atol=SAME)
+        np.testing.assert_allclose(cached[row, place], alone[0, :n], atol=SAME)
+        np.testing.assert_allclose(following[row], alone[0, n:], atol=SAME)
+
+
+def test_packed_segments_equal_each_alone(model):
+    tokens = tokens_of(1, 45)
+    segments = jnp.asarray([[1] * 20 + [2] * 3 + [3] * 18 + [0] * 4], jnp.int32)
+    logits = jax.jit(lambda t, s: model(t, segment_ids=s))(tokens, segments)
+    for start, end in ((0, 20), (20, 23), (23, 41)):
+        np.testing.assert_allclose(logits[:, start:end], model(tokens[:, start:end]), atol=SAME)
+
+
+@pytest.mark.parametrize("axes", [dict(data=8), dict(expert=8), dict(tensor=2, data=4), dict(fsdp=4, expert=2),
+                                  dict(data=2, expert=2, tensor=2)], ids=str)
+def test_eight_devices_equal_one(axes):
+    config = CONFIG.replace(num_attention_heads=8, num_key_value_heads=4, intermediate_size=128)
+    weights = random_weights(config)
+    tokens = tokens_of(8, 24)
+    run = jax.jit(GptOss.__call__)
+    mesh = sharding.make_mesh(**axes)
+    places = sharding.shardings(declare(config, dtype="float32"), mesh)
+    placed = {name: jax.device_put(value, places[name]) for name, value in weights.items()}
+    expected = run(GptOss(config, weights), tokens)
+    np.testing.assert_allclose(run(GptOss(config, placed, mesh=mesh), tokens), expected, atol=SAME)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(run(GptOss(config, placed), tokens), expected, atol=SAME)
+
+
+def test_a_mesh_that_does_not_divide_is_refused_by_name():
+    mesh = sharding.make_mesh(tensor=8)
+    with pytest.raises(sharding.ShardingError, match=r"down_proj_blocks: dim 2 of \(8, 64, 3, 16\).*3 entries.*tensor 8"):
+        sharding.shardings({k: v for k, v in declare(CONFIG).items() if "down_proj_blocks" in k}, mesh)
+    with pytest.raises(sharding.ShardingError, match="needs 6 devices, 8 given"):
+        sharding.make_mesh(data=3, tensor=2)
+
+
+def test_captured_activations_are_named_and_unknown_names_refused(model):
+    logits, activations = model(tokens_of(1, 5), capture=["layers.1.router_indices", "*.hidden"])
+    assert sorted(activations) == ["layers.0.hidden", "layers.1.hidden", "layers.1.router_indices", "layers.2.hidden"]
+    assert activations["layers.1.router_indices"].shape == (1, 5, 3)
+    np.testing.assert_array_equal(logits, model(tokens_of(1, 5)))
+    with pytest.raises(ValueError, match="'layers.9.hidden' matches no activation; there are embed, final_norm and, in layers.N, after_attn"):
+        model(tokens_of(1, 5), capture="layers.9.hidden")
+
+
+def test_activations_cost_nothing_when_not_asked_for(model):
+    def text(**kwargs):
+        return str(jax.make_jaxpr(lambda t: model(t, **kwargs))(tokens_of(1, 5)))
+
+    assert text(capture=()) == text() != text(capture="embed")
+
+
+def test_grad_of_chosen_weights_and_vmap_work_on_the_model(model):
+    graph, chosen, rest = nnx.split(model, lambda path, value: "sinks" in path, ...)
+
+    def loss(chosen, tokens):
+        return nnx.merge(graph, chosen, rest)(tokens[None]).std()
+
+    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(chosen, tokens_of(1, 9)[0]))
+    assert len(gradients) == 3 and all(g.shape == (6,) and float(abs(g).max()) > 0 for g in gradients)
+    batched = jax.jit(jax.vmap(lambda t: model(t[None])[0]))(tokens_of(3, 9))
+    np.testing.assert_allclose(batched, model(tokens_of(3, 9)), atol=SAME)
+
+
+def test_gradients_through_packed_experts_equal_those_through_dense_ones():
+    packed, dense = random_weights(packed=True), random_weights(packed=False)
+    for name in dense:
+        if name not in packed:
+            dense[name] = jnp.swapaxes(mxfp4.decode(packed[f"{name}_blocks"], packed[f"{name}_scales"]), 1, 2)
+
+    def gradient(weights):
+        small = {name: value for name, value in weights.items() if "experts" not in name}
+        return jax.jit(jax.grad(lambda w: GptOss(CONFIG, weights | w)(tokens_of(2, 20)).std()))(small)
+
+    for ours, expected in zip(*(jax.tree.leaves(gradient(w)) for w in (packed, dense))):
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_weights_are_read_and_replaced_by_their_checkpoint_name(model):
+    weights = model.weights()
+    assert list(sorted(weights)) == sorted(declare(CONFIG))
+    changed = model.replace({"model.layers.1.self_attn.sinks": jnp.zeros(6)})
+    assert float(abs(changed(tokens_of(1, 4)) - model(tokens_of(1, 4))).max()) > 1e-3
+    with pytest.raises(ValueError, match="model.layers.7.sinks: no such weight"):
+        model.replace({"model.layers.7.sinks": jnp.zeros(6)})
+    with pytest.raises(ValueError, match=r"shape \(5,\) found, expected \(6,\)"):
+        model.replace({"model.layers.1.self_attn.sinks": jnp.zeros(5)})
+
+
+def test_wrong_inputs_are_named(model):
+    with pytest.raises(ValueError, match=r"tokens: int32\[5\] found, expected integers \[batch, tokens\]"):
+        model(jnp.zeros(5, jnp.int32))
+    with pytest.raises(ValueError, match=r"segment_ids: shape \(1, 4\) found, expected that of tokens, \(1, 5\)"):
+        model(tokens_of(1, 5), segment_ids=jnp.ones((1, 4), jnp.int32))
+
+
+def test_a_long_prompt_in_chunks_needs_memory_for_one_chunk():
+    length = 32_768
+    config = CONFIG.replace(max_position_embeddings=length)
+    model = jax.eval_shape(lambda: GptOss(config, random_weights(config)))
+    cache = jax.eval_shape(lambda: make_cache(config, 1, length, "float32"))
+    step = jax.jit(lambda m, t, c: m.hidden_states(t, cache=c), donate_argnums=2)
+    memory = step.lower(model, jax.ShapeDtypeStruct((1, 512), jnp.int32), cache).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 60e6  # 512 x 32,768 scores of six heads are 403 MB
+    assert max(layer.keys.shape[1] for layer in cache.layers[::2]) == config.sliding_window
