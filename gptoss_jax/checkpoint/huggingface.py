@@ -17,7 +17,7 @@ from gptoss_jax.checkpoint.conversion import write_json, write_sidecars
 from gptoss_jax.checkpoint.destination import appearing, check_destination
 from gptoss_jax.checkpoint.errors import CheckpointError, check_tensors, read_json
 from gptoss_jax.checkpoint.loading import load_targets
-from gptoss_jax.checkpoint.opening import INDEX, SINGLE, Checkpoint, open_checkpoint
+from gptoss_jax.checkpoint.opening import INDEX, SINGLE, Checkpoint, open_checkpoint, sidecars_of
 from gptoss_jax.config import ConfigError, GptOssConfig
 from gptoss_jax.model.weights import Weight, declare
 
@@ -38,7 +38,7 @@ def save_huggingface(path: str | os.PathLike, config: GptOssConfig, weights: Map
     Weights are looked up one at a time, when they are written. The directory appears when it is complete; one that is there is replaced
     with `overwrite` only. Raises CheckpointError when weights don't fit the configuration, or Mxfp4Error for numbers MXFP4 can't hold.
     """
-    sidecars = () if sidecars_from is None else open_checkpoint(sidecars_from).sidecars
+    sidecars = () if sidecars_from is None else sidecars_of(Path(sidecars_from))
     _save(Path(path), config, weights, sidecars, None, format, overwrite, max_shard_bytes, progress)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,10 +13,23 @@ import numpy as np
 from gptoss_jax.checkpoint.errors import CheckpointError
 from gptoss_jax.checkpoint.opening import open_checkpoint, shard_bounds
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.model import GptOss
 from gptoss_jax.model.weights import Weight, declare
 from gptoss_jax.sharding import shardings
 
 DTYPES = ("bfloat16", "float32")
+_TINY = Path(__file__).parents[1] / "assets" / "tiny"
+
+
+def load(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.sharding.Mesh | None = None,
+         progress: Callable[[int, int], None] | None = None) -> GptOss:
+    """Load a model from a checkpoint of any layout, or the embedded one with path "tiny". Arguments and errors are those of `load_weights`."""
+    return GptOss(*load_weights(resolve(path), dtype=dtype, mesh=mesh, progress=progress))
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """Return the directory that a `path` given by the user means: "tiny" is the embedded checkpoint."""
+    return _TINY if os.fspath(path) == "tiny" else Path(path)
 
 
 def load_weights(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.sharding.Mesh | None = None,
@@ -25,8 +39,9 @@ def load_weights(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.
     dtype: of everything but packed experts, which stay uint8: bfloat16 as stored, or float32. mesh: where `sharding.shardings` puts the
     weights; None, on the first device. progress: called with (done_bytes, total_bytes) of what this process reads.
 
-    Each process reads only the bytes of its own shards. Host memory beside them: from safetensors 32 MiB on CPU, the two largest shards
-    on accelerators (on their way to the device); from Orbax the 256 MiB it is asked for at a time, or one larger weight, twice over.
+    Each process reads only the bytes of its own shards. Host memory beside them: from safetensors 32 MiB on CPU (measured: 20 MB), the two
+    largest shards on accelerators, on their way to the device. From Orbax about three times the 256 MiB it is asked for at a time, or
+    twice a larger weight (measured: 0.7 GB on four-layer-20b with 32,768 tokens, 1.8 GB with 201,088).
     Raises CheckpointError, ConfigError or ShardingError, before anything is allocated.
     """
     if dtype not in DTYPES:

@@ -19,7 +19,8 @@ from gptoss_jax.model.weights import Weight, declare
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt")
+_ORBAX_MARK = "_CHECKPOINT_METADATA"
+_NOT_SIDECARS = (_ORBAX_MARK, "orbax.checkpoint", "commit_success.txt", "dtypes.json")  # the last describes OpenAI's tensor names
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 _MAX_SIDECAR_BYTES = 256 << 20
 _READERS = 2  # threads: one copies from the page cache while the other waits for a disk or a device
@@ -48,7 +49,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: {'a file' if path.exists() else 'no such directory'}, expected a checkpoint directory")
-    if (path / ORBAX_FILES[0]).exists():
+    if (path / _ORBAX_MARK).exists():
         return _open_orbax(path)
     has_weights = (path / INDEX).exists() or any(path.glob("*.safetensors"))
     nested = not has_weights and (path / "original").is_dir()
@@ -59,11 +60,11 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     config = GptOssConfig.from_file(folder / "config.json")
     declared = declare(config, packed=config.quantized)
     if "model_type" in content:
-        sidecars = _sidecars(path)
+        sidecars = sidecars_of(path)
         stored = _read_hugging_face(folder)
         check_tensors(path, stored, declared)
     else:
-        sidecars = tuple(file for file in _sidecars(path) if file.name not in ("config.json", "dtypes.json"))
+        sidecars = tuple(file for file in sidecars_of(path) if file.name != "config.json")  # which is OpenAI's
         stored = _read_headers(sorted(folder.glob("*.safetensors")))
         if not stored:
             raise CheckpointError(f"{folder}: no .safetensors file found, expected the weights")
@@ -78,6 +79,13 @@ def shard_bounds(target: jax.ShapeDtypeStruct) -> dict[jax.Device, tuple[tuple[i
     return {device: tuple(part.indices(size)[:2] for part, size in zip(index, target.shape)) for device, index in parts.items()}
 
 
+def sidecars_of(path: Path) -> tuple[Path, ...]:
+    """Return the files of a checkpoint directory that aren't its weights: configuration, tokenizer, chat template, license, ..."""
+    return tuple(file for file in sorted(path.iterdir())
+                 if file.is_file() and file.name not in _NOT_SIDECARS and not file.name.endswith(_WEIGHT_SUFFIXES)
+                 and file.stat().st_size <= _MAX_SIDECAR_BYTES)
+
+
 def _open_orbax(path: Path) -> Checkpoint:
     from gptoss_jax.checkpoint import store  # Orbax takes a second to import, and safetensors don't need it
 
@@ -86,13 +94,7 @@ def _open_orbax(path: Path) -> Checkpoint:
     config = GptOssConfig.from_file(path / "config.json")
     declared = declare(config, packed=config.quantized)
     check_tensors(path, store.describe(path), declared)
-    return Checkpoint(path, config, declared, _sidecars(path), lambda targets: store.read(path, targets))
-
-
-def _sidecars(path: Path) -> tuple[Path, ...]:
-    return tuple(file for file in sorted(path.iterdir())
-                 if file.is_file() and file.name not in ORBAX_FILES and not file.name.endswith(_WEIGHT_SUFFIXES)
-                 and file.stat().st_size <= _MAX_SIDECAR_BYTES)
+    return Checkpoint(path, config, declared, sidecars_of(path), lambda targets: store.read(path, targets))
 
 
 def _read_hugging_face(path: Path) -> dict[str, StoredTensor]:
@@ -132,9 +134,11 @@ def _read_headers(files: list[Path]) -> dict[str, StoredTensor]:
 
 
 def _read(stored: Mapping[str, StoredTensor], targets: Targets) -> Iterator[tuple[str, jax.Array]]:
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
-        arrays = readers.map(lambda name: _read_array(stored[name], targets[name]), targets)
-        yield from zip(targets, arrays)
+    readers = concurrent.futures.ThreadPoolExecutor(_READERS)
+    try:
+        yield from zip(targets, readers.map(lambda name: _read_array(stored[name], targets[name]), targets))
+    finally:
+        readers.shutdown(cancel_futures=True)  # after an error or Ctrl-C, read no more
 
 
 def _read_array(tensor: StoredTensor, target: jax.ShapeDtypeStruct) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptoss_jax import sharding
 from gptoss_jax.inference.sampling import Sampling, sample, stack
@@ -105,14 +106,14 @@ class Engine:
         kind, arrays = stack(settings + settings[-1:] * spare)
         arrays = jax.tree.map(jnp.asarray, arrays)
         cache, hidden = self._prefill_prompts([*prompts, *[()] * spare], min(_power_of_two(max(length, _SMALLEST_CACHE)), self.max_context))
-        step = jnp.zeros(batch, jnp.int32)
-        ids, logprobs = self._first(self.weights, hidden, arrays, step, kind=kind)
+        ids, logprobs = self._first(self.weights, hidden, arrays, np.zeros(batch, np.int32), kind=kind)
         open_rows, count = set(range(len(prompts))), 0
         while open_rows:
             pending = (ids, logprobs)
             count += 1
             if count < max(room):  # dispatched before the tokens at hand are read
-                ids, logprobs, cache, step = self._decode(self.weights, cache, ids, arrays, step, kind=kind)
+                steps = np.full(batch, count, np.int32)
+                ids, logprobs, cache = self._decode(self.weights, cache, ids, arrays, steps, kind=kind)
             step_ids, step_logprobs = jax.device_get(pending)
             for row in sorted(open_rows):
                 id = int(step_ids[row])
@@ -126,6 +127,7 @@ class Engine:
         batch, longest = len(prompts), max(map(len, prompts))
         cache = make_cache(self.config, batch, length, self.dtype, mesh=self.mesh)
         hidden = jnp.zeros((batch, self.config.hidden_size), self.dtype)
+        cache, hidden = jax.device_put((cache, hidden), self._place(cache, hidden))  # where outputs lie too: compiled once
         for start in range(0, longest, self.prefill_chunk):
             chunk = max(_SMALLEST_CHUNK, _power_of_two(min(longest - start, self.prefill_chunk)))
             tokens = np.zeros((batch, chunk), np.int32)
@@ -135,6 +137,12 @@ class Engine:
                 tokens[row, : len(part)], counts[row] = part, len(part)
             cache, hidden = self._prefill(self.weights, (cache, hidden), tokens, counts)
         return cache, hidden
+
+    def _place(self, *trees):
+        if self.mesh is None:
+            return self.weights["model.embed_tokens.weight"].sharding
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else everywhere, trees)
 
     def _model(self, weights) -> GptOss:
         return GptOss(self.config, weights, mesh=self.mesh)
@@ -152,9 +160,8 @@ class Engine:
     def _decode_step(self, weights, cache, ids_B, settings, step_B, *, kind):
         model = self._model(weights)
         x_BTD, cache = model.hidden_states(ids_B[:, None], cache=cache)
-        step_B = step_B + 1
         ids_B, logprobs_B = sample(model.unembed(x_BTD[:, 0]), settings, step_B, kind=kind, sampleable=self.sampleable)
-        return ids_B, logprobs_B, cache, step_B
+        return ids_B, logprobs_B, cache
 
     def _check(self, prompts) -> None:
         for row, prompt in enumerate(prompts):

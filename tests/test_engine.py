@@ -1,0 +1,122 @@
+"""Generation: the oracle's greedy tokens, sampling as defined, batches that don't disturb each other, nothing compiled twice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import DATA
+
+from gptoss_jax import checkpoint
+from gptoss_jax.inference.engine import Engine, PromptError
+from gptoss_jax.inference.sampling import Sampling, SamplingError, sample, stack
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return checkpoint.load(DATA / "tiny_checkpoint", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return Engine(model, prefill_chunk=64)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return dict(np.load(DATA / "oracle" / "greedy.npz"))
+
+
+def test_a_batch_of_unequal_prompts_gives_transformers_greedy_tokens(engine, oracle):
+    names = ["g150", "g16"]
+    completions = engine.generate([oracle[f"{name}.prompt"].tolist() for name in names], GREEDY, max_new_tokens=32)
+    for name, completion in zip(names, completions):
+        assert completion.ids == oracle[f"{name}.new"].tolist() and completion.finish == "length"
+        expected = jax.nn.log_softmax(oracle[f"{name}.logits"])[np.arange(32), oracle[f"{name}.new"]]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)  # twice the tolerance of a logit
+
+
+def test_a_row_stops_at_its_stop_id_and_others_go_on(model, oracle):
+    new = oracle["g16.new"].tolist()
+    stop = new[5]
+
+    class Stops:
+        stop_ids, sampleable = frozenset([stop]), 512
+
+    prompts = [oracle["g16.prompt"].tolist(), oracle["g150.prompt"].tolist()]
+    first, second = Engine(model, Stops, prefill_chunk=64).generate(prompts, GREEDY, max_new_tokens=12)
+    assert first.finish == "stop" and first.ids == new[: new.index(stop) + 1]
+    assert second.ids == oracle["g150.new"].tolist()[:12] and second.finish == "length"
+
+
+def test_nothing_is_compiled_again_for_another_length_or_setting(model):
+    engine = Engine(model, prefill_chunk=16)
+    for length, settings in ((3, Sampling(seed=1)), (9, Sampling(temperature=0.5)), (16, Sampling(seed=9)), (40, Sampling()), (2, Sampling())):
+        engine.generate([[5] * length], settings, max_new_tokens=length % 4 + 1)
+    assert engine._decode._cache_size() == 1 and engine._prefill._cache_size() == 1 and engine._first._cache_size() == 1
+
+
+def test_a_seed_reproduces_its_tokens_in_any_batch(engine):
+    prompts = [[1, 2, 3], [7] * 30, [9, 4]]
+    settings = [Sampling(seed=s, top_p=0.9, top_k=50) for s in (3, 4, 5)]
+    together = engine.generate(prompts, settings, max_new_tokens=20)
+    order = [2, 0, 1]
+    for place, row in zip(engine.generate([prompts[i] for i in order], [settings[i] for i in order], max_new_tokens=20), order):
+        assert place.ids == together[row].ids
+    assert engine.generate(prompts[:1], settings[:1], max_new_tokens=20)[0].ids == together[0].ids
+    assert engine.generate(prompts[:1], Sampling(seed=99), max_new_tokens=20)[0].ids != together[0].ids
+
+
+def test_the_context_ends_a_row(model):
+    engine = Engine(model, max_context=40, prefill_chunk=16)
+    completion = engine.generate([[3] * 30], GREEDY, max_new_tokens=100)[0]
+    assert len(completion.ids) == 10 and completion.finish == "length"
+    with pytest.raises(PromptError, match="prompt 0 has 40 tokens, expected fewer than the context of 40"):
+        engine.generate([[3] * 40], GREEDY)
+
+
+def test_unusable_prompts_and_settings_are_named(engine):
+    with pytest.raises(PromptError, match="prompt 1 is empty"):
+        engine.generate([[1], []])
+    with pytest.raises(PromptError, match="prompt 0 holds the id 512, expected 0 to 511"):
+        engine.generate([[512]])
+    for field, value in (("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("top_k", -1), ("min_p", 2), ("seed", -1), ("temperature", float("nan"))):
+        with pytest.raises(SamplingError, match=f"{field} is {value}, expected"):
+            Sampling(**{field: value})
+
+
+def allowed(logits, settings):
+    """Which tokens may be drawn, by sorting: temperature, then top-k, then top-p of what is left, then min-p."""
+    p = np.exp((logits - logits.max()) / settings.temperature)
+    order = np.argsort(-p)
+    keep = order[: settings.top_k] if settings.top_k else order
+    share = p[keep] / p[keep].sum()
+    keep = keep[: np.searchsorted(np.cumsum(share), settings.top_p - 1e-6) + 1] if settings.top_p < 1 else keep
+    return {i for i in keep if p[i] >= settings.min_p * p.max()}
+
+
+@pytest.mark.parametrize("settings", [Sampling(top_k=1), Sampling(top_k=7), Sampling(top_p=0.1), Sampling(top_p=0.8), Sampling(min_p=0.2),
+                                      Sampling(temperature=2.0, top_k=20, top_p=0.7, min_p=0.05), Sampling(temperature=0.3, top_p=0.95)],
+                         ids=str)
+def test_filters_allow_exactly_the_tokens_their_definition_allows(settings):
+    logits = np.random.default_rng(0).standard_normal(60).astype(np.float32) * 2
+    rows = 4000
+    kind, arrays = stack([settings])
+    arrays = type(arrays)(*(jnp.repeat(jnp.asarray(x), rows) for x in arrays))
+    ids, _ = jax.jit(lambda: sample(jnp.broadcast_to(logits, (rows, 60)), arrays, jnp.arange(rows), kind=kind, sampleable=60))()
+    drawn, may = set(np.asarray(ids).tolist()), allowed(logits, settings)
+    assert drawn <= may
+    p = np.array([np.exp((logits[i] - logits.max()) / settings.temperature) for i in may])
+    likely = {i for i, share in zip(may, p / p.sum()) if share > 0.005}  # drawn 20 times on average
+    assert likely <= drawn
+
+
+def test_draws_follow_the_distribution_and_unsampleable_ids_never_come():
+    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.2, 100.0]))
+    kind, arrays = stack([Sampling()])
+    rows = 20_000
+    arrays = type(arrays)(*(jnp.repeat(jnp.asarray(x), rows) for x in arrays))
+    ids, logprobs = sample(jnp.broadcast_to(logits, (rows, 4)), arrays, jnp.arange(rows), kind=kind, sampleable=3)
+    np.testing.assert_allclose(np.bincount(ids, minlength=4) / rows, [0.5, 0.3, 0.2, 0], atol=0.015)  # four standard deviations
+    np.testing.assert_allclose(np.exp(logprobs), np.asarray([0.5, 0.3, 0.2])[ids], rtol=1e-5)
