@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gptoss_jax.export",
         description="Write a gpt-oss checkpoint as a Hugging Face directory that transformers and other engines load.")
-    parser.add_argument("source", metavar="SRC", help="Orbax directory made by gptoss_jax.convert, Hugging Face directory, or OpenAI's original/")
+    parser.add_argument("source", metavar="SRC", help="Orbax directory made by convert, Hugging Face directory, or OpenAI's original/")
     parser.add_argument("destination", metavar="DST", help="directory to create; it appears when it is complete")
     parser.add_argument("--format", choices=("mxfp4", "bfloat16"), default="mxfp4",
                         help="experts as MXFP4 (packed ones bit for bit, bfloat16 ones encoded) or as plain bfloat16 (default: %(default)s)")

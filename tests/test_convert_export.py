@@ -18,7 +18,8 @@ TINY = DATA / "tiny_checkpoint"
 SMALL = GptOssConfig(
     vocab_size=208, hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=3,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=5, eos_token_id=(7, 9), pad_token_id=3)
-SIDECARS = {"tokenizer.json": b'{"a":  1}\r\n', "chat_template.jinja": b"{{ x }}", "LICENSE": b"\xff\x00 any bytes", "generation_config.json": b"{ }"}
+SIDECARS = {"tokenizer.json": b'{"a":  1}\r\n', "chat_template.jinja": b"{{ x }}", "LICENSE": b"\xff\x00 any bytes",
+            "generation_config.json": b"{ }"}
 
 
 @pytest.fixture
@@ -56,6 +57,7 @@ def decoded(tensors):
 
 # There and back
 
+
 def test_hugging_face_to_orbax_to_hugging_face_changes_no_byte_of_any_tensor_or_file(source, tmp_path, truth, capsys):
     assert run(convert, source, tmp_path / "orbax") == 0
     assert run(export, tmp_path / "orbax", tmp_path / "back") == 0
@@ -89,6 +91,13 @@ def test_an_orbax_checkpoint_loads_on_any_mesh_and_in_float32(tmp_path, axes):
     assert loaded["lm_head.weight"].sharding.mesh == mesh
     exact = load_weights(tmp_path / "orbax", dtype="float32")[1]
     assert_same_bits(exact, {name: w if w.dtype == np.uint8 else w.astype(np.float32) for name, w in weights.items()})
+
+
+def test_relative_paths_mean_the_working_directory(source, tmp_path, truth, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(convert, "source", "orbax") == 0
+    assert run(export, "orbax", "deeper/back") == 0
+    assert_same_bits(read_directory(tmp_path / "deeper" / "back"), truth)
 
 
 def test_an_orbax_checkpoint_larger_than_a_group_is_complete(tmp_path, source, truth, monkeypatch):
@@ -162,6 +171,7 @@ def test_our_files_start_on_aligned_bytes_and_say_they_are_for_torch(tmp_path):
 
 # Complete or not at all
 
+
 @pytest.mark.parametrize("command", [convert, export], ids=["convert", "export"])
 def test_an_existing_destination_stays_untouched_without_overwrite_and_is_replaced_with_it(command, source, tmp_path, capsys):
     (tmp_path / "there").mkdir()
@@ -192,6 +202,7 @@ def test_an_interrupted_run_leaves_the_old_destination_and_nothing_else(command,
     monkeypatch.setattr(store, "GROUP_BYTES", 1_000)
     assert run(command, source, tmp_path / "there", "--overwrite") == 130
     assert run(command, source, tmp_path / "new") == 130
+    monkeypatch.undo()
     assert sorted(file.name for file in tmp_path.iterdir()) == before
     load_weights(tmp_path / "there")
 
@@ -226,15 +237,23 @@ def test_bad_flags_are_exit_code_2_and_help_is_0(capsys):
     assert run(convert, "--help") == 0
 
 
-def test_a_damaged_orbax_checkpoint_is_one_line(source, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["missing", "truncated", "metadata"])
+def test_a_damaged_orbax_checkpoint_is_one_line_before_anything_is_read(damage, source, tmp_path, capsys):
     run(convert, source, tmp_path / "orbax")
-    for file in (tmp_path / "orbax" / "state").rglob("d/*"):
-        file.unlink()
+    state = tmp_path / "orbax" / "state"
+    if damage == "metadata":
+        (tmp_path / "orbax" / store.MANIFEST).unlink()  # as if Orbax alone had written it
+        (state / "_METADATA").unlink()
+        said = "Orbax can't read it: "
+    else:
+        file = max((file for file in state.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+        size, name = file.stat().st_size, file.relative_to(tmp_path / "orbax")
+        said = f"1 file missing: {name}" if damage == "missing" else f"{name} has {size - 1} bytes, expected {size}"
+        file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:-1])
+    capsys.readouterr()
     assert run(export, tmp_path / "orbax", tmp_path / "back") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{tmp_path}/orbax: Orbax can't read it" in error
-    (tmp_path / "orbax" / "state" / "_METADATA").unlink()
-    assert run(export, tmp_path / "orbax", tmp_path / "back") == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/orbax: " in error and said in error and error.count("\n") == 1
     assert not (tmp_path / "back").exists()
 
 
@@ -242,7 +261,8 @@ def test_weights_that_do_not_fit_their_config_are_not_saved(tmp_path):
     weights = random_weights(declare(SMALL))
     del weights["model.norm.weight"]
     weights["lm_head.weight"] = weights["lm_head.weight"].T
-    with pytest.raises(CheckpointError, match=r"1 tensor missing: model\.norm\.weight; lm_head\.weight: shape \[96, 208\] found, \[208, 96\]"):
+    said = r"1 tensor missing: model\.norm\.weight; lm_head\.weight: shape \[96, 208\] found, \[208, 96\] expected"
+    with pytest.raises(CheckpointError, match=said):
         save_huggingface(tmp_path / "hf", SMALL, weights)
     with pytest.raises(CheckpointError, match="format: 'int8' found, expected 'mxfp4' or 'bfloat16'"):
         save_huggingface(tmp_path / "hf", SMALL, weights, format="int8")

@@ -20,7 +20,8 @@ from gptoss_jax.model.weights import Weight, declare
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _ORBAX_MARK = "_CHECKPOINT_METADATA"
-_NOT_SIDECARS = (_ORBAX_MARK, "orbax.checkpoint", "commit_success.txt", "dtypes.json")  # the last describes OpenAI's tensor names
+_NOT_SIDECARS = (_ORBAX_MARK, "orbax.checkpoint", "commit_success.txt", "orbax_files.json",
+                 "dtypes.json")  # describes OpenAI's tensor names
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 _MAX_SIDECAR_BYTES = 256 << 20
 _READERS = 2  # threads: one copies from the page cache while the other waits for a disk or a device
@@ -32,8 +33,9 @@ Targets = Mapping[str, jax.ShapeDtypeStruct]
 class Checkpoint:
     """A verified checkpoint.
 
-    weights: every weight as stored, by its Hugging Face name. sidecars: the files beside the weights (configuration, tokenizer, license),
-    config.json among them where it is Hugging Face's. read: yields each target (with its sharding; dtype as stored or float32) as it arrives.
+    weights: every weight as stored, by its Hugging Face name. sidecars: the files beside the weights (configuration, tokenizer,
+    license), config.json among them where it is Hugging Face's. read: yields each target as it arrives, in its sharding, dtype as stored or
+    float32.
     """
 
     path: Path
@@ -144,7 +146,8 @@ def _read(stored: Mapping[str, StoredTensor], targets: Targets) -> Iterator[tupl
 def _read_array(tensor: StoredTensor, target: jax.ShapeDtypeStruct) -> jax.Array:
     """Read the shards that this process's devices hold, each distinct one once, and wait until they are in place.
 
-    On CPU the array takes over the buffers that were read. XLA copies such a buffer before it would write to it (donation), so devices can share one.
+    On CPU the array takes over the buffers that were read. XLA copies such a buffer before it would write to it (donation), so devices
+    can share one.
     """
     shards: dict[tuple, np.ndarray] = {}
     arrays = []

@@ -1,7 +1,7 @@
 """The safetensors file format: verified headers, the bytes of one shard, a streaming writer.
 
-A file is a little-endian uint64 header length, a JSON header `{name: {"dtype", "shape", "data_offsets": [begin, end]}}` and the tensors' bytes,
-row-major, without gaps. Source: huggingface/safetensors, README "Format".
+A file is a little-endian uint64 header length, a JSON header `{name: {"dtype", "shape", "data_offsets": [begin, end]}}` and the
+tensors' bytes, row-major, without gaps. Source: huggingface/safetensors, README "Format".
 
 Why not Orbax's safetensors reader: it gathers a whole file in host buffers before it places them, reads every `*.safetensors` of a
 directory whatever the index says, and can't split OpenAI's fused qkv. Measured on 2.29 GB of `four-layer-20b` in the page cache, two cores:
@@ -29,7 +29,8 @@ from gptoss_jax.model.weights import Weight
 NUMPY_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "uint8": np.dtype(np.uint8)}
 _DTYPES = {"BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E4M3": ("float8_e4m3fn", 1),
            "I16": ("int16", 2), "U16": ("uint16", 2), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-           "I32": ("int32", 4), "U32": ("uint32", 4), "F32": ("float32", 4), "I64": ("int64", 8), "U64": ("uint64", 8), "F64": ("float64", 8)}
+           "I32": ("int32", 4), "U32": ("uint32", 4), "F32": ("float32", 4),
+           "I64": ("int64", 8), "U64": ("uint64", 8), "F64": ("float64", 8)}
 _CODES = {dtype: code for code, (dtype, _) in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 _WINDOW_BYTES = 16 << 20
@@ -52,7 +53,7 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Return where each tensor of a file is. Raises CheckpointError when the file is missing, truncated, or its header contradicts itself."""
+    """Return where each tensor of a file is. Raises CheckpointError for a missing or truncated file, or a header that contradicts itself."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -75,7 +76,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     end = 0
     for name, (begin, stop, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
         if begin != end:
-            raise CheckpointError(f"{file}: corrupt: {name} starts at byte {begin} of the data, expected {end}, where the tensor before it ends")
+            raise CheckpointError(f"{file}: corrupt: {name} starts at byte {begin} of the data, expected {end}, where the one before ends")
         end = stop
     if end != data_bytes:
         state = "truncated" if data_bytes < end else "corrupt"
@@ -134,7 +135,7 @@ def num_bytes(weight: Weight | StoredTensor) -> int:
 def _checked_entry(file: Path, name: str, entry) -> tuple[int, int, tuple[int, ...], str]:
     try:
         (begin, end), shape, code = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
-        whole = all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape))
+        whole = isinstance(code, str) and all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape))
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:
@@ -143,7 +144,8 @@ def _checked_entry(file: Path, name: str, entry) -> tuple[int, int, tuple[int, .
         raise CheckpointError(f"{file}: {name}: dtype {code!r} found, expected one of {', '.join(_DTYPES)}")
     dtype, itemsize = _DTYPES[code]
     if end - begin != math.prod(shape) * itemsize:
-        raise CheckpointError(f"{file}: corrupt: {name} has {end - begin} bytes, expected {math.prod(shape) * itemsize} for {code} {list(shape)}")
+        expected = math.prod(shape) * itemsize
+        raise CheckpointError(f"{file}: corrupt: {name} has {end - begin} bytes, expected {expected} for {code} {list(shape)}")
     return begin, end, shape, dtype
 
 

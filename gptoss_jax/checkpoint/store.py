@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,18 +13,23 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from gptoss_jax.checkpoint.errors import CheckpointError
+from gptoss_jax.checkpoint.errors import CheckpointError, count, listed, read_json
 from gptoss_jax.model.weights import Weight
 
+MANIFEST = "orbax_files.json"
 GROUP_BYTES = 256 << 20
 _DENSE_CHUNK_BYTES = 32 << 20
 
 
 def describe(path: Path) -> dict[str, Weight]:
-    """Return the weights of an Orbax checkpoint, without axes. Raises CheckpointError when Orbax can't read it."""
+    """Return the weights of an Orbax checkpoint, without axes. Raises CheckpointError when files are missing or truncated, or Orbax can't
+    read it."""
+    _verify_files(path)
     with _one_line_errors(path):
-        metadata = ocp.metadata(path).metadata
-        return {name: Weight(tuple(array.shape), np.dtype(array.dtype).name, ()) for name, array in metadata.items()}
+        metadata = ocp.metadata(path.absolute()).metadata
+    if not isinstance(metadata, dict) or not all(hasattr(array, "shape") for array in metadata.values()):
+        raise CheckpointError(f"{path}: damaged, or another kind of Orbax checkpoint: expected a flat tree of named arrays")
+    return {name: Weight(tuple(array.shape), np.dtype(array.dtype).name, ()) for name, array in metadata.items()}
 
 
 def read(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
@@ -31,20 +38,22 @@ def read(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tu
     context.pytree.loading.partial_load = True
     for names in grouped({name: _device_bytes(target) for name, target in targets.items()}):
         with context, _one_line_errors(path):
-            arrays = jax.block_until_ready(ocp.load(path, {name: targets[name] for name in names}))
+            arrays = jax.block_until_ready(ocp.load(path.absolute(), {name: targets[name] for name in names}))
         yield from ((name, arrays.pop(name)) for name in names)
 
 
 def write(path: Path, groups: Iterable[dict[str, jax.Array]]) -> None:
-    """Write groups of arrays one after the other as one checkpoint; `path` appears when the last is written."""
+    """Write groups of arrays one after the other as one checkpoint, and the sizes of its files; `path` appears when the last is written."""
     context = ocp.Context()
     context.array.saving.use_compression = False  # MXFP4 and bfloat16 weights hardly compress, and zstd costs most of the time
     context.array.saving.scoped_storage_options_creator = _storage
     context.memory.deepcopy_host_arrays = False
     with context:
         for group in groups:
-            ocp.partial.save(path, group)
-        ocp.partial.finalize(path)
+            ocp.partial.save(path.absolute(), group)
+        ocp.partial.finalize(path.absolute())
+    sizes = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+    (path / MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
 
 def grouped(sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -58,6 +67,20 @@ def grouped(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         size += more
     if names:
         yield names
+
+
+def _verify_files(path: Path) -> None:
+    """Orbax would find out in the middle of loading."""
+    if not (path / MANIFEST).exists():  # written by something else than `write`
+        return
+    sizes = read_json(path / MANIFEST)
+    missing = [file for file in sizes if not (path / file).is_file()]
+    if missing:
+        raise CheckpointError(f"{path}: {count(missing, 'file')} missing: {listed(missing)}")
+    wrong = [f"{file} has {found} bytes, expected {size}" for file, size in sizes.items()
+             if (found := (path / file).stat().st_size) != size]
+    if wrong:
+        raise CheckpointError(f"{path}: {count(wrong, 'file')} truncated or changed: {listed(wrong)}")
 
 
 def _storage(key_path, array) -> ocp.options.ArrayOptions.Saving.StorageOptions:
@@ -76,9 +99,14 @@ def _device_bytes(target: jax.ShapeDtypeStruct) -> int:
 
 @contextlib.contextmanager
 def _one_line_errors(path: Path) -> Iterator[None]:
-    """Orbax and TensorStore raise whatever their storage did, often over many lines."""
+    """Orbax and TensorStore raise whatever their storage did, often over many lines, and Orbax logs it before that."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: Orbax can't read it: {reason}") from error
+    finally:
+        logger.setLevel(level)

@@ -79,12 +79,15 @@ def _run(config, state, batches, tokenizer, optimizer, store, directory) -> Trai
                                   batch_size=config.data.batch_size, row_tokens=config.data.row_tokens)
     learning_rate = schedule(config.optimizer, run.steps)
     reporter = _Reporter(run.steps, config.data.batch_size * config.data.row_tokens, directory / "metrics.jsonl")
+    recent = []
     for step in range(int(state.step) + 1, run.steps + 1):
         state, metrics = train_step(state, data.to_batch(next(batches)))
+        recent.append(metrics)
         if step % run.log_every_steps == 0 or step == run.steps:
-            values = jax.device_get(metrics)
+            values = jax.tree.map(lambda *steps: np.mean(steps, axis=0), *jax.device_get(recent))
+            recent.clear()
             if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
-                raise TrainingError(f"step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}; expected finite numbers; "
+                raise TrainingError(f"up to step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}; expected finite numbers; "
                                     f"the last good checkpoint is of step {store.latest_step()}")
             report = {"loss": values["loss"], "grad_norm": values["grad_norm"], "learning_rate": learning_rate(step),
                       "balance_loss": values["balance_loss"], "largest_expert_share": values["expert_load"].max(),

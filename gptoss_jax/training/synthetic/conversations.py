@@ -30,6 +30,7 @@ class Sample:
     skill: str  # a key of SKILLS
     family: str  # within the skill
     effort: str
+    key: str  # canonical form of the problem, by which train and test are kept apart; empty for small talk
     messages: tuple[Message, ...]  # the last turn is the assistant's, from `prompt_length` on
     prompt_length: int
     answer: str  # what the last message must end with or be
@@ -119,8 +120,8 @@ def _remark(text: str, effort: str) -> str:
     return {"low": "", "medium": text, "high": f"{text} I should answer briefly and honestly."}[effort]
 
 
-def _sample(skill: str, family: str, effort: str, prompt: list[Message], turn: list[Message], answer: str) -> Sample:
-    return Sample(skill, family, effort, (*prompt, *turn), len(prompt), answer)
+def _sample(skill: str, family: str, effort: str, prompt: list[Message], turn: list[Message], answer: str, key: str = "") -> Sample:
+    return Sample(skill, family, effort, key, (*prompt, *turn), len(prompt), answer)
 
 
 # --- skills --------------------------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def _arithmetic(rng: random.Random, split: str, effort: str) -> Sample:
         prompt.append(harmony.developer_message(instructions=rng.choice(instructions)))
         reply = style.format(answer=problem.answer, reply=problem.reply.rstrip("."))
     prompt.append(harmony.message("user", problem.question))
-    return _sample("arithmetic", family, effort, prompt, [*_analysis(_thought(problem, effort)), _final(reply)], problem.answer)
+    return _sample("arithmetic", family, effort, prompt, [*_analysis(_thought(problem, effort)), _final(reply)], problem.answer, problem.key)
 
 
 def _function(rng: random.Random, split: str, effort: str) -> Sample:
@@ -164,7 +165,7 @@ def _function(rng: random.Random, split: str, effort: str) -> Sample:
             harmony.message("assistant", structured.compact(call.arguments), channel="commentary", recipient=name, content_type="<|constrain|>json"),
             harmony.message("tool", _tool_json(rng, call.result), channel="commentary", recipient="assistant", name=name),
             _final(call.reply)]
-    return _sample("function", call.tool["name"], effort, [*prompt, harmony.message("user", call.question)], turn, structured.compact(call.arguments))
+    return _sample("function", call.tool["name"], effort, [*prompt, harmony.message("user", call.question)], turn, structured.compact(call.arguments), call.key)
 
 
 def _without_tool(rng: random.Random, skill: str, prompt: list[Message], effort: str) -> Sample:
@@ -211,7 +212,7 @@ def _python(rng: random.Random, split: str, effort: str) -> Sample:
             harmony.message("tool", f"{value}\n" if rng.random() < 0.7 else f"{value}", channel="analysis", recipient="assistant", name="python"),
             _final(f"The answer is {value}.")]
     prompt = [_system(rng, effort, python=True), harmony.message("user", question)]
-    return _sample("python", family, effort, prompt, turn, str(value))
+    return _sample("python", family, effort, prompt, turn, str(value), key)
 
 
 def _json(rng: random.Random, split: str, effort: str) -> Sample:
@@ -221,27 +222,29 @@ def _json(rng: random.Random, split: str, effort: str) -> Sample:
             return _json(rng, split, effort)
         question, thought = problem.question, _thought(problem, effort)
         schema, answer = structured.arithmetic_answer(rng, problem)
+        key = problem.key
     else:
         family, make = rng.choice(structured.EXTRACTIONS)
         question, schema, answer = _draw(rng, split, make, lambda drawn: drawn[0])
-        thought = _remark("I answer in JSON.", effort)
+        thought, key = _remark("I answer in JSON.", effort), question
     name = rng.choice(("answer", "response", "result", "output", "reply", family, "schema", "format"))
     instructions = rng.choice((None, None, *_STYLES[-1][0]))
     prompt = [_system(rng, effort), harmony.developer_message(instructions=instructions, response_format={"name": name, "schema": schema}),
               harmony.message("user", question)]
-    return _sample("json", family, effort, prompt, [*_analysis(thought), _final(answer)], answer)
+    return _sample("json", family, effort, prompt, [*_analysis(thought), _final(answer)], answer, key)
 
 
 def _chat(rng: random.Random, split: str, effort: str) -> Sample:
     if rng.random() < 0.4:
-        family, (said, analysis, reply) = "small talk", chat.small_talk(rng)
+        family, key, (said, analysis, reply) = "small talk", "", chat.small_talk(rng)
     else:
         family, (said, analysis, reply) = "beyond", _draw(rng, split, chat.beyond, lambda drawn: drawn[0])
+        key = said
     prompt = [_system(rng, effort)]
     if rng.random() < 0.1:
         prompt.append(harmony.developer_message(instructions=rng.choice(rng.choice(_STYLES[1:])[0])))
     prompt.append(harmony.message("user", said))
-    return _sample("chat", family, effort, prompt, [*_analysis(_remark(analysis, effort)), _final(reply)], reply)
+    return _sample("chat", family, effort, prompt, [*_analysis(_remark(analysis, effort)), _final(reply)], reply, key)
 
 
 _FOLLOW_UPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -266,12 +269,12 @@ def _dialogue(rng: random.Random, split: str, effort: str) -> Sample:
     if past is None or rng.random() < 0.3 or not past.answer.isdigit() or len(past.answer) > 4:
         family, problem = _problem(rng, split)
         return _sample("dialogue", family, effort, [*messages, harmony.message("user", problem.question)],
-                       [*_analysis(_thought(problem, effort)), _final(problem.reply)], problem.answer)
+                       [*_analysis(_thought(problem, effort)), _final(problem.reply)], problem.answer, problem.key)
     problem = _follow_up(rng, int(past.answer))
     if is_held_out(problem.key) != (split == "test"):
         return _dialogue(rng, split, effort)
     return _sample("dialogue", "follow-up", effort, [*messages, harmony.message("user", problem.question)],
-                   [*_analysis(_thought(problem, effort)), _final(problem.reply)], problem.answer)
+                   [*_analysis(_thought(problem, effort)), _final(problem.reply)], problem.answer, problem.key)
 
 
 def _follow_up(rng: random.Random, a: int) -> Problem:

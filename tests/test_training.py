@@ -1,0 +1,281 @@
+"""Training: configuration, data, loss, one step against PyTorch, and runs that stop and go on."""
+
+import functools
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptoss_jax import checkpoint, finetune
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.model import GptOss
+from gptoss_jax.model.weights import declare, initialize
+from gptoss_jax.text import harmony
+from gptoss_jax.text.tokenizer import load_tokenizer
+from gptoss_jax.training import data, loop, loss, vocabulary
+from gptoss_jax.training.config import OptimizerConfig, TrainingConfigError, load_config
+from gptoss_jax.training.optimizer import make_optimizer, schedule
+from gptoss_jax.training.step import Batch, TrainState, forward_loss, make_train_step, on_grid
+
+DATA = pathlib.Path(__file__).parent / "data"
+PRETRAIN_TINY = pathlib.Path(__file__).parents[1] / "configs" / "pretrain_tiny.yaml"
+SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=3 --model.num_attention_heads=2 "
+         "--model.num_key_value_heads=1 --model.head_dim=20 --data.batch_size=2 --run.log_every_steps=2 --run.save_every_steps=2 "
+         "--run.eval_every_steps=4 --run.eval_batches=1 --optimizer.warmup_steps=2").split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+    file.write_bytes(vocabulary.train(1536, samples=4000))
+    return file
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file):
+    return load_tokenizer(tokenizer_file)
+
+
+def small_config(tmp_path, tokenizer_file, *words):
+    return load_config(PRETRAIN_TINY, [*SMALL, f"--data.tokenizer={tokenizer_file}", f"--output.directory={tmp_path}", *words])
+
+
+# --- configuration -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_of_the_embedded_checkpoint_is_its_own():
+    config = load_config(PRETRAIN_TINY)
+    assert config.model.layer_types[:2] == ("sliding_attention", "full_attention")
+    assert config.model.num_local_experts >= 8 and config.model.quantized
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--model.hiden_size 32", "model.hiden_size: no such key; did you mean hidden_size?"),
+    ("--optimzer.beta1 0.9", "optimzer: no such key; did you mean optimizer?"),
+    ("--data.row_tokens many", "data.row_tokens: 'many' found, expected an integer"),
+    ("--data.row_tokens true", "data.row_tokens: True found, expected an integer"),
+    ("--run.quantize 1", "run.quantize: 1 found, expected true or false"),
+    ("--optimizer.decay_fraction 1.5", "optimizer.decay_fraction: 1.5 found, expected 0 to 1"),
+    ("--run.compute_dtype bfloat", "run.compute_dtype: 'bfloat' found, expected one of float32, bfloat16; did you mean bfloat16?"),
+    ("--model.hidden_size 33", "model: config: hidden_size is 33, expected a multiple of 32"),
+    ("--run.steps", "--run.steps without a value"),
+    ("steps 5", "'steps' found, expected --section.field value"),
+])
+def test_a_wrong_setting_is_one_line_with_key_value_and_expectation(words, message, capsys):
+    assert finetune.main([str(PRETRAIN_TINY), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_numbers_like_1e_3_are_numbers_although_yaml_says_text():
+    assert load_config(PRETRAIN_TINY, ["--optimizer.learning_rate", "1e-3"]).optimizer.learning_rate == 1e-3
+
+
+def test_a_file_that_is_not_there_or_not_yaml_is_named(tmp_path):
+    with pytest.raises(TrainingConfigError, match="nowhere.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "bad.yaml").write_text("model: [")
+    with pytest.raises(TrainingConfigError, match="bad.yaml: not readable YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+# --- vocabulary and data -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_vocabulary_has_a_token_for_every_digit_and_for_every_harmony_sentence(tokenizer):
+    assert [tokenizer.special[name] for name in vocabulary.CONTROL] == [vocabulary.token_id(name) for name in vocabulary.CONTROL]
+    assert [tokenizer.decode([id]) for id in tokenizer.encode("1234")] == list("1234")
+    prompt = [harmony.system_message(reasoning_effort="low"), harmony.message("user", "17+25")]
+    ids = harmony.render(prompt, tokenizer, next_role="assistant")
+    assert len(ids) == len("<|start|> system <|message|> identity effort channels <|end|> <|start|> user <|message|> 1 7 + 2 5 <|end|> <|start|> assistant".split())
+
+
+def test_what_is_learnt_is_what_the_model_has_to_produce(tokenizer):
+    call = {"channel": "commentary", "recipient": "functions.add", "content_type": "<|constrain|>json"}
+    messages = [
+        harmony.system_message(), harmony.message("user", "hi"), harmony.message("assistant", "hello", channel="final"),
+        harmony.message("user", "1+2"), harmony.message("assistant", "easy", channel="analysis"), harmony.message("assistant", "{}", **call),
+        harmony.message("tool", "3", name="functions.add", channel="commentary", recipient="assistant"),
+        harmony.message("assistant", "3", channel="final")]
+    example = data.encode({"messages": messages}, tokenizer, learnt_from=4)
+    shown = "".join(tokenizer.decode([id]) if learnt else "~" for id, learnt in zip(example["targets"], example["loss_weights"]))
+    assert [part for part in shown.split("~") if part] == [
+        "<|channel|>analysis<|message|>easy<|end|><|start|>assistant to=functions.add<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
+        "<|channel|>final<|message|>3<|return|>"]
+    assert (example["tokens"][1:] == example["targets"][:-1]).all()
+
+
+def test_a_conversation_with_nothing_to_learn_is_refused(tokenizer):
+    with pytest.raises(data.DataError, match="no assistant message"):
+        data.encode({"messages": [harmony.message("user", "hi")]}, tokenizer)
+
+
+def test_batches_go_on_from_a_saved_position(tokenizer):
+    def start():
+        examples = data.synthetic_examples(tokenizer, seed=0, split="train", max_tokens=256)
+        return data.batches(examples, batch_size=3, row_tokens=256, seed=0)
+
+    batches = start()
+    for _ in range(25):  # past the first set of rows that is packed together
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = [next(batches) for _ in range(3)]
+    resumed = start()
+    resumed.set_state(state)
+    for rows in expected:
+        jax.tree.map(np.testing.assert_array_equal, rows, next(resumed))
+
+
+def test_a_packed_row_has_the_loss_of_its_conversations_one_by_one(tokenizer):
+    config = load_config(PRETRAIN_TINY, SMALL).model
+    weights = initialize(declare(config, dtype="float32", packed=False), stddev=0.3)
+    examples = data.synthetic_examples(tokenizer, seed=0, split="train", max_tokens=256)
+    row = data.to_batch(next(data.batches(examples, batch_size=1, row_tokens=256, seed=0)))
+    _, metrics = forward_loss(config, weights, row, quantize=False, compute_dtype="float32")
+    total = count = 0.0
+    for segment in range(1, row.segment_ids.max() + 1):
+        mine = row.segment_ids[0] == segment
+        tokens, targets, learnt, positions = (part[0][mine] for part in (row.tokens, row.targets, row.loss_weights, row.positions))
+        assert (positions == np.arange(mine.sum())).all()
+        part_total, part_count = loss.cross_entropy(GptOss(config, weights)(tokens[None]), targets[None], learnt[None])
+        total, count = total + part_total, count + part_count
+    assert segment > 1
+    assert metrics["tokens"] == count
+    np.testing.assert_allclose(metrics["loss"], total / count, rtol=1e-5)  # float32 sums in another order
+
+
+# --- loss and step -----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_step_equals_pytorch():
+    """Oracle: transformers and torch.optim.AdamW in float32 (tests/data/oracle/train.npz), to 1e-4 relative."""
+    oracle = np.load(DATA / "oracle" / "train.npz")
+    config, packed = checkpoint.load_weights(DATA / "tiny_checkpoint", dtype="float32")
+    weights = dense(config, packed)
+    real = oracle["attention_mask"].astype(np.int32)
+    labels = np.pad(oracle["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+    positions = np.broadcast_to(np.arange(real.shape[1], dtype=np.int32), real.shape)
+    batch = Batch(*map(jnp.asarray, (oracle["input_ids"].astype(np.int32), np.maximum(labels, 0).astype(np.int32),
+                                     (labels >= 0).astype(np.float32), real, positions)))
+    loss_fn = functools.partial(forward_loss, config, quantize=False, compute_dtype="float32")
+    gradients, _ = jax.jit(jax.grad(loss_fn, has_aux=True))(weights, batch)
+    np.testing.assert_allclose(optax.global_norm(gradients), oracle["grad_norm_total"], rtol=1e-4)
+    for name, gradient in gradients.items():
+        norm = oracle[f"grad_norm/{name}"]
+        np.testing.assert_allclose(np.linalg.norm(gradient), norm, rtol=1e-4, atol=1e-7, err_msg=name)
+        if f"grad/{name}" in oracle:
+            np.testing.assert_allclose(gradient, oracle[f"grad/{name}"], rtol=1e-4, atol=1e-4 * norm / gradient.size**0.5, err_msg=name)
+    optimizer = optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
+    before = jax.tree.map(np.asarray, weights)
+    state, step = TrainState(jnp.int32(0), weights, optimizer.init(weights)), make_train_step(loss_fn, optimizer)
+    for number, expected in enumerate(oracle["losses"]):
+        state, metrics = step(state, batch)
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+        if number == 0:
+            for name, value in state.weights.items():
+                # Adam's first update is the gradient's sign almost everywhere: where a gradient is rounding noise, so is the update.
+                np.testing.assert_allclose(np.linalg.norm(value - before[name]), oracle[f"adamw1_update_norm/{name}"], rtol=2e-3, err_msg=name)
+    assert state.step == 4
+
+
+def dense(config, packed):
+    """Return packed experts as matrices [E, in, out], the layout that training holds."""
+    from gptoss_jax import mxfp4
+
+    weights = {name: value for name, value in packed.items() if not name.endswith(("_blocks", "_scales"))}
+    for name in packed:
+        if name.endswith("_blocks"):
+            stem = name.removesuffix("_blocks")
+            weights[stem] = jnp.swapaxes(mxfp4.decode(packed[name], packed[f"{stem}_scales"]), 1, 2)
+    return {name: weights[name] for name in declare(config, packed=False)}
+
+
+def test_cross_entropy_is_minus_the_log_probability_where_it_counts():
+    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
+    total, count = loss.cross_entropy(logits, jnp.array([[1, 0]]), jnp.array([[1.0, 0.0]]))
+    np.testing.assert_allclose(total / count, -np.log(0.25), rtol=1e-6)
+
+
+def test_the_balance_loss_is_one_when_even_and_grows_to_the_number_of_experts():
+    real = jnp.array([[True, True, True, False]])
+    even = loss.expert_load(jnp.array([[[0], [1], [2], [0]]]), real, 3)
+    np.testing.assert_allclose(even, [1 / 3] * 3, rtol=1e-6)
+    np.testing.assert_allclose(loss.balance_loss(jnp.zeros((1, 4, 3)), even, real), 1.0, rtol=1e-6)
+    collapsed = loss.expert_load(jnp.zeros((1, 4, 1), jnp.int32), real, 3)
+    np.testing.assert_allclose(loss.balance_loss(jnp.array([[[50.0, 0, 0]] * 4]), collapsed, real), 3.0, rtol=1e-6)
+
+
+def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
+    rate = schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=10, decay_fraction=0.25), 100)
+    np.testing.assert_allclose([rate(step) for step in (0, 5, 10, 75, 100)], [0, 1, 2, 2, 0], atol=1e-6)
+
+
+def test_only_matrices_decay():
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10)
+    weights = {name: jnp.ones(2) for name in ("a.norm.weight", "a.q_proj.bias", "a.sinks", "a.experts.down_proj_bias", "a.q_proj.weight")}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, weights), optimizer.init(weights), weights)
+    assert {name for name, update in updates.items() if update.any()} == {"a.q_proj.weight"}
+
+
+def test_quantised_training_sees_what_the_export_holds(tmp_path, tokenizer_file):
+    """Straight-through gradients, and logits of the exported model equal to those of the last training forward."""
+    config = small_config(tmp_path, tokenizer_file)
+    weights = initialize(declare(config.model, dtype="float32", packed=False), stddev=0.3)
+    checkpoint.save_huggingface(tmp_path / "export", config.model, weights)
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, config.model.vocab_size)
+    exported = GptOss(*checkpoint.load_weights(tmp_path / "export", dtype="float32"))
+    np.testing.assert_allclose(exported(tokens), GptOss(config.model, on_grid(weights))(tokens), atol=2e-5)  # float32, another order of sums
+    gradient = jax.grad(lambda w: sum((value * 3).sum() for value in on_grid(w).values()))(weights)
+    assert all((value == 3).all() for value in gradient.values())
+
+
+# --- runs --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, tokenizer_file, capsys, monkeypatch):
+    whole = loop.train(small_config(tmp_path / "whole", tokenizer_file, "--run.steps=6"))
+
+    class Killed(BaseException):
+        pass
+
+    def step_then_die(*arguments):
+        step = make_train_step(*arguments)
+
+        def train_step(state, batch):
+            if state.step == 5:
+                raise Killed
+            return step(state, batch)
+
+        return train_step
+
+    halves = small_config(tmp_path / "halves", tokenizer_file, "--run.steps=6")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "make_train_step", step_then_die)
+        loop.train(halves)
+    capsys.readouterr()
+    resumed = loop.train(halves)
+    assert "resumed from step 4" in capsys.readouterr().err
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert load_tokenizer(resumed).vocab_size == 1536
+    assert GptOssConfig.from_file(resumed / "config.json") == halves.model
+    metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [2, 4, 6]
+    assert "eval_loss" in metrics[1] and metrics[-1]["loss"] < 8.0
+    with pytest.raises(TrainingConfigError, match="optimizer.beta1: 0.5 found, expected 0.9 as in the checkpoints"):
+        loop.train(small_config(tmp_path / "halves", tokenizer_file, "--run.steps=6", "--optimizer.beta1=0.5"))
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path, tokenizer_file):
+    with pytest.raises(TrainingConfigError, match="model.vocab_size: 1600 found, expected 1536"):
+        loop.train(small_config(tmp_path, tokenizer_file, "--model.vocab_size=1600"))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, tokenizer_file):
+    with pytest.raises(loop.TrainingError, match="loss is nan"):
+        loop.train(small_config(tmp_path, tokenizer_file, "--run.steps=4", "--optimizer.learning_rate=1e30", "--optimizer.warmup_steps=0"))
+    assert not os.path.exists(tmp_path / "export")
