@@ -137,6 +137,8 @@ class GptOssConfig:
             beta_slow=config.get("rope_ntk_alpha", 1.0),
             original_max_position_embeddings=config.get("initial_context_length", 4096))
         fields.setdefault("max_position_embeddings", int(rope.factor * rope.original_max_position_embeddings))
+        if fields["vocab_size"] == 201_088:  # the published vocabulary, whose ids this layout doesn't state
+            fields = _O200K_IDS | fields
         return cls(**fields, rope_scaling=rope)
 
     @classmethod
@@ -238,9 +240,9 @@ def _require(field: str, value, holds, expected: str) -> None:
         raise ConfigError(f"config: {field} is {value!r}, expected {expected}")
 
 
-_EOS = {"bos_token_id": 199_998, "eos_token_id": 200_002, "pad_token_id": 199_999}
+_O200K_IDS = {"bos_token_id": 199_998, "eos_token_id": 200_002, "pad_token_id": 199_999}
 
 PRESETS: dict[str, GptOssConfig] = {
-    "gpt-oss-20b": GptOssConfig(num_hidden_layers=24, num_local_experts=32, **_EOS),
-    "gpt-oss-120b": GptOssConfig(num_hidden_layers=36, num_local_experts=128, **_EOS),
+    "gpt-oss-20b": GptOssConfig(num_hidden_layers=24, num_local_experts=32, **_O200K_IDS),
+    "gpt-oss-120b": GptOssConfig(num_hidden_layers=36, num_local_experts=128, **_O200K_IDS),
 }
