@@ -16,7 +16,7 @@ _HOMES = {
     "Sampling": "gptoss_jax.inference.sampling",
     "make_mesh": "gptoss_jax.sharding",
     "load": "gptoss_jax.checkpoint",
-    "load_tokenizer": "gptoss_jax.text.tokenizer",
+    "load_tokenizer": "gptoss_jax.checkpoint",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -36,7 +36,8 @@ def add_options(options: argparse.ArgumentParser) -> None:
                          "Calls are printed, not executed")
     options.add_argument("--response-format", metavar="FILE", help="JSON file with a schema that the answer is asked to follow")
     options.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="default: 1024")
-    options.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1, as gpt-oss was trained for)")
+    options.add_argument("--temperature", type=float, metavar="T",
+                         help="0 is greedy (default: the checkpoint's generation_config.json, 1 for gpt-oss, 0 for tiny)")
     options.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
     options.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, no limit")
     options.add_argument("--min-p", type=float, default=0.0, metavar="P", help="default: 0")
@@ -111,7 +112,7 @@ def opening_messages(args: argparse.Namespace) -> list[dict]:
     return messages
 
 
-def read_json(path: str, flag: str):
+def read_json(path: str | os.PathLike, flag: str):
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -120,13 +121,19 @@ def read_json(path: str, flag: str):
 
 
 def sampling_of(args: argparse.Namespace):
-    """Return the Sampling that the flags ask for; without --seed another one each time. Raises UsageError."""
+    """Return the Sampling that the flags ask for; without --seed another one each time. Raises UsageError or SamplingError."""
+    from gptoss_jax import checkpoint
     from gptoss_jax.inference.sampling import Sampling
 
     if args.max_new_tokens < 1:
         raise command.UsageError(f"--max-new-tokens is {args.max_new_tokens}, expected at least 1")
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
-    return Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed)
+    temperature = args.temperature
+    if temperature is None:
+        file = checkpoint.resolve(args.checkpoint) / "generation_config.json"
+        defaults = read_json(file, "checkpoint") if file.exists() else {}
+        temperature = defaults.get("temperature", 1.0) if defaults.get("do_sample", True) else 0.0
+    return Sampling(temperature=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed)
 
 
 def load(args: argparse.Namespace):
@@ -134,11 +141,10 @@ def load(args: argparse.Namespace):
     status = command.Status()
     status(f"loading {args.checkpoint}")
     from gptoss_jax import checkpoint
-    from gptoss_jax.text.tokenizer import load_tokenizer
 
     command.enable_compilation_cache()
     path = checkpoint.resolve(args.checkpoint)
-    tokenizer = load_tokenizer(path)
+    tokenizer = checkpoint.load_tokenizer(path)
     missing = [name for name in ("<|start|>", "<|message|>", "<|return|>", "<|call|>") if name not in tokenizer.special]
     if missing:
         raise command.UsageError(f"{path}: the tokenizer lacks {', '.join(missing)}, expected harmony's special tokens")

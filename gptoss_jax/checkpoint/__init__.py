@@ -4,7 +4,7 @@
     safetensors.py   the file format: headers, the bytes of one shard, a streaming writer
     original.py      OpenAI's tensor names
     store.py         Orbax
-    loading.py       load, load_weights
+    loading.py       load, load_weights, load_tokenizer
     huggingface.py   save_huggingface
     conversion.py    any layout to Orbax
     destination.py   a directory that appears complete or not at all
@@ -14,9 +14,9 @@ Experts stay packed uint8 throughout, names are Hugging Face's throughout.
 """
 
 from gptoss_jax.checkpoint.errors import CheckpointError
-from gptoss_jax.checkpoint.loading import load, load_weights, resolve
+from gptoss_jax.checkpoint.loading import load, load_tokenizer, load_weights, resolve
 
-__all__ = ["CheckpointError", "convert", "load", "load_weights", "resolve", "save_huggingface"]
+__all__ = ["CheckpointError", "convert", "load", "load_tokenizer", "load_weights", "resolve", "save_huggingface"]
 
 
 def __getattr__(name):  # what only writers need isn't imported to load

@@ -16,6 +16,8 @@ from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model import GptOss
 from gptoss_jax.model.weights import Weight, declare
 from gptoss_jax.sharding import shardings
+from gptoss_jax.text import tokenizer
+from gptoss_jax.text.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
 _TINY = Path(__file__).parents[1] / "assets" / "tiny"
@@ -73,3 +75,8 @@ def load_targets(declared: dict[str, Weight], mesh: jax.sharding.Mesh | None) ->
 def _owned_bytes(target: jax.ShapeDtypeStruct, stored: Weight) -> int:
     itemsize = np.dtype(jax.numpy.dtype(stored.dtype)).itemsize
     return sum(math.prod(stop - start for start, stop in bounds) for bounds in set(shard_bounds(target).values())) * itemsize
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """Load the tokenizer of a checkpoint ("tiny" included) or from a file; see `text.tokenizer.load_tokenizer`. Raises TokenizerError."""
+    return tokenizer.load_tokenizer(resolve(path))

@@ -1,0 +1,150 @@
+"""generate and chat as a newcomer meets them, on the embedded checkpoint."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gptoss_jax import checkpoint, generate
+
+FUNCTION = {"name": "get_weather", "description": "Gets the current weather.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs compiled by one test serve the next; the user's own cache is left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def ask(capfd, *argv):
+    """Run generate in this process; return (exit code, stdout, stderr)."""
+    code = generate.main(list(argv))
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def ask_json(capfd, *argv):
+    code, out, err = ask(capfd, *argv, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_the_answer_is_on_stdout_and_everything_else_on_stderr(capfd):
+    code, out, err = ask(capfd, "What is 17 + 25?")
+    assert code == 0 and out.strip().rstrip(".").endswith("42") and out.endswith("\n") and "<|" not in out
+    assert "tokens in" in err and "tokens/s" in err
+    _, again, err = ask(capfd, "What is 17 + 25?", "--show-analysis")
+    assert again == out and len(err.splitlines()) > 2
+
+
+def test_reasoning_grows_with_the_effort(capfd):
+    lengths = {}
+    for effort in ("low", "medium", "high"):
+        answer = ask_json(capfd, "What is 48 + 27?", "--reasoning", effort)
+        assert answer["finish"] == "stop" and answer["messages"][-1]["channel"] == "final"
+        lengths[effort] = sum(len(m["content"]) for m in answer["messages"] if m["channel"] == "analysis")
+    assert lengths["low"] < lengths["medium"] < lengths["high"]
+
+
+def test_json_output_has_messages_usage_and_a_logprob_for_each_token(capfd):
+    answer = ask_json(capfd, "What is 9 - 4?")
+    assert answer["usage"]["completion_tokens"] == len(answer["tokens"]) and all(t["logprob"] <= 0 for t in answer["tokens"])
+    assert answer["tokens"][-1]["text"] == "<|return|>" and answer["skipped"] == []
+
+
+def test_raw_output_spells_special_tokens(capfd):
+    _, out, _ = ask(capfd, "What is 9 - 4?", "--raw")
+    assert out.startswith("<|channel|>") and out.rstrip().endswith("<|return|>")
+
+
+def test_a_given_function_is_called_with_well_formed_arguments(capfd, tmp_path):
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([{"type": "function", "function": FUNCTION}]))
+    answer = ask_json(capfd, "What is the weather in Paris?", "--tools", str(tools))
+    call = answer["messages"][-1]
+    assert answer["finish"] == "call" and call["recipient"] == "functions.get_weather" and call["channel"] == "commentary"
+    assert json.loads(call["content"]) == {"city": "Paris"}
+    _, out, _ = ask(capfd, "What is the weather in Paris?", "--tools", str(tools))
+    assert out.startswith("functions.get_weather {")
+
+
+def test_a_seed_reproduces_and_settings_are_taken(capfd):
+    flags = ["What is 123 * 7?", "--temperature", "1.5", "--top-p", "0.95", "--top-k", "40", "--seed", "7"]
+    first, second = ask_json(capfd, *flags), ask_json(capfd, *flags)
+    assert first["tokens"] == second["tokens"]
+
+
+def test_the_prompt_can_come_from_standard_input():
+    done = subprocess.run([sys.executable, "-m", "gptoss_jax.generate", "-"], input="What is 3 + 4?\n", capture_output=True, text=True)
+    assert done.returncode == 0 and "7" in done.stdout
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["hi", "--checkpoint", "/no/such/place"], "/no/such/place: no such"),
+    (["hi", "--temperature", "-1"], "temperature is -1.0, expected a number of at least 0"),
+    (["hi", "--top-p", "0"], "top_p is 0.0, expected"),
+    (["hi", "--max-new-tokens", "0"], "--max-new-tokens is 0, expected at least 1"),
+    (["hi", "--reasoning", "extreme"], "invalid choice: 'extreme'"),
+    (["hi", "--tools", "/no/tools.json"], "--tools /no/tools.json: not a readable JSON file"),
+    (["hi", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ([" "], "the prompt is empty"),
+    (["7 " * 5000], "tokens, expected fewer than the context of"),
+])
+def test_bad_input_is_one_clear_line_and_exit_code_2(capfd, argv, said):
+    code, out, err = ask(capfd, *argv)
+    assert code == 2 and out == "" and said in err and "Traceback" not in err
+    assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
+def test_debug_shows_the_traceback(capfd):
+    code, _, err = ask(capfd, "hi", "--checkpoint", "/no/such/place", "--debug")
+    assert code == 2 and "Traceback" in err
+
+
+def start(*argv, **kwargs):
+    return subprocess.Popen([sys.executable, "-m", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_a_closed_pipe_ends_quietly():
+    process = start("gptoss_jax.generate", "What is 123 + 456?", "--raw")
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) in (0, 141) and "Traceback" not in err and "Exception ignored" not in err
+
+
+def test_ctrl_c_stops_with_what_was_said_so_far():
+    process = start("gptoss_jax.generate", "What is 123 + 456?", "--raw", "--temperature", "9", "--max-new-tokens", "4000")
+    said = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and said and "Traceback" not in err and "interrupted" in err
+
+
+def test_chat_remembers_changes_effort_resets_and_saves(tmp_path):
+    saved = tmp_path / "talk.json"
+    lines = ["What is 5 + 6?", "/reasoning high", "What is 40 + 7?", f"/save {saved}", "/nonsense", "/reset", "What is 2 + 2?", "/quit"]
+    done = subprocess.run([sys.executable, "-m", "gptoss_jax.chat", "--hide-analysis"], input="\n".join(lines), capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.splitlines()
+    assert len(answers) == 3 and "11" in answers[0] and "47" in answers[1] and "4" in answers[2]
+    conversation = json.loads(saved.read_text())["messages"]
+    assert [m["content"] for m in conversation if m["role"] == "user"] == ["What is 5 + 6?", "What is 40 + 7?"]
+    assert conversation[0]["content"][0]["reasoning_effort"] == "high"
+    assert "/nonsense: no such command" in done.stderr and "(forgotten)" in done.stderr
+
+
+def test_the_embedded_checkpoint_is_small_and_shaped_like_gpt_oss():
+    path = checkpoint.resolve("tiny")
+    assert sum(file.stat().st_size for file in path.iterdir()) <= 12e6
+    model = checkpoint.load("tiny")
+    config = model.config
+    assert config.quantized and config.num_local_experts >= 8 and set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert any(name.endswith("down_proj_blocks") for name in model.weights())
