@@ -19,9 +19,11 @@ EFFORTS = ("low", "medium", "high")
 
 
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog="python -m gptoss_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(prog="python -m gptoss_jax.evaluate", description=__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--checkpoint", default="tiny", metavar="DIR", help="default: tiny, the embedded checkpoint")
-    options.add_argument("--problems", type=int, default=50, metavar="N", help="problems of each family and effort, samples of each skill (default: 50)")
+    options.add_argument("--problems", type=int, default=50, metavar="N",
+                         help="problems of each family and effort, samples of each skill (default: 50)")
     options.add_argument("--seed", type=int, default=1, help="which problems (default: 1)")
     options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation (default: bfloat16)")
     options.add_argument("--batch", type=int, default=64, metavar="N", help="prompts at once (default: 64)")
@@ -148,7 +150,7 @@ def text(message: dict) -> str:
 
 
 def shown(messages: Sequence[dict]) -> str:
-    return " | ".join(f"{message.get('channel')}{' to ' + message['recipient'] if message.get('recipient') else ''}: {text(message)!r}" for message in messages)
+    return " | ".join(f"{message.get('channel')} to {message.get('recipient') or 'the user'}: {text(message)!r}" for message in messages)
 
 
 if __name__ == "__main__":

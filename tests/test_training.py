@@ -24,9 +24,9 @@ from gptoss_jax.training.step import Batch, TrainState, forward_loss, make_train
 
 DATA = pathlib.Path(__file__).parent / "data"
 PRETRAIN_TINY = pathlib.Path(__file__).parents[1] / "configs" / "pretrain_tiny.yaml"
-SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=3 --model.num_attention_heads=2 "
-         "--model.num_key_value_heads=1 --model.head_dim=20 --data.batch_size=2 --run.log_every_steps=2 --run.save_every_steps=2 "
-         "--run.eval_every_steps=4 --run.eval_batches=1 --optimizer.warmup_steps=2").split()
+SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=3 "
+         "--model.num_attention_heads=2 --model.num_key_value_heads=1 --model.head_dim=20 --data.batch_size=2 --run.log_every_steps=2 "
+         "--run.save_every_steps=2 --run.eval_every_steps=4 --run.eval_batches=1 --optimizer.warmup_steps=2").split()
 
 
 @pytest.fixture(scope="session")
@@ -92,20 +92,23 @@ def test_the_vocabulary_has_a_token_for_every_digit_and_for_every_harmony_senten
     assert [tokenizer.decode([id]) for id in tokenizer.encode("1234")] == list("1234")
     prompt = [harmony.system_message(reasoning_effort="low"), harmony.message("user", "17+25")]
     ids = harmony.render(prompt, tokenizer, next_role="assistant")
-    assert len(ids) == len("<|start|> system <|message|> identity effort channels <|end|> <|start|> user <|message|> 1 7 + 2 5 <|end|> <|start|> assistant".split())
+    spelled = "<|start|> system <|message|> identity effort channels <|end|> <|start|> user <|message|> 1 7 + 2 5 <|end|> <|start|> assistant"
+    assert len(ids) == len(spelled.split())
 
 
 def test_what_is_learnt_is_what_the_model_has_to_produce(tokenizer):
     call = {"channel": "commentary", "recipient": "functions.add", "content_type": "<|constrain|>json"}
     messages = [
         harmony.system_message(), harmony.message("user", "hi"), harmony.message("assistant", "hello", channel="final"),
-        harmony.message("user", "1+2"), harmony.message("assistant", "easy", channel="analysis"), harmony.message("assistant", "{}", **call),
+        harmony.message("user", "1+2"), harmony.message("assistant", "easy", channel="analysis"),
+        harmony.message("assistant", "{}", **call),
         harmony.message("tool", "3", name="functions.add", channel="commentary", recipient="assistant"),
         harmony.message("assistant", "3", channel="final")]
     example = data.encode({"messages": messages}, tokenizer, learnt_from=4)
     shown = "".join(tokenizer.decode([id]) if learnt else "~" for id, learnt in zip(example["targets"], example["loss_weights"]))
     assert [part for part in shown.split("~") if part] == [
-        "<|channel|>analysis<|message|>easy<|end|><|start|>assistant to=functions.add<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
+        "<|channel|>analysis<|message|>easy<|end|><|start|>assistant"
+        " to=functions.add<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
         "<|channel|>final<|message|>3<|return|>"]
     assert (example["tokens"][1:] == example["targets"][:-1]).all()
 
@@ -137,13 +140,14 @@ def test_a_packed_row_has_the_loss_of_its_conversations_one_by_one(tokenizer):
     examples = data.synthetic_examples(tokenizer, seed=0, split="train", max_tokens=256)
     row = data.to_batch(next(data.batches(examples, batch_size=1, row_tokens=256, seed=0)))
     _, metrics = forward_loss(config, weights, row, quantize=False, compute_dtype="float32")
+    apply = jax.jit(lambda weights, tokens: GptOss(config, weights)(tokens))
     total = count = 0.0
     for segment in range(1, row.segment_ids.max() + 1):
         mine = row.segment_ids[0] == segment
         tokens, targets, learnt, positions = (part[0][mine] for part in (row.tokens, row.targets, row.loss_weights, row.positions))
         assert (positions == np.arange(mine.sum())).all()
-        part_total, part_count = loss.cross_entropy(GptOss(config, weights)(tokens[None]), targets[None], learnt[None])
-        total, count = total + part_total, count + part_count
+        part_total, part_count = loss.cross_entropy(apply(weights, tokens[None]), targets[None], learnt[None])
+        total, count = total + float(part_total), count + float(part_count)
     assert segment > 1
     assert metrics["tokens"] == count
     np.testing.assert_allclose(metrics["loss"], total / count, rtol=1e-5)  # float32 sums in another order
@@ -163,23 +167,25 @@ def test_one_step_equals_pytorch():
     batch = Batch(*map(jnp.asarray, (oracle["input_ids"].astype(np.int32), np.maximum(labels, 0).astype(np.int32),
                                      (labels >= 0).astype(np.float32), real, positions)))
     loss_fn = functools.partial(forward_loss, config, quantize=False, compute_dtype="float32")
-    gradients, _ = jax.jit(jax.grad(loss_fn, has_aux=True))(weights, batch)
-    np.testing.assert_allclose(optax.global_norm(gradients), oracle["grad_norm_total"], rtol=1e-4)
-    for name, gradient in gradients.items():
-        norm = oracle[f"grad_norm/{name}"]
-        np.testing.assert_allclose(np.linalg.norm(gradient), norm, rtol=1e-4, atol=1e-7, err_msg=name)
-        if f"grad/{name}" in oracle:
-            np.testing.assert_allclose(gradient, oracle[f"grad/{name}"], rtol=1e-4, atol=1e-4 * norm / gradient.size**0.5, err_msg=name)
-    optimizer = optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
+    keep_gradients = optax.GradientTransformation(lambda weights: jax.tree.map(jnp.zeros_like, weights), lambda gradients,
+                                                  *_: (gradients, gradients))
+    optimizer = optax.chain(keep_gradients, optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01))
     before = jax.tree.map(np.asarray, weights)
     state, step = TrainState(jnp.int32(0), weights, optimizer.init(weights)), make_train_step(loss_fn, optimizer)
     for number, expected in enumerate(oracle["losses"]):
         state, metrics = step(state, batch)
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
-        if number == 0:
-            for name, value in state.weights.items():
-                # Adam's first update is the gradient's sign almost everywhere: where a gradient is rounding noise, so is the update.
-                np.testing.assert_allclose(np.linalg.norm(value - before[name]), oracle[f"adamw1_update_norm/{name}"], rtol=2e-3, err_msg=name)
+        if number > 0:
+            continue
+        np.testing.assert_allclose(metrics["grad_norm"], oracle["grad_norm_total"], rtol=1e-4)
+        for name, gradient in state.opt_state[0].items():
+            norm = oracle[f"grad_norm/{name}"]
+            np.testing.assert_allclose(np.linalg.norm(gradient), norm, rtol=1e-4, atol=1e-7, err_msg=name)
+            if f"grad/{name}" in oracle:
+                np.testing.assert_allclose(gradient, oracle[f"grad/{name}"], rtol=1e-4, atol=1e-4 * norm / gradient.size**0.5, err_msg=name)
+            # Adam's first update is the gradient's sign almost everywhere: where a gradient is rounding noise, so is the update.
+            update_norm = oracle[f"adamw1_update_norm/{name}"]
+            np.testing.assert_allclose(np.linalg.norm(state.weights[name] - before[name]), update_norm, rtol=2e-3, err_msg=name)
     assert state.step == 4
 
 
@@ -218,7 +224,8 @@ def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
 def test_only_matrices_decay():
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10)
     weights = {name: jnp.ones(2) for name in ("a.norm.weight", "a.q_proj.bias", "a.sinks", "a.experts.down_proj_bias", "a.q_proj.weight")}
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, weights), optimizer.init(weights), weights)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts on it
+        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, weights), optimizer.init(weights), weights)
     assert {name for name, update in updates.items() if update.any()} == {"a.q_proj.weight"}
 
 
@@ -228,9 +235,11 @@ def test_quantised_training_sees_what_the_export_holds(tmp_path, tokenizer_file)
     weights = initialize(declare(config.model, dtype="float32", packed=False), stddev=0.3)
     checkpoint.save_huggingface(tmp_path / "export", config.model, weights)
     tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, config.model.vocab_size)
-    exported = GptOss(*checkpoint.load_weights(tmp_path / "export", dtype="float32"))
-    np.testing.assert_allclose(exported(tokens), GptOss(config.model, on_grid(weights))(tokens), atol=2e-5)  # float32, another order of sums
-    gradient = jax.grad(lambda w: sum((value * 3).sum() for value in on_grid(w).values()))(weights)
+    _, exported = checkpoint.load_weights(tmp_path / "export", dtype="float32")
+    apply = jax.jit(lambda weights: GptOss(config.model, weights)(tokens))
+    # The same numbers, in another order of sums.
+    np.testing.assert_allclose(apply(exported), apply(jax.jit(on_grid)(weights)), atol=2e-5)
+    gradient = jax.jit(jax.grad(lambda w: sum((value * 3).sum() for value in on_grid(w).values())))(weights)
     assert all((value == 3).all() for value in gradient.values())
 
 

@@ -38,8 +38,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and a learning rate that warms up, stays, and decays to zero over the last `decay_fraction` of the steps."""
+    """The update rule, and a learning rate that warms up, stays, and decays to zero over the last `decay_fraction` of the steps."""
 
+    kind: str = _field("adamw", choices=("adamw", "muon"))  # muon: for the matrices of the layers, AdamW for all else
     learning_rate: float = _field(1e-3, low=0)
     warmup_steps: int = _field(100, low=0)
     decay_fraction: float = _field(0.2, low=0, high=1)

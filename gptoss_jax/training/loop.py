@@ -87,8 +87,8 @@ def _run(config, state, batches, tokenizer, optimizer, store, directory) -> Trai
             values = jax.tree.map(lambda *steps: np.mean(steps, axis=0), *jax.device_get(recent))
             recent.clear()
             if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
-                raise TrainingError(f"up to step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}; expected finite numbers; "
-                                    f"the last good checkpoint is of step {store.latest_step()}")
+                raise TrainingError(f"up to step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}; expected finite "
+                                    f"numbers; the last good checkpoint is of step {store.latest_step()}")
             report = {"loss": values["loss"], "grad_norm": values["grad_norm"], "learning_rate": learning_rate(step),
                       "balance_loss": values["balance_loss"], "largest_expert_share": values["expert_load"].max(),
                       "smallest_expert_share": values["expert_load"].min()}

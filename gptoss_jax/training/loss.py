@@ -20,8 +20,8 @@ def cross_entropy(logits_BTV, targets_BT, weights_BT):
 
 def expert_load(indices_BTA, real_BT, num_experts: int):
     """Return the share of routed tokens that each expert gets, float32 [E] with sum 1; padding doesn't count."""
-    chosen = jax.nn.one_hot(indices_BTA, num_experts, dtype=jnp.float32).sum(axis=2) * real_BT[..., None]
-    counts = chosen.sum(axis=(0, 1))
+    chosen = jax.nn.one_hot(indices_BTA, num_experts, dtype=jnp.float32).sum(axis=2)
+    counts = jnp.where(real_BT[..., None], chosen, 0).sum(axis=(0, 1))
     return counts / jnp.maximum(counts.sum(), 1)
 
 
@@ -30,7 +30,6 @@ def balance_loss(logits_BTE, load_E, real_BT):
 
     Source: Fedus et al. 2022, "Switch Transformers", section 2.2, equation 4; `load_E` comes from `expert_load` and carries no gradient.
     """
-    real = real_BT.astype(jnp.float32)
-    probabilities = jax.nn.softmax(logits_BTE, axis=-1) * real[..., None]
-    mean_E = probabilities.sum(axis=(0, 1)) / jnp.maximum(real.sum(), 1)
+    probabilities = jnp.where(real_BT[..., None], jax.nn.softmax(logits_BTE, axis=-1), 0)
+    mean_E = probabilities.sum(axis=(0, 1)) / jnp.maximum(real_BT.sum(dtype=jnp.float32), 1)
     return load_E.shape[0] * (jax.lax.stop_gradient(load_E) * mean_E).sum()

@@ -72,8 +72,9 @@ def make_train_step(loss_fn: Callable[[Weights, Batch], tuple[jax.Array, dict]],
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.weights, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts on it
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         return TrainState(state.step + 1, optax.apply_updates(state.weights, updates), opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)

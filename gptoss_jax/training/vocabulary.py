@@ -13,10 +13,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from gptoss_jax.text.typescript import BUILTIN_TOOLS
 from gptoss_jax.training import synthetic
 
 # The order fixes the ids: 0 is SentencePiece's unknown, then these.
-CONTROL = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>")
+CONTROL = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>",
+           "<|call|>")
 
 BOILERPLATE = (
     "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06",
@@ -25,17 +27,19 @@ BOILERPLATE = (
     "\n\nReasoning: low", "\n\nReasoning: medium", "\n\nReasoning: high",
     "\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message.",
     "\nCalls to these tools must go to the commentary channel: 'functions'.",
-    "\n\n# Tools\n\n## python\n\nUse this tool to execute Python code in your chain of thought. The code will not be shown to the user. This tool should be used "
-    "for internal reasoning, but not for code that is intended to be visible to the user (e.g. when creating plots, tables, or files).\n\nWhen you send a message "
-    "containing Python code to python, it will be executed in a stateful Jupyter notebook environment. python will respond with the output of the execution or "
-    "time out after 120.0 seconds. The drive at '/mnt/data' can be used to save and persist user files. Internet access for this session is UNKNOWN. Depends on "
-    "the cluster.",
-    "# Instructions\n\n", "\n\n# Tools\n\n## functions\n\nnamespace functions {\n\n", "# Tools\n\n## functions\n\nnamespace functions {\n\n",
-    "} // namespace functions", " = (_: {\n", ",\n}) => any;\n\n", "?: string", ": string", ": number", "?: number", "\n// ", "// ", "type ",
-    "# Response Formats\n\n## ", "\n\n# Response Formats\n\n## ", '{"type":"object","properties":{"', '":{"type":"string"}', '":{"type":"integer"}', '":{"type":"number"}',
-    '":{"type":"boolean"}', '":{"type":"array","items":{"type":"string"}}', '},"required":["', '"]}', ',"additionalProperties":false}', '","',
-    "system", "developer", "user", "assistant", "analysis", "commentary", "final", "json", " code", " to=functions.", " to=python", " to=assistant", "functions.",
-    "print(", "ones: ", "tens: ", "hundreds: ", "thousands: ", ", write ", ", carry ", ", borrow ", ", left ", " remainder ", "Check: ", ", correct",
+    f"\n\n# Tools\n\n## python\n\n{BUILTIN_TOOLS['python']['description']}",
+    "# Instructions\n\n", "\n\n# Tools\n\n## functions\n\nnamespace functions {\n\n",
+    "# Tools\n\n## functions\n\nnamespace functions {\n\n",
+    "} // namespace functions", " = (_: {\n", ",\n}) => any;\n\n", "?: string", ": string", ": number", "?: number", "\n// ", "// ",
+    "type ",
+    "# Response Formats\n\n## ", "\n\n# Response Formats\n\n## ", '{"type":"object","properties":{"', '":{"type":"string"}',
+    '":{"type":"integer"}', '":{"type":"number"}',
+    '":{"type":"boolean"}', '":{"type":"array","items":{"type":"string"}}', '},"required":["', '"]}', ',"additionalProperties":false}',
+    '","',
+    "system", "developer", "user", "assistant", "analysis", "commentary", "final", "json", " code", " to=functions.", " to=python",
+    " to=assistant", "functions.",
+    "print(", "\nones: ", "\ntens: ", "\nhundreds: ", "\nthousands: ", "\nten thousands: ", ", left ", " remainder ", "\nCheck: ",
+    ", correct",
     '{"', '":', '":"', '"}', ',"', '": "', '", "')
 
 
@@ -68,8 +72,10 @@ def train(vocab_size: int, *, samples: int = 40_000, seed: int = 0) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=corpus(samples, seed), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True, allow_whitespace_only_pieces=True,
-        control_symbols=list(CONTROL), user_defined_symbols=[text.replace(" ", _SPACE) for text in BOILERPLATE], unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True,
+        control_symbols=list(CONTROL), user_defined_symbols=[text.replace(" ", _SPACE) for text in BOILERPLATE], unk_id=0, bos_id=-1,
+        eos_id=-1, pad_id=-1,
         max_sentencepiece_length=12, num_threads=1, minloglevel=2)
     return model.getvalue()
 

@@ -10,7 +10,7 @@ _PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred th
 
 
 def add(a: int, b: int) -> str:
-    """Return the working of a + b, column by column from the ones, with the carry."""
+    """Return the working of a + b, column by column from the ones: "tens: 4+8+1=13" adds two digits and the carry."""
     equation = f"{a}+{b}={a + b}"
     if a < 10 and b < 10:
         return equation
@@ -18,16 +18,16 @@ def add(a: int, b: int) -> str:
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = _digit(a, place), _digit(b, place)
         total = x + y + carry
-        terms = f"{x}+{y}+{carry}" if carry else f"{x}+{y}"
+        lines.append(f"{_PLACES[place]}: {x}+{y}+{carry}={total}" if carry else f"{_PLACES[place]}: {x}+{y}={total}")
         carry = total // 10
-        lines.append(f"{_PLACES[place]}: {terms}={total}, write {total % 10}, carry {carry}")
-    if carry:
-        lines.append(f"{_PLACES[place + 1]}: {carry}")
     return "\n".join([*lines, equation])
 
 
 def subtract(a: int, b: int) -> str:
-    """Return the working of a - b, column by column from the ones, with the borrow; a negative result is turned round first."""
+    """Return the working of a - b, column by column from the ones: "tens: 13-1-8=4" takes what was borrowed, then the digit.
+
+    A negative result is turned round first.
+    """
     equation = f"{a}-{b}={a - b}"
     if a < b:
         return f"{a} is less than {b}\n{subtract(b, a)}\n{equation}"
@@ -36,11 +36,9 @@ def subtract(a: int, b: int) -> str:
     lines, borrow = [f"{a}-{b}"], 0
     for place in range(len(str(a))):
         x, y = _digit(a, place), _digit(b, place)
-        taken = f"-{y}-{borrow}" if borrow else f"-{y}"
-        short = x < y + borrow
-        x += 10 * short
-        lines.append(f"{_PLACES[place]}: {x}{taken}={x - y - borrow}, borrow {int(short)}")
-        borrow = int(short)
+        x += 10 * (x < y + borrow)
+        lines.append(f"{_PLACES[place]}: {x}-{borrow}-{y}={x - borrow - y}" if borrow else f"{_PLACES[place]}: {x}-{y}={x - y}")
+        borrow = int(x >= 10)
     return "\n".join([*lines, equation])
 
 
@@ -124,12 +122,9 @@ def _times_digit(a: int, digit: int) -> str:
     lines, carry = [f"{a}*{digit}"], 0
     for place in range(len(str(a))):
         product = _digit(a, place) * digit
-        total = product + carry
-        plus_carry = f", {product}+{carry}={total}" if carry else ""
-        lines.append(f"{_PLACES[place]}: {_digit(a, place)}*{digit}={product}{plus_carry}, write {total % 10}, carry {total // 10}")
-        carry = total // 10
-    if carry:
-        lines.append(f"{_PLACES[place + 1]}: {carry}")
+        sum_with_carry = f"+{carry}={product}+{carry}={product + carry}" if carry else f"={product}"
+        lines.append(f"{_PLACES[place]}: {_digit(a, place)}*{digit}{sum_with_carry}")
+        carry = (product + carry) // 10
     return "\n".join([*lines, f"{a}*{digit}={a * digit}"])
 
 

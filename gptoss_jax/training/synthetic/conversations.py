@@ -60,7 +60,7 @@ def conversation(seed: int, index: int, split: str = "train", *, skill: str | No
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
     rng = random.Random(f"{seed}/{split}/{index}")
-    effort = effort or rng.choices(EFFORTS, (2, 5, 3))[0]
+    effort = effort or rng.choices(EFFORTS, (1, 4, 2))[0]
     skill = skill or rng.choices(list(SKILLS), [weight for weight, _ in SKILLS.values()])[0]
     return SKILLS[skill][1](rng, split, effort)
 
@@ -93,10 +93,11 @@ def problem_prompt(seed: int, index: int, family: str, effort: str) -> tuple[Pro
 def _system(rng: random.Random, effort: str, *, python: bool = False) -> Message:
     """A system message as commands render it: mostly the default identity, with and without a date."""
     fields: dict[str, Any] = {"reasoning_effort": effort}
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
         fields["current_date"] = f"{rng.randint(2024, 2031)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
     if rng.random() < 0.1:
-        fields["model_identity"] = rng.choice(("You are a helpful assistant.", "You are tiny, a demonstration model.", "You are a small model.",
+        fields["model_identity"] = rng.choice(("You are a helpful assistant.", "You are tiny, a demonstration model.",
+                                               "You are a small model.",
                                                "You are a calculator.", "You are an assistant."))
     if python:
         fields["tools"] = ("python",)
@@ -127,10 +128,12 @@ def _sample(skill: str, family: str, effort: str, prompt: list[Message], turn: l
 # --- skills --------------------------------------------------------------------------------------------------------------------------
 
 _STYLES: tuple[tuple[tuple[str, ...], str], ...] = (  # developer instructions, and how they shape the reply
-    (("Answer with only the number.", "Reply with the number only.", "Only output the final number.", "Just the number, please.", "Give only the number."), "{answer}"),
+    (("Answer with only the number.", "Reply with the number only.", "Only output the final number.", "Just the number, please.",
+      "Give only the number."), "{answer}"),
     (("Talk like a pirate.", "Answer like a pirate.", "You are a pirate.", "Speak like a pirate."), "Arr, {reply}, matey!"),
     (("Always be polite.", "Be very polite.", "Be kind and polite.", "Be friendly."), "Thank you for asking. {reply}."),
-    (("Be concise.", "Answer the question.", "You are a helpful assistant.", "Be exact.", "Help the user.", "You are a math tutor.", "Solve the problem.",
+    (("Be concise.", "Answer the question.", "You are a helpful assistant.", "Be exact.", "Help the user.", "You are a math tutor.",
+      "Solve the problem.",
       "Answer in English.", "Use a friendly tone.", "Help.", "Be careful with numbers.", "Do what the user asks."), "{reply}"),
 )
 
@@ -143,7 +146,8 @@ def _arithmetic(rng: random.Random, split: str, effort: str) -> Sample:
         prompt.append(harmony.developer_message(instructions=rng.choice(instructions)))
         reply = style.format(answer=problem.answer, reply=problem.reply.rstrip("."))
     prompt.append(harmony.message("user", problem.question))
-    return _sample("arithmetic", family, effort, prompt, [*_analysis(_thought(problem, effort)), _final(reply)], problem.answer, problem.key)
+    return _sample("arithmetic", family, effort, prompt, [*_analysis(_thought(problem, effort)), _final(reply)], problem.answer,
+                   problem.key)
 
 
 def _function(rng: random.Random, split: str, effort: str) -> Sample:
@@ -160,12 +164,15 @@ def _function(rng: random.Random, split: str, effort: str) -> Sample:
     if split == "train" and rng.random() < 0.15:
         return _without_tool(rng, "function", prompt, effort)
     name = f"functions.{call.tool['name']}"
-    thought = {"low": "", "medium": f"I need {call.tool['name']}.", "high": f"The user asks: {call.question}\nI need {call.tool['name']}."}[effort]
+    thought = {"low": "", "medium": f"I need {call.tool['name']}.",
+               "high": f"The user asks: {call.question}\nI need {call.tool['name']}."}[effort]
     turn = [*_analysis(thought),
-            harmony.message("assistant", structured.compact(call.arguments), channel="commentary", recipient=name, content_type="<|constrain|>json"),
+            harmony.message("assistant", structured.compact(call.arguments), channel="commentary", recipient=name,
+                            content_type="<|constrain|>json"),
             harmony.message("tool", _tool_json(rng, call.result), channel="commentary", recipient="assistant", name=name),
             _final(call.reply)]
-    return _sample("function", call.tool["name"], effort, [*prompt, harmony.message("user", call.question)], turn, structured.compact(call.arguments), call.key)
+    return _sample("function", call.tool["name"], effort, [*prompt, harmony.message("user", call.question)], turn,
+                   structured.compact(call.arguments), call.key)
 
 
 def _without_tool(rng: random.Random, skill: str, prompt: list[Message], effort: str) -> Sample:
@@ -201,7 +208,8 @@ def _python(rng: random.Random, split: str, effort: str) -> Sample:
         code = f"{a}{sign}{b}"
         shown = {"//": "/", "**": rng.choice(("**", "^", " to the power of "))}.get(sign, sign)
         shown = shown if sign == "**" or rng.random() < 0.5 else f" {shown} "
-        question = problems.vary(rng, rng.choice(("What is {}?", "{}", "Compute {}.", "Use Python to calculate {}.", "Calculate {} with Python", "{}?")).format(f"{a}{shown}{b}"))
+        question = problems.vary(rng, rng.choice(("What is {}?", "{}", "Compute {}.", "Use Python to calculate {}.",
+                                                  "Calculate {} with Python", "{}?")).format(f"{a}{shown}{b}"))
         key = code
     if is_held_out(key) != (split == "test"):
         return _python(rng, split, effort)
@@ -209,7 +217,8 @@ def _python(rng: random.Random, split: str, effort: str) -> Sample:
     thought = {"low": "", "medium": "I will use Python.", "high": f"I will use Python to compute {code}."}[effort]
     turn = [*_analysis(thought),
             harmony.message("assistant", f"print({code})", channel="analysis", recipient="python", content_type="code"),
-            harmony.message("tool", f"{value}\n" if rng.random() < 0.7 else f"{value}", channel="analysis", recipient="assistant", name="python"),
+            harmony.message("tool", f"{value}\n" if rng.random() < 0.7 else f"{value}", channel="analysis", recipient="assistant",
+                            name="python"),
             _final(f"The answer is {value}.")]
     prompt = [_system(rng, effort, python=True), harmony.message("user", question)]
     return _sample("python", family, effort, prompt, turn, str(value), key)
@@ -235,7 +244,11 @@ def _json(rng: random.Random, split: str, effort: str) -> Sample:
 
 
 def _chat(rng: random.Random, split: str, effort: str) -> Sample:
-    if rng.random() < 0.4:
+    kind = rng.random()
+    if kind < 0.4:
+        family, (said, analysis, reply) = "repeat", _draw(rng, split, chat.repeat, lambda drawn: drawn[2])
+        key = reply
+    elif kind < 0.6:
         family, key, (said, analysis, reply) = "small talk", "", chat.small_talk(rng)
     else:
         family, (said, analysis, reply) = "beyond", _draw(rng, split, chat.beyond, lambda drawn: drawn[0])
@@ -284,9 +297,10 @@ def _follow_up(rng: random.Random, a: int) -> Problem:
         a, sign, templates = a, *_FOLLOW_UPS[0]
     question, value = problems.vary(rng, rng.choice(templates).format(b=b)), problems.apply(sign, a, b)
     work, check = problems.WORKINGS[sign]
-    return Problem(f"{a}{sign}{b}", question, f"{a}{sign}{b}={value}", work(a, b), check(a, b), str(value), f"{a} {sign} {b} = {value}", f"{a}{sign}{b}")
+    return Problem(f"{a}{sign}{b}", question, f"{a}{sign}{b}={value}", work(a, b), check(a, b), str(value), f"{a} {sign} {b} = {value}",
+                   f"{a}{sign}{b}")
 
 
 SKILLS: dict[str, tuple[float, Callable[[random.Random, str, str], Sample]]] = {  # name: (weight, generator)
-    "arithmetic": (10, _arithmetic), "function": (2.5, _function), "python": (1.2, _python), "json": (1.5, _json), "chat": (1.5, _chat),
-    "dialogue": (1.2, _dialogue)}
+    "arithmetic": (10, _arithmetic), "function": (3, _function), "python": (1.2, _python), "json": (1.5, _json), "chat": (3, _chat),
+    "dialogue": (1, _dialogue)}

@@ -41,10 +41,12 @@ def _described(rng: random.Random, kind: str, *descriptions: str) -> dict[str, A
 
 def weather(rng: random.Random) -> Call:
     parameter = rng.choice(("city", "location", "location", "place", "city_name", "where"))
-    properties: dict[str, Any] = {parameter: _described(rng, "string", "The city and state, e.g. San Francisco, CA", "Name of the city", "The city")}
+    properties: dict[str, Any] = {parameter: _described(rng, "string", "The city and state, e.g. San Francisco, CA", "Name of the city",
+                                                        "The city")}
     city = words.city(rng)
     arguments: dict[str, Any] = {parameter: city}
-    question = rng.choice(("What is the weather in {}?", "What's the weather like in {}?", "Weather in {}?", "How is the weather in {} today?",
+    question = rng.choice(("What is the weather in {}?", "What's the weather like in {}?", "Weather in {}?",
+                           "How is the weather in {} today?",
                            "Tell me the weather in {}.", "Is it sunny in {}?", "How warm is it in {}?", "weather {}")).format(city)
     if rng.random() < 0.4:
         unit = rng.choice(("celsius", "fahrenheit"))
@@ -55,33 +57,40 @@ def weather(rng: random.Random) -> Call:
         if rng.random() < 0.5:
             question = f"{question.rstrip('?.')} in {unit}?"
             arguments[option] = unit
-    name = rng.choice(("get_weather", "get_current_weather", "weather", "lookup_weather", "fetch_weather", "current_weather", "get_forecast"))
+    name = rng.choice(("get_weather", "get_current_weather", "weather", "lookup_weather", "fetch_weather", "current_weather",
+                       "get_forecast"))
     sky, degrees = rng.choice(("sunny", "cloudy", "rainy", "windy", "clear", "snowy")), number(rng, (1, 2, 2))
     result, reply = rng.choice((
         ({"temperature": degrees, "condition": sky}, f"It is {degrees} degrees and {sky} in {city}."),
         ({"condition": sky, "temperature": degrees}, f"It is {degrees} degrees and {sky} in {city}."),
         ({"temperature": degrees}, f"It is {degrees} degrees in {city}."),
         ({"condition": sky}, f"It is {sky} in {city}."),
-        ({"temperature": degrees, "sunny": sky == "sunny"}, f"It is {degrees} degrees and {'' if sky == 'sunny' else 'not '}sunny in {city}.")))
-    return Call(_declare(name, rng.choice(("Gets the weather.", "Get the current weather in a city.", "Returns the weather of a place.")), properties, [parameter]),
+        ({"temperature": degrees, "sunny": sky == "sunny"},
+         f"It is {degrees} degrees and {'' if sky == 'sunny' else 'not '}sunny in {city}.")))
+    return Call(_declare(name, rng.choice(("Gets the weather.", "Get the current weather in a city.", "Returns the weather of a place.")),
+                         properties, [parameter]),
                 vary(rng, question), arguments, result, reply)
 
 
 def clock(rng: random.Random) -> Call:
     city, parameter = words.city(rng), rng.choice(("city", "location", "place", "timezone"))
     time = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
-    question = rng.choice(("What time is it in {}?", "What's the time in {}?", "Tell me the time in {}.", "time in {}", "Current time in {}?")).format(city)
+    question = rng.choice(("What time is it in {}?", "What's the time in {}?", "Tell me the time in {}.", "time in {}",
+                           "Current time in {}?")).format(city)
     name = rng.choice(("get_time", "current_time", "clock", "local_time", "get_local_time"))
-    return Call(_declare(name, rng.choice(("Gets the time.", "Returns the local time of a place.")), {parameter: _described(rng, "string", "Name of the city")}),
+    return Call(_declare(name, rng.choice(("Gets the time.", "Returns the local time of a place.")),
+                         {parameter: _described(rng, "string", "Name of the city")}),
                 vary(rng, question), {parameter: city}, {"time": time}, f"It is {time} in {city}.")
 
 
 def price(rng: random.Random) -> Call:
     item, parameter = words.item(rng), rng.choice(("item", "product", "article", "name", "query"))
     amount = number(rng, (1, 2, 3))
-    question = rng.choice(("What does the {} cost?", "How much is the {}?", "What is the price of the {}?", "price of {}", "How much does a {} cost?")).format(item)
+    question = rng.choice(("What does the {} cost?", "How much is the {}?", "What is the price of the {}?", "price of {}",
+                           "How much does a {} cost?")).format(item)
     name = rng.choice(("get_price", "lookup_price", "price_of", "find_price", "check_price"))
-    return Call(_declare(name, rng.choice(("Gets the price of an item.", "Looks up what a product costs.")), {parameter: _described(rng, "string", "What to look up")}),
+    return Call(_declare(name, rng.choice(("Gets the price of an item.", "Looks up what a product costs.")),
+                         {parameter: _described(rng, "string", "What to look up")}),
                 vary(rng, question), {parameter: item}, {"price": amount}, f"The {item} costs {amount} dollars.")
 
 
@@ -95,40 +104,49 @@ def calculator(rng: random.Random) -> Call:
     question = rng.choice(("What is {}?", "Calculate {}", "{}", "Use the tool to compute {}.", "{} = ?")).format(expression)
     value = apply(a, b)
     name = rng.choice((word, f"{word}_numbers", f"calc_{word}", f"do_{word}"))
-    return Call(_declare(name, rng.choice((f"{word.capitalize()}s two numbers.", f"Can {word} numbers.")), {first: {"type": kind}, second: {"type": kind}}),
+    return Call(_declare(name, rng.choice((f"{word.capitalize()}s two numbers.", f"Can {word} numbers.")),
+                         {first: {"type": kind}, second: {"type": kind}}),
                 vary(rng, question), {first: a, second: b}, {"result": value}, f"{expression} = {value}")
 
 
 def timer(rng: random.Random) -> Call:
     minutes, parameter = rng.randint(1, 90), rng.choice(("minutes", "duration", "time", "length"))
-    question = rng.choice(("Set a timer for {} minutes.", "Start a {} minute timer", "Timer for {} minutes please", "Wake me in {} minutes.")).format(minutes)
+    question = rng.choice(("Set a timer for {} minutes.", "Start a {} minute timer", "Timer for {} minutes please",
+                           "Wake me in {} minutes.")).format(minutes)
     name = rng.choice(("set_timer", "start_timer", "timer", "create_timer"))
-    return Call(_declare(name, rng.choice(("Sets a timer.", "Starts a timer of some minutes.")), {parameter: _described(rng, "integer", "Length in minutes")}),
+    return Call(_declare(name, rng.choice(("Sets a timer.", "Starts a timer of some minutes.")),
+                         {parameter: _described(rng, "integer", "Length in minutes")}),
                 vary(rng, question), {parameter: minutes}, {"status": "ok"}, f"The timer is set for {minutes} minutes.")
 
 
 def messenger(rng: random.Random) -> Call:
     to, body = rng.choice((("to", "text"), ("recipient", "body"), ("person", "message"), ("name", "content")))
-    person, text = words.name(rng), rng.choice(("hello", "I am late", "see you soon", "happy birthday", "call me", "thank you", "good luck", "dinner is ready",
+    person, text = words.name(rng), rng.choice(("hello", "I am late", "see you soon", "happy birthday", "call me", "thank you", "good luck",
+                                                "dinner is ready",
                                                 f"buy {words.item(rng)}", f"meet me in {words.city(rng)}"))
-    question = rng.choice(("Send {p} the message: {t}", "Tell {p}: {t}", "Write to {p}: {t}", 'Send "{t}" to {p}.', 'Text {p} "{t}"')).format(p=person, t=text)
+    question = rng.choice(("Send {p} the message: {t}", "Tell {p}: {t}", "Write to {p}: {t}", 'Send "{t}" to {p}.',
+                           'Text {p} "{t}"')).format(p=person, t=text)
     name = rng.choice(("send_message", "send_text", "message", "notify", "send_sms"))
-    return Call(_declare(name, rng.choice(("Sends a message.", "Sends a text to a person.")), {to: {"type": "string"}, body: {"type": "string"}}),
+    return Call(_declare(name, rng.choice(("Sends a message.", "Sends a text to a person.")),
+                         {to: {"type": "string"}, body: {"type": "string"}}),
                 question, {to: person, body: text}, {"status": "sent"}, f"I sent the message to {person}.")
 
 
 def convert(rng: random.Random) -> Call:
     amount, result = number(rng, (1, 2, 3)), number(rng, (1, 2, 3))
     source, target = rng.sample(("dollars", "euros", "yen", "pounds", "francs", "pesos"), 2)
-    question = rng.choice(("How many {t} are {a} {s}?", "Convert {a} {s} to {t}.", "What is {a} {s} in {t}?", "{a} {s} in {t}")).format(a=amount, s=source, t=target)
+    question = rng.choice(("How many {t} are {a} {s}?", "Convert {a} {s} to {t}.", "What is {a} {s} in {t}?",
+                           "{a} {s} in {t}")).format(a=amount, s=source, t=target)
     keys = rng.choice((("amount", "from", "to"), ("value", "source", "target"), ("amount", "from_currency", "to_currency")))
     properties = dict(zip(keys, ({"type": "number"}, {"type": "string"}, {"type": "string"}), strict=True))
-    return Call(_declare(rng.choice(("convert", "convert_currency", "exchange", "currency")), rng.choice(("Converts money.", "Converts an amount to another currency.")),
+    return Call(_declare(rng.choice(("convert", "convert_currency", "exchange", "currency")),
+                         rng.choice(("Converts money.", "Converts an amount to another currency.")),
                          properties), vary(rng, question), dict(zip(keys, (amount, source, target), strict=True)), {"amount": result},
                 f"{amount} {source} are {result} {target}.")
 
 
-_ATTRIBUTES = ("score", "height", "weight", "balance", "rating", "distance", "speed", "level", "stock", "size", "salary", "rank", "temperature", "age",
+_ATTRIBUTES = ("score", "height", "weight", "balance", "rating", "distance", "speed", "level", "stock", "size", "salary", "rank",
+               "temperature", "age",
                "population", "color", "status", "owner", "address", "number", "width", "length", "capital", "author", "mood")
 
 
@@ -138,12 +156,14 @@ def lookup(rng: random.Random) -> Call:
     subject = rng.choice((words.name, words.city, words.item, words.invent))(rng)
     parameter = rng.choice(("name", "id", "key", "item", "city", "user", "product", "place", "query", "subject", "of", words.invent(rng)))
     value: Any = number(rng, (1, 2, 3)) if rng.random() < 0.6 else words.invent(rng)
-    question = rng.choice(("What is the {a} of {s}?", "Get the {a} of {s}.", "{a} of {s}?", "Look up the {a} for {s}", "Tell me the {a} of {s}.",
+    question = rng.choice(("What is the {a} of {s}?", "Get the {a} of {s}.", "{a} of {s}?", "Look up the {a} for {s}",
+                           "Tell me the {a} of {s}.",
                            "Find the {a} of {s}", "I need the {a} of {s}.")).format(a=attribute, s=subject)
     verb = rng.choice(("get", "fetch", "find", "lookup", "read", "query", "search", "check"))
     name = rng.choice((f"{verb}_{attribute}", f"{verb}_{attribute}", attribute, f"{attribute}_{verb}"))
     return Call(_declare(name, rng.choice((f"Gets the {attribute}.", f"Returns the {attribute} of something.", f"Finds a {attribute}.")),
-                         {parameter: _described(rng, "string", "What to look up", "The name")}), question, {parameter: subject}, {attribute: value},
+                         {parameter: _described(rng, "string", "What to look up", "The name")}), question, {parameter: subject},
+                         {attribute: value},
                 f"The {attribute} of {subject} is {value}.")
 
 

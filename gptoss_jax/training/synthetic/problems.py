@@ -33,15 +33,21 @@ def number(rng: random.Random, digits: tuple[int, ...] = (1, 2, 2, 2, 3, 3)) -> 
     return rng.randrange(10 ** (count - 1) if count > 1 else 0, 10**count)
 
 
+_SIZES = (*(1, 2, 2, 2, 3, 3) * 4, 4)
+
 # --- plain questions -------------------------------------------------------------------------------------------------------------
 
-_ASK = ("What is {}?", "what's {}", "{}", "{}=", "{} = ?", "Calculate {}.", "Compute {}", "How much is {}?", "Can you tell me {}?", "Solve {}",
-        "What does {} equal?", "Please work out {}.", "Hey, what is {}?", "I need to know {}.", "Tell me {}", "{}?", "Evaluate {}", "whats {}",
+_ASK = ("What is {}?", "what's {}", "{}", "{}=", "{} = ?", "Calculate {}.", "Compute {}", "How much is {}?", "Can you tell me {}?",
+        "Solve {}",
+        "What does {} equal?", "Please work out {}.", "Hey, what is {}?", "I need to know {}.", "Tell me {}", "{}?", "Evaluate {}",
+        "whats {}",
         "What is the result of {}?", "Find {}.")
 _SPOKEN = {
     "+": ("What is the sum of {a} and {b}?", "Add {a} and {b}.", "What is {a} plus {b}?", "{a} plus {b}", "add {b} to {a}",
-          "How much is {a} and {b} together?", "What do you get if you add {a} and {b}?", "What is {a} added to {b}?", "total of {a} and {b}?"),
-    "-": ("What is {a} minus {b}?", "{a} minus {b}", "Subtract {b} from {a}.", "What is the difference between {a} and {b}?", "take {b} away from {a}",
+          "How much is {a} and {b} together?", "What do you get if you add {a} and {b}?", "What is {a} added to {b}?",
+          "total of {a} and {b}?"),
+    "-": ("What is {a} minus {b}?", "{a} minus {b}", "Subtract {b} from {a}.", "What is the difference between {a} and {b}?",
+          "take {b} away from {a}",
           "How much is left if you take {b} from {a}?", "What is {b} less than {a}?", "{a} take away {b}"),
     "*": ("What is {a} times {b}?", "{a} times {b}", "Multiply {a} by {b}.", "What is the product of {a} and {b}?", "multiply {a} and {b}",
           "How much is {a} multiplied by {b}?", "{a} multiplied by {b}"),
@@ -70,16 +76,17 @@ def vary(rng: random.Random, question: str) -> str:
 
 
 def _plain(rng: random.Random, sign: str, a: int, b: int, working: str, check: str, answer: str) -> Problem:
-    return Problem(f"{a}{sign}{b}", _ask(rng, sign, a, b), "", working, check, answer, f"{a} {sign} {b} = {answer}", f"{a}{'//' if sign == '/' else sign}{b}")
+    return Problem(f"{a}{sign}{b}", _ask(rng, sign, a, b), "", working, check, answer, f"{a} {sign} {b} = {answer}",
+                   f"{a}{'//' if sign == '/' else sign}{b}")
 
 
 def addition(rng: random.Random) -> Problem:
-    a, b = number(rng, (1, 2, 2, 2, 3, 3, 4)), number(rng, (1, 2, 2, 2, 3, 3, 4))
+    a, b = number(rng, _SIZES), number(rng, _SIZES)
     return _plain(rng, "+", a, b, arithmetic.add(a, b), arithmetic.check_sum(a, b), str(a + b))
 
 
 def subtraction(rng: random.Random) -> Problem:
-    a, b = number(rng, (1, 2, 2, 2, 3, 3, 4)), number(rng, (1, 2, 2, 2, 3, 3, 4))
+    a, b = number(rng, _SIZES), number(rng, _SIZES)
     if a < b and rng.random() < 0.8:
         a, b = b, a
     return _plain(rng, "-", a, b, arithmetic.subtract(a, b), arithmetic.check_difference(a, b), str(a - b))
@@ -101,7 +108,8 @@ def division(rng: random.Random) -> Problem:
 
 def sum_of_three(rng: random.Random) -> Problem:
     a, b, c = (number(rng, (1, 2, 2)) for _ in range(3))
-    asked = rng.choice(("What is {a} + {b} + {c}?", "{a}+{b}+{c}", "Add {a}, {b} and {c}.", "What is the sum of {a}, {b} and {c}?", "{a} + {b} + {c} = ?",
+    asked = rng.choice(("What is {a} + {b} + {c}?", "{a}+{b}+{c}", "Add {a}, {b} and {c}.", "What is the sum of {a}, {b} and {c}?",
+                        "{a} + {b} + {c} = ?",
                         "Calculate {a}+{b}+{c}", "{a} plus {b} plus {c}"))
     total = a + b + c
     return Problem(f"{a}+{b}+{c}", vary(rng, asked.format(a=a, b=b, c=c)), "", f"{arithmetic.add(a, b)}\n{arithmetic.add(a + b, c)}",
@@ -140,7 +148,8 @@ def multiple(rng: random.Random) -> Problem:
                        str(a * factor), f"{a} * {factor} = {a * factor}", f"{a}*{factor}")
     a *= 2
     asked = rng.choice(("What is half of {a}?", "half of {a}", "How much is half of {a}?", "Halve {a}.")).format(a=a)
-    return Problem(f"{a}/2", vary(rng, asked), "", arithmetic.divide(a, 2), arithmetic.check_quotient(a, 2), str(a // 2), f"{a} / 2 = {a // 2}", f"{a}//2")
+    return Problem(f"{a}/2", vary(rng, asked), "", arithmetic.divide(a, 2), arithmetic.check_quotient(a, 2), str(a // 2),
+                   f"{a} / 2 = {a // 2}", f"{a}//2")
 
 
 def unknown(rng: random.Random) -> Problem:
@@ -154,7 +163,8 @@ def unknown(rng: random.Random) -> Problem:
         x += b
         equation, working = f"{letter} - {b} = {x - b}", f"{letter}={x - b}+{b}\n{arithmetic.add(x - b, b)}"
         code, check, key = f"{x - b}+{b}", arithmetic.check_sum(x - b, b), f"x-{b}={x - b}"
-    asked = rng.choice(("Solve {}", "Find {l}: {}", "{}, what is {l}?", "If {}, what is {l}?", "Solve for {l}: {}")).format(equation, l=letter)
+    asked = rng.choice(("Solve {}", "Find {l}: {}", "{}, what is {l}?", "If {}, what is {l}?", "Solve for {l}: {}")).format(equation,
+                                                                                                                            l=letter)
     return Problem(key, vary(rng, asked), "", working, check, str(x), f"{letter} = {x}", code)
 
 
@@ -163,11 +173,13 @@ def comparison(rng: random.Random) -> Problem:
     b = a + rng.choice((-1, 1)) * rng.randint(1, 20) if rng.random() < 0.4 else number(rng, (1, 2, 2, 3, 3))
     if b < 0 or a == b:
         return comparison(rng)
-    asked = rng.choice(("Which is larger, {a} or {b}?", "which number is bigger: {a} or {b}?", "Is {a} or {b} greater?", "What is the larger of {a} and {b}?",
+    asked = rng.choice(("Which is larger, {a} or {b}?", "which number is bigger: {a} or {b}?", "Is {a} or {b} greater?",
+                        "What is the larger of {a} and {b}?",
                         "max of {a} and {b}", "Which is more, {a} or {b}?"))
     larger, smaller = max(a, b), min(a, b)
     return Problem(f"max({a},{b})", vary(rng, asked.format(a=a, b=b)), "", arithmetic.compare(a, b),
-                   f"Check: {arithmetic.subtract(larger, smaller)}, positive", str(larger), f"The larger number is {larger}.", f"max({a},{b})")
+                   f"Check: {arithmetic.subtract(larger, smaller)}, positive", str(larger), f"The larger number is {larger}.",
+                   f"max({a},{b})")
 
 
 def sequence(rng: random.Random) -> Problem:
@@ -177,7 +189,8 @@ def sequence(rng: random.Random) -> Problem:
         start, step = start + step * length, -step
     terms = [start + step * i for i in range(length + 1)]
     shown = ", ".join(map(str, terms[:-1]))
-    asked = rng.choice(("What comes next: {}?", "What is the next number: {}, ...", "Continue the sequence {}", "{}, ?", "Which number comes after {}?",
+    asked = rng.choice(("What comes next: {}?", "What is the next number: {}, ...", "Continue the sequence {}", "{}, ?",
+                        "Which number comes after {}?",
                         "Find the next term of {}"))
     last = terms[-2]
     steps = [f"{y}-{x}={y - x}" if y > x else f"{x}-{y}={x - y}" for x, y in zip(terms[:2], terms[1:3], strict=True)]
@@ -189,25 +202,36 @@ def sequence(rng: random.Random) -> Problem:
 
 # --- word problems ---------------------------------------------------------------------------------------------------------------
 
-_GAINS = ("{n} has {a} {t} and buys {b} more. How many {t} does {n} have?", "{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?",
+_GAINS = ("{n} has {a} {t} and buys {b} more. How many {t} does {n} have?",
+          "{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?",
           "{n} found {a} {t} in the morning and {b} in the evening. How many {t} did {n} find?",
           "There are {a} {t} in a box. {n} puts {b} more {t} in. How many {t} are in the box?",
-          "{n} has {a} {t} and {m} has {b} {t}. How many {t} do they have together?", "If {n} has {a} {t} and gets {b} more, how many {t} does {n} have?",
+          "{n} has {a} {t} and {m} has {b} {t}. How many {t} do they have together?",
+          "If {n} has {a} {t} and gets {b} more, how many {t} does {n} have?",
           "{n} read {a} pages on Monday and {b} pages on Tuesday. How many pages did {n} read in total?",
-          "I have {a} {t} and buy {b} more. How many {t} do I have?", "A bus has {a} people. {b} more get on. How many people are on the bus?",
+          "I have {a} {t} and buy {b} more. How many {t} do I have?",
+          "A bus has {a} people. {b} more get on. How many people are on the bus?",
           "{n} collected {a} {t}, then {b} more {t}. How many in all?", "{n} is {a} years old. How old will {n} be in {b} years?")
 _LOSSES = ("{n} has {a} {t} and gives {b} to {m}. How many {t} does {n} have left?", "{n} had {a} {t} but lost {b}. How many {t} are left?",
-           "There are {a} {t} on the table. {n} takes {b}. How many {t} remain?", "{n} has {a} {t} and sells {b} of them. How many {t} does {n} have now?",
+           "There are {a} {t} on the table. {n} takes {b}. How many {t} remain?",
+           "{n} has {a} {t} and sells {b} of them. How many {t} does {n} have now?",
            "{n} bought {a} {t} and ate {b}. How many {t} are left?", "I have {a} {t} and give away {b}. How many do I have left?",
-           "{n} has {a} {t}, {m} has {b}. How many more {t} does {n} have than {m}?", "A book has {a} pages. {n} has read {b}. How many pages are left?",
+           "{n} has {a} {t}, {m} has {b}. How many more {t} does {n} have than {m}?",
+           "A book has {a} pages. {n} has read {b}. How many pages are left?",
            "If {n} has {a} {t} and uses {b}, how many {t} are left?", "{n} has {a} dollars and spends {b}. How much money is left?")
-_GROUPS = ("There are {a} {c} with {b} {t} each. How many {t} are there?", "{n} has {a} {c}. Each holds {b} {t}. How many {t} does {n} have?",
+_GROUPS = ("There are {a} {c} with {b} {t} each. How many {t} are there?",
+           "{n} has {a} {c}. Each holds {b} {t}. How many {t} does {n} have?",
            "{n} buys {b} {t} every day for {a} days. How many {t} does {n} buy?", "One of the {t} costs {b} dollars. How much do {a} cost?",
-           "{n} fills {a} {c} with {b} {t} each. How many {t} is that?", "{n} earns {b} dollars an hour. How much does {n} earn in {a} hours?",
-           "A car drives {b} km an hour. How far does it go in {a} hours?", "If each of {a} children gets {b} {t}, how many {t} are needed?")
-_SHARES = ("{n} shares {a} {t} equally among {b} friends. How many {t} does each friend get?", "{a} {t} are packed in {b} equal {c}. How many {t} are in each?",
-           "{n} puts {a} {t} into {b} {c}, the same number in each. How many {t} per one?", "{b} children share {a} {t} equally. How many does each get?",
-           "If {b} people split {a} dollars equally, how much does each get?", "{n} reads {a} pages in {b} days, the same every day. How many pages a day?")
+           "{n} fills {a} {c} with {b} {t} each. How many {t} is that?",
+           "{n} earns {b} dollars an hour. How much does {n} earn in {a} hours?",
+           "A car drives {b} km an hour. How far does it go in {a} hours?",
+           "If each of {a} children gets {b} {t}, how many {t} are needed?")
+_SHARES = ("{n} shares {a} {t} equally among {b} friends. How many {t} does each friend get?",
+           "{a} {t} are packed in {b} equal {c}. How many {t} are in each?",
+           "{n} puts {a} {t} into {b} {c}, the same number in each. How many {t} per one?",
+           "{b} children share {a} {t} equally. How many does each get?",
+           "If {b} people split {a} dollars equally, how much does each get?",
+           "{n} reads {a} pages in {b} days, the same every day. How many pages a day?")
 
 
 def story(rng: random.Random) -> Problem:
@@ -245,12 +269,14 @@ def two_step_story(rng: random.Random) -> Problem:
              "*": ("{n} has {a} {c} with {b} {t} each", "{n} buys {a} {c} of {b} {t} each", "There are {a} {c} with {b} {t} each")}[first]
     end = {"+": ("Then {n} gets {d} more.", "{n} adds {d} more.", "Then {n} buys another {d}."),
            "-": ("Then {n} gives away {d}.", "{n} uses {d} of them.", "Then {n} loses {d}.")}[second]
-    ask = rng.choice(("How many {t} does {n} have now?", "How many {t} are there now?", "How many {t} are left?" if second == "-" else "How many {t} in total?"))
+    ask = rng.choice(("How many {t} does {n} have now?", "How many {t} are there now?",
+                      "How many {t} are left?" if second == "-" else "How many {t} in total?"))
     question = _pronoun(rng, f"{rng.choice(begin)}. {rng.choice(end)} {ask}".format(n=n, t=t, c=c, a=a, b=b, d=d), n)
     value = apply(second, middle, d)
     working = f"First: {WORKINGS[first][0](a, b)}\nThen: {WORKINGS[second][0](middle, d)}"
     bracketed = f"{a}{first}{b}{second}{d}"
-    return Problem(bracketed, vary(rng, question), f"{a}{first}{b}={middle}, {middle}{second}{d}={value}", working, WORKINGS[second][1](middle, d),
+    return Problem(bracketed, vary(rng, question), f"{a}{first}{b}={middle}, {middle}{second}{d}={value}", working,
+                   WORKINGS[second][1](middle, d),
                    str(value), f"The answer is {value}.", bracketed)
 
 
@@ -274,6 +300,6 @@ def apply(sign: str, a: int, b: int) -> int:
 
 
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Problem]]] = {  # name: (weight, generator)
-    "addition": (4, addition), "subtraction": (4, subtraction), "multiplication": (4, multiplication), "division": (3, division),
+    "addition": (4, addition), "subtraction": (4, subtraction), "multiplication": (4, multiplication), "division": (4, division),
     "sum_of_three": (1.5, sum_of_three), "mixed": (1.5, mixed), "multiple": (1, multiple), "unknown": (1, unknown),
     "comparison": (1, comparison), "sequence": (1, sequence), "story": (5, story), "two_step_story": (2.5, two_step_story)}

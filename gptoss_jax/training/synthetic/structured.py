@@ -17,7 +17,8 @@ def compact(value: Any) -> str:
 
 
 def _object(rng: random.Random, properties: dict[str, str | dict[str, Any]]) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "object", "properties": {key: {"type": kind} if isinstance(kind, str) else kind for key, kind in properties.items()}}
+    schema: dict[str, Any] = {"type": "object", "properties": {key: {"type": kind} if isinstance(kind, str) else kind for key,
+                                                               kind in properties.items()}}
     if rng.random() < 0.7:
         schema["required"] = list(properties)
     if rng.random() < 0.2:
@@ -27,7 +28,8 @@ def _object(rng: random.Random, properties: dict[str, str | dict[str, Any]]) -> 
 
 def arithmetic_answer(rng: random.Random, problem: Problem) -> tuple[dict[str, Any], str]:
     """Return (schema, JSON answer) for a problem whose answer is an integer, under a property name of any kind."""
-    key = rng.choice(("answer", "answer", "answer", "result", "value", "total", "number", "solution", "output", "sum", "x", words.invent(rng)))
+    key = rng.choice(("answer", "answer", "answer", "result", "value", "total", "number", "solution", "output", "sum", "x",
+                      words.invent(rng)))
     kind = rng.choice(("integer", "integer", "number"))
     value = int(problem.answer)
     if rng.random() < 0.3:
@@ -55,16 +57,19 @@ def shopping(rng: random.Random) -> tuple[str, dict[str, Any], str]:
     """A list: (what the user says, schema, JSON answer)."""
     items = [words.item(rng) for _ in range(rng.randint(1, 4))]
     listed = items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-    said = rng.choice(("I need {}", "Buy {}.", "We have to get {}.", "My list: {}", "Please order {}.", "Get {} from the shop", "Add {} to my list.")).format(listed)
+    said = rng.choice(("I need {}", "Buy {}.", "We have to get {}.", "My list: {}", "Please order {}.", "Get {} from the shop",
+                       "Add {} to my list.")).format(listed)
     key = rng.choice(("items", "items", "list", "products", "things", "entries", words.invent(rng)))
-    return vary(rng, said) if said.islower() else said, _object(rng, {key: {"type": "array", "items": {"type": "string"}}}), compact({key: items})
+    return vary(rng, said) if said.islower() else said, _object(rng, {key: {"type": "array",
+                                                                            "items": {"type": "string"}}}), compact({key: items})
 
 
 def judgement(rng: random.Random) -> tuple[str, dict[str, Any], str]:
     """Yes or no: (what the user says, schema, JSON answer)."""
     a, b = number(rng, (1, 2, 2, 3)), number(rng, (1, 2, 2, 3))
     key = rng.choice(("answer", "correct", "result", "true", "is_true", words.invent(rng)))
-    asked, holds = rng.choice((("Is {a} larger than {b}?", a > b), ("Is {a} less than {b}?", a < b), ("Is {a} bigger than {b}?", a > b), ("{a} > {b}?", a > b),
+    asked, holds = rng.choice((("Is {a} larger than {b}?", a > b), ("Is {a} less than {b}?", a < b), ("Is {a} bigger than {b}?", a > b),
+                               ("{a} > {b}?", a > b),
                                ("Is {a} smaller than {b}?", a < b), ("Is {a} an even number?", a % 2 == 0), ("Is {a} odd?", a % 2 == 1)))
     return vary(rng, asked.format(a=a, b=b)), _object(rng, {key: "boolean"}), compact({key: holds})
 

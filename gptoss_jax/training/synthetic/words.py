@@ -35,8 +35,10 @@ TOPICS = (
     "volcanoes", "dinosaurs", "space travel", "economics", "democracy", "robots", "the human brain", "trains", "electric cars", "Mars",
     "Napoleon", "Mozart", "Germany", "Africa", "coffee", "wine", "tennis", "poetry", "philosophy", "language", "evolution", "the sun")
 
-_ONSETS = ("b", "br", "ch", "d", "f", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pr", "qu", "r", "s", "sh", "st", "t", "tr", "v", "w", "y", "z")
-_RIMES = ("a", "ab", "al", "an", "ar", "e", "el", "en", "er", "i", "id", "il", "in", "o", "ol", "on", "or", "u", "ul", "um", "un", "ai", "ea", "oo")
+_ONSETS = ("b", "br", "ch", "d", "f", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pr", "qu", "r", "s", "sh", "st", "t", "tr", "v",
+           "w", "y", "z")
+_RIMES = ("a", "ab", "al", "an", "ar", "e", "el", "en", "er", "i", "id", "il", "in", "o", "ol", "on", "or", "u", "ul", "um", "un", "ai",
+          "ea", "oo")
 
 
 def invent(rng: random.Random) -> str:
