@@ -34,6 +34,10 @@ def ask_json(capfd, *argv):
     return json.loads(out)
 
 
+def text(message):
+    return "".join(item["text"] for item in message["content"])
+
+
 def test_the_answer_is_on_stdout_and_everything_else_on_stderr(capfd):
     code, out, err = ask(capfd, "What is 17 + 25?")
     assert code == 0 and out.strip().rstrip(".").endswith("42") and out.endswith("\n") and "<|" not in out
@@ -47,7 +51,7 @@ def test_reasoning_grows_with_the_effort(capfd):
     for effort in ("low", "medium", "high"):
         answer = ask_json(capfd, "What is 48 + 27?", "--reasoning", effort)
         assert answer["finish"] == "stop" and answer["messages"][-1]["channel"] == "final"
-        lengths[effort] = sum(len(m["content"]) for m in answer["messages"] if m["channel"] == "analysis")
+        lengths[effort] = sum(len(text(m)) for m in answer["messages"] if m["channel"] == "analysis")
     assert lengths["low"] < lengths["medium"] < lengths["high"]
 
 
@@ -68,9 +72,21 @@ def test_a_given_function_is_called_with_well_formed_arguments(capfd, tmp_path):
     answer = ask_json(capfd, "What is the weather in Paris?", "--tools", str(tools))
     call = answer["messages"][-1]
     assert answer["finish"] == "call" and call["recipient"] == "functions.get_weather" and call["channel"] == "commentary"
-    assert json.loads(call["content"]) == {"city": "Paris"}
+    assert json.loads(text(call)) == {"city": "Paris"}
     _, out, _ = ask(capfd, "What is the weather in Paris?", "--tools", str(tools))
     assert out.startswith("functions.get_weather {")
+
+
+def test_the_python_tool_is_called(capfd):
+    answer = ask_json(capfd, "What is 84 * 67?", "--tools", "python")
+    assert answer["finish"] == "call" and answer["messages"][-1]["recipient"] == "python" and text(answer["messages"][-1]) == "print(84*67)"
+
+
+def test_an_answer_follows_a_given_schema(capfd, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "properties": {"result": {"type": "integer"}}, "required": ["result"]}))
+    code, out, _ = ask(capfd, "What is 12 + 30?", "--response-format", str(schema))
+    assert code == 0 and json.loads(out) == {"result": 42}
 
 
 def test_a_seed_reproduces_and_settings_are_taken(capfd):
@@ -106,8 +122,9 @@ def test_debug_shows_the_traceback(capfd):
     assert code == 2 and "Traceback" in err
 
 
-def start(*argv, **kwargs):
-    return subprocess.Popen([sys.executable, "-m", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+def start(*argv):
+    return subprocess.Popen([sys.executable, "-m", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            errors="replace")  # sampled bytes need not be UTF-8
 
 
 def test_a_closed_pipe_ends_quietly():
@@ -136,7 +153,7 @@ def test_chat_remembers_changes_effort_resets_and_saves(tmp_path):
     answers = done.stdout.splitlines()
     assert len(answers) == 3 and "11" in answers[0] and "47" in answers[1] and "4" in answers[2]
     conversation = json.loads(saved.read_text())["messages"]
-    assert [m["content"] for m in conversation if m["role"] == "user"] == ["What is 5 + 6?", "What is 40 + 7?"]
+    assert [text(m) for m in conversation if m["role"] == "user"] == ["What is 5 + 6?", "What is 40 + 7?"]
     assert conversation[0]["content"][0]["reasoning_effort"] == "high"
     assert "/nonsense: no such command" in done.stderr and "(forgotten)" in done.stderr
 
