@@ -21,14 +21,3 @@ def shared():
     if not (path / "oracle").is_dir():
         pytest.skip("reference data not here: set GPTOSS_JAX_REFERENCE to its folder")
     return path
-
-
-@pytest.fixture
-def cpu_level():
-    """Call it to lower the instruction set of the C++ kernels: 0 portable, 1 AVX2, 2 AVX-512, 3 whatever there is. Skips where they can't be built."""
-    from gptoss_jax.kernels import cpu_library
-
-    if not cpu_library.available():
-        pytest.skip("the C++ kernels can't be built here")
-    yield cpu_library.load().gptoss_allow_level
-    cpu_library.load().gptoss_allow_level(3)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.kernels.attention import attention, cpu, reference, xla
+from gptoss_jax.kernels.attention import attention, reference, xla
 
 N, K, H = 6, 2, 8
 
@@ -54,14 +54,14 @@ def small_blocks(monkeypatch):
 def test_blockwise_equals_the_reference_at_block_and_window_edges(small_blocks, T, window):
     q, k, v, sinks = inputs(T, 2, T, T)
     tags = dict(q_positions=positions(2, T), k_positions=positions(2, T), window=window)
-    np.testing.assert_allclose(xla.attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
+    np.testing.assert_allclose(attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
 
 
 def test_blockwise_equals_the_reference_on_empty_slots_and_late_queries(small_blocks):
     q, k, v, sinks = inputs(3, 2, 5, 37)
     k_positions = jnp.where(positions(2, 37) < jnp.array([[30], [12]]), positions(2, 37), -1)
     tags = dict(q_positions=jnp.stack([positions(1, 5, 25)[0], positions(1, 5, 7)[0]]), k_positions=k_positions, window=None)
-    np.testing.assert_allclose(xla.attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
+    np.testing.assert_allclose(attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -76,7 +76,7 @@ def test_blockwise_gradients_of_packed_rows_equal_those_of_the_reference(small_b
     def loss(implementation, *arrays):
         return (implementation(*arrays, **tags) * weights).sum()
 
-    ours, expected = (jax.grad(functools.partial(loss, f), argnums=(0, 1, 2, 3))(q, k, v, sinks) for f in (xla.attention, reference.attention))
+    ours, expected = (jax.grad(functools.partial(loss, f), argnums=(0, 1, 2, 3))(q, k, v, sinks) for f in (attention, reference.attention))
     for name, a, b in zip(("q", "k", "v", "sinks"), ours, expected):
         np.testing.assert_allclose(a, b, atol=3e-6, err_msg=name)
 
@@ -101,32 +101,3 @@ def test_bfloat16_stays_near_float32():
     low = attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), sinks.astype(jnp.bfloat16), **tags)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), reference.attention(q, k, v, sinks, **tags), atol=0.04)  # 2^-8 of values up to 4
-
-
-@pytest.mark.parametrize("level", range(4))
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])  # bfloat16: the reference rounds weights too
-@pytest.mark.parametrize("window", [None, 1, 128])
-def test_the_cpu_kernel_decodes_as_the_reference_over_unordered_and_empty_slots(cpu_level, window, dtype, tolerance, level):
-    cpu_level(level)
-    S = 200  # several blocks of the kernel's 64 keys, the last one partial
-    q, k, v, sinks = (x.astype(dtype) for x in inputs(7, 3, 1, S))
-    random = np.random.default_rng(8)
-    order = np.stack([random.permutation(S), np.full(S, -1), np.arange(S)])  # the second row sees nothing
-    tags = dict(q_positions=jnp.asarray([[150], [3], [0]], jnp.int32), k_positions=jnp.asarray(order, jnp.int32), window=window)
-    ours, expected = cpu.attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags)
-    assert ours.dtype == expected.dtype
-    np.testing.assert_allclose(ours.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance)
-
-
-def test_the_cpu_kernel_refuses_what_it_cannot_do(cpu_level):
-    q, k, v, sinks = inputs(9, 1, 2, 2)
-    with pytest.raises(ValueError, match="'cpu': 2 queries a row found, expected one"):
-        attention(q, k, v, sinks, q_positions=positions(1, 2), k_positions=positions(1, 2), implementation="cpu")
-
-
-def test_gradients_of_the_cpu_kernel_equal_those_of_the_reference(cpu_level):
-    q, k, v, sinks = inputs(10, 2, 1, 9)
-    tags = dict(q_positions=jnp.full((2, 1), 6, jnp.int32), k_positions=positions(2, 9))
-    for ours, theirs in zip(*(jax.grad(lambda *a: (f(*a, **tags) ** 2).sum(), argnums=(0, 1, 2, 3))(q, k, v, sinks)
-                              for f in (cpu.attention, reference.attention))):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
