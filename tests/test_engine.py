@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from gptoss_jax import checkpoint
+from gptoss_jax import checkpoint, sharding
 from gptoss_jax.inference.engine import Engine, PromptError
 from gptoss_jax.inference.sampling import Sampling, SamplingError, sample, stack
 
@@ -66,6 +66,15 @@ def test_a_seed_reproduces_its_tokens_in_any_batch(engine):
         assert place.ids == together[row].ids
     assert engine.generate(prompts[:1], settings[:1], max_new_tokens=20)[0].ids == together[0].ids
     assert engine.generate(prompts[:1], Sampling(seed=99), max_new_tokens=20)[0].ids != together[0].ids
+
+
+@pytest.mark.parametrize("axes", [dict(expert=4, data=2), dict(data=2, expert=2, fsdp=2)], ids=str)
+def test_a_model_loaded_on_a_mesh_generates_the_same_tokens(oracle, axes):
+    engine = Engine(checkpoint.load(DATA / "tiny_checkpoint", dtype="float32", mesh=sharding.make_mesh(**axes)), prefill_chunk=64)
+    assert engine.mesh is not None
+    names = ["g150", "g16"]
+    completions = engine.generate([oracle[f"{name}.prompt"].tolist() for name in names], GREEDY, max_new_tokens=8)
+    assert [c.ids for c in completions] == [oracle[f"{name}.new"].tolist()[:8] for name in names]
 
 
 def test_the_context_ends_a_row(model):

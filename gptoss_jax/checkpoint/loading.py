@@ -26,7 +26,8 @@ _TINY = Path(__file__).parents[1] / "assets" / "tiny"
 def load(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.sharding.Mesh | None = None,
          progress: Callable[[int, int], None] | None = None) -> GptOss:
     """Load a model from a checkpoint of any layout, or the embedded one with path "tiny"; otherwise as `load_weights`."""
-    return GptOss(*load_weights(resolve(path), dtype=dtype, mesh=mesh, progress=progress))
+    config, weights = load_weights(resolve(path), dtype=dtype, mesh=mesh, progress=progress)
+    return GptOss(config, weights, mesh=mesh)
 
 
 def resolve(path: str | os.PathLike) -> Path:

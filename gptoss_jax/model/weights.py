@@ -98,6 +98,6 @@ def initialize(declared: dict[str, Weight], seed: int = 0, *, stddev: float = 0.
 
 
 def _kind(name: str) -> str:
-    if name.endswith(("layernorm.weight", "norm.weight")):
+    if name.endswith("norm.weight"):
         return "norm"
     return "bias" if name.endswith(("bias", "sinks")) else "matrix"
