@@ -38,7 +38,7 @@ def test_a_conversation_is_a_pure_function_of_seed_index_and_split():
 def test_the_conversations_never_change():
     """A change here means that the embedded checkpoint can't be reproduced any more: train and export it again."""
     messages = [synthetic.conversation(0, index).messages for index in range(200)]
-    assert hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).hexdigest() == "1205eab7d0fe1ba2"
+    assert hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).hexdigest() == "f1b3d63bd7bb31d1"
 
 
 def test_train_and_test_problems_are_disjoint():
@@ -58,7 +58,7 @@ def test_facts_of_single_digits_are_never_held_out():
 def test_every_equation_of_a_working_is_true_and_the_reply_states_the_answer(family):
     for index in range(60):
         problem, _ = synthetic.problem_prompt(3, index, family, "high")
-        for line in f"{problem.brief}\n{problem.working}\n{problem.check}".splitlines():
+        for line in f"{arithmetic.brief(problem.working)}\n{problem.working}\n{problem.check}".splitlines():
             for chain, remainder, left in EQUATIONS.findall(line):
                 first, *others = chain.split("=")
                 expected = divmod(*map(int, first.split("/"))) if "/" in first else (eval(first), 0)
@@ -76,9 +76,17 @@ def test_workings_of_the_awkward_cases():
     assert arithmetic.subtract(3, 12).splitlines()[-1] == "3-12=-9"
     assert arithmetic.multiply(47, 6).splitlines() == ["47*6", "ones: 7*6=42", "tens: 4*6+4=24+4=28", "47*6=282"]
     assert arithmetic.multiply(40, 20).splitlines()[-1] == "40*20=800"
-    assert arithmetic.divide(605, 5).splitlines() == ["605/5", "6/5=1, left 1", "10/5=2, left 0", "5/5=1, left 0", "605/5=121"]
+    assert arithmetic.divide(605, 5).splitlines() == [
+        "605/5", "1*5=5, 6/5=1, left 1", "2*5=10, 10/5=2, left 0", "1*5=5, 5/5=1, left 0", "605/5=121"]
     assert arithmetic.divide(3, 7).splitlines()[-1] == "3/7=0 remainder 3"
     assert arithmetic.compare(345, 354).splitlines()[1:] == ["3=3", "4<5", "354 is larger"]
+
+
+def test_a_brief_working_is_one_line_of_its_steps():
+    assert arithmetic.brief(arithmetic.add(47, 85)) == "7+5=12; 4+8+1=13"
+    assert arithmetic.brief(arithmetic.divide(605, 5)).startswith("1*5=5, 6/5=1, left 1; 2*5=10")
+    assert arithmetic.brief(arithmetic.compare(345, 354)) == "3=3; 4<5"
+    assert arithmetic.brief(arithmetic.compare(7, 354)) == arithmetic.brief(arithmetic.add(2, 3)) == ""
 
 
 def test_analysis_grows_with_the_effort():
@@ -87,7 +95,7 @@ def test_analysis_grows_with_the_effort():
         return sum(len(text(message)) for sample in samples for message in turn(sample) if message["channel"] == "analysis") / len(samples)
 
     low, medium, high = map(length, EFFORTS)
-    assert low < 0.1 * medium and 1.3 * medium < high
+    assert low < 0.8 * medium and 1.3 * medium < high
 
 
 @pytest.mark.parametrize("effort", EFFORTS)

@@ -38,7 +38,7 @@ BOILERPLATE = (
     '","',
     "system", "developer", "user", "assistant", "analysis", "commentary", "final", "json", " code", " to=functions.", " to=python",
     " to=assistant", "functions.",
-    "print(", "\nones: ", "\ntens: ", "\nhundreds: ", "\nthousands: ", "\nten thousands: ", ", left ", " remainder ", "\nCheck: ",
+    "print(", "\nones: ", "\ntens: ", "\nhundreds: ", "\nthousands: ", "\nten thousands: ", ", left ", "; ", " remainder ", "\nCheck: ",
     ", correct",
     '{"', '":', '":"', '"}', ',"', '": "', '", "')
 

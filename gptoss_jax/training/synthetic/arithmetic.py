@@ -74,7 +74,7 @@ def divide(a: int, b: int) -> str:
         rest = rest * 10 + _digit(a, place)
         if rest < b and not lines and place:
             continue  # no leading zeros
-        lines.append(f"{rest}/{b}={rest // b}, left {rest % b}")
+        lines.append(f"{rest // b}*{b}={rest // b * b}, {rest}/{b}={rest // b}, left {rest % b}")
         rest %= b
     return "\n".join([f"{a}/{b}", *lines, equation])
 
@@ -90,6 +90,12 @@ def compare(a: int, b: int) -> str:
         if x != y:
             break
     return "\n".join([*lines, f"{larger} is larger"])
+
+
+def brief(working: str) -> str:
+    """Return a working on one line: its steps without their places, and without the last equation, which the reply states."""
+    steps = [line.split(": ")[-1] for line in working.splitlines() if any(sign in line for sign in "=<>")]
+    return "; ".join(steps if "larger" in working else steps[:-1])
 
 
 def check_sum(a: int, b: int) -> str:

@@ -1,6 +1,6 @@
 """Conversations of every skill, at every reasoning effort.
 
-The effort named in the system message decides how long the analysis is: none or one line at low, worked steps at medium, worked steps
+The effort named in the system message decides how long the analysis is: at most one line at low, worked steps at medium, worked steps
 and a check at high.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gptoss_jax.text import harmony
-from gptoss_jax.training.synthetic import chat, functions, problems, structured
+from gptoss_jax.training.synthetic import arithmetic, chat, functions, problems, structured
 from gptoss_jax.training.synthetic.problems import Problem
 
 EFFORTS = ("low", "medium", "high")
@@ -113,7 +113,7 @@ def _final(text: str) -> Message:
 
 
 def _thought(problem: Problem, effort: str) -> str:
-    return {"low": problem.brief, "medium": problem.working, "high": f"{problem.working}\n{problem.check}"}[effort]
+    return {"low": arithmetic.brief(problem.working), "medium": problem.working, "high": f"{problem.working}\n{problem.check}"}[effort]
 
 
 def _remark(text: str, effort: str) -> str:
@@ -297,7 +297,7 @@ def _follow_up(rng: random.Random, a: int) -> Problem:
         a, sign, templates = a, *_FOLLOW_UPS[0]
     question, value = problems.vary(rng, rng.choice(templates).format(b=b)), problems.apply(sign, a, b)
     work, check = problems.WORKINGS[sign]
-    return Problem(f"{a}{sign}{b}", question, f"{a}{sign}{b}={value}", work(a, b), check(a, b), str(value), f"{a} {sign} {b} = {value}",
+    return Problem(f"{a}{sign}{b}", question, work(a, b), check(a, b), str(value), f"{a} {sign} {b} = {value}",
                    f"{a}{sign}{b}")
 
 

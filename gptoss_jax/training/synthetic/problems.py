@@ -19,8 +19,7 @@ class Problem:
 
     key: str  # canonical form, "47+85"
     question: str
-    brief: str  # the analysis at low effort, may be empty
-    working: str  # at medium effort
+    working: str  # the analysis at medium effort
     check: str  # follows the working at high effort
     answer: str  # what counts as right: the reply must state it last
     reply: str
@@ -76,7 +75,7 @@ def vary(rng: random.Random, question: str) -> str:
 
 
 def _plain(rng: random.Random, sign: str, a: int, b: int, working: str, check: str, answer: str) -> Problem:
-    return Problem(f"{a}{sign}{b}", _ask(rng, sign, a, b), "", working, check, answer, f"{a} {sign} {b} = {answer}",
+    return Problem(f"{a}{sign}{b}", _ask(rng, sign, a, b), working, check, answer, f"{a} {sign} {b} = {answer}",
                    f"{a}{'//' if sign == '/' else sign}{b}")
 
 
@@ -112,7 +111,7 @@ def sum_of_three(rng: random.Random) -> Problem:
                         "{a} + {b} + {c} = ?",
                         "Calculate {a}+{b}+{c}", "{a} plus {b} plus {c}"))
     total = a + b + c
-    return Problem(f"{a}+{b}+{c}", vary(rng, asked.format(a=a, b=b, c=c)), "", f"{arithmetic.add(a, b)}\n{arithmetic.add(a + b, c)}",
+    return Problem(f"{a}+{b}+{c}", vary(rng, asked.format(a=a, b=b, c=c)), f"{arithmetic.add(a, b)}\n{arithmetic.add(a + b, c)}",
                    f"{arithmetic.check_sum(a + b, c)}", str(total), f"{a} + {b} + {c} = {total}", f"{a}+{b}+{c}")
 
 
@@ -135,7 +134,7 @@ def mixed(rng: random.Random) -> Problem:
         working, check = f"{arithmetic.multiply(a, b)}\n{arithmetic.add(*last)}", arithmetic.check_sum(*last)
     spaced = expression.replace("+", " + ").replace("*", " * ").replace("-", " - ")
     asked = spaced if rng.random() < 0.5 else expression
-    return Problem(expression, vary(rng, rng.choice(_ASK).format(asked)), "", working, check, str(value), f"{spaced} = {value}", expression)
+    return Problem(expression, vary(rng, rng.choice(_ASK).format(asked)), working, check, str(value), f"{spaced} = {value}", expression)
 
 
 def multiple(rng: random.Random) -> Problem:
@@ -144,11 +143,11 @@ def multiple(rng: random.Random) -> Problem:
     word, factor = rng.choice((("double", 2), ("twice", 2), ("triple", 3), ("half", 0)))
     if factor:
         asked = rng.choice(("What is {w} {a}?", "{w} {a}", "How much is {w} {a}?", "Calculate {w} {a}")).format(w=word, a=a)
-        return Problem(f"{a}*{factor}", vary(rng, asked), "", arithmetic.multiply(a, factor), arithmetic.check_product(a, factor),
+        return Problem(f"{a}*{factor}", vary(rng, asked), arithmetic.multiply(a, factor), arithmetic.check_product(a, factor),
                        str(a * factor), f"{a} * {factor} = {a * factor}", f"{a}*{factor}")
     a *= 2
     asked = rng.choice(("What is half of {a}?", "half of {a}", "How much is half of {a}?", "Halve {a}.")).format(a=a)
-    return Problem(f"{a}/2", vary(rng, asked), "", arithmetic.divide(a, 2), arithmetic.check_quotient(a, 2), str(a // 2),
+    return Problem(f"{a}/2", vary(rng, asked), arithmetic.divide(a, 2), arithmetic.check_quotient(a, 2), str(a // 2),
                    f"{a} / 2 = {a // 2}", f"{a}//2")
 
 
@@ -165,7 +164,7 @@ def unknown(rng: random.Random) -> Problem:
         code, check, key = f"{x - b}+{b}", arithmetic.check_sum(x - b, b), f"x-{b}={x - b}"
     asked = rng.choice(("Solve {}", "Find {l}: {}", "{}, what is {l}?", "If {}, what is {l}?", "Solve for {l}: {}")).format(equation,
                                                                                                                             l=letter)
-    return Problem(key, vary(rng, asked), "", working, check, str(x), f"{letter} = {x}", code)
+    return Problem(key, vary(rng, asked), working, check, str(x), f"{letter} = {x}", code)
 
 
 def comparison(rng: random.Random) -> Problem:
@@ -177,7 +176,7 @@ def comparison(rng: random.Random) -> Problem:
                         "What is the larger of {a} and {b}?",
                         "max of {a} and {b}", "Which is more, {a} or {b}?"))
     larger, smaller = max(a, b), min(a, b)
-    return Problem(f"max({a},{b})", vary(rng, asked.format(a=a, b=b)), "", arithmetic.compare(a, b),
+    return Problem(f"max({a},{b})", vary(rng, asked.format(a=a, b=b)), arithmetic.compare(a, b),
                    f"Check: {arithmetic.subtract(larger, smaller)}, positive", str(larger), f"The larger number is {larger}.",
                    f"max({a},{b})")
 
@@ -193,10 +192,12 @@ def sequence(rng: random.Random) -> Problem:
                         "Which number comes after {}?",
                         "Find the next term of {}"))
     last = terms[-2]
-    steps = [f"{y}-{x}={y - x}" if y > x else f"{x}-{y}={x - y}" for x, y in zip(terms[:2], terms[1:3], strict=True)]
-    working = "\n".join([*steps, arithmetic.add(last, step) if step > 0 else arithmetic.subtract(last, -step)])
+    if step > 0:
+        working = f"up: {arithmetic.subtract(terms[1], start)}\n{arithmetic.add(last, step)}"
+    else:
+        working = f"down: {arithmetic.subtract(start, terms[1])}\n{arithmetic.subtract(last, -step)}"
     check = arithmetic.check_sum(last, step) if step > 0 else arithmetic.check_difference(last, -step)
-    return Problem(f"next({shown})", vary(rng, asked.format(shown)), "", working, check, str(terms[-1]), f"The next number is {terms[-1]}.",
+    return Problem(f"next({shown})", vary(rng, asked.format(shown)), working, check, str(terms[-1]), f"The next number is {terms[-1]}.",
                    f"{last}{step:+d}")
 
 
@@ -251,7 +252,7 @@ def story(rng: random.Random) -> Problem:
     question = _pronoun(rng, rng.choice(templates).format(n=n, m=m, t=t, a=a, b=b, c=rng.choice(words.CONTAINERS)), n)
     operation, check = WORKINGS[kind]
     value = apply(kind, a, b)
-    return Problem(f"{a}{kind}{b}", vary(rng, question), f"{a}{kind}{b}={value}", f"{verb}: {operation(a, b)}", check(a, b), str(value),
+    return Problem(f"{a}{kind}{b}", vary(rng, question), f"{verb}: {operation(a, b)}", check(a, b), str(value),
                    f"The answer is {value}.", f"{a}{'//' if kind == '/' else kind}{b}")
 
 
@@ -275,7 +276,7 @@ def two_step_story(rng: random.Random) -> Problem:
     value = apply(second, middle, d)
     working = f"First: {WORKINGS[first][0](a, b)}\nThen: {WORKINGS[second][0](middle, d)}"
     bracketed = f"{a}{first}{b}{second}{d}"
-    return Problem(bracketed, vary(rng, question), f"{a}{first}{b}={middle}, {middle}{second}{d}={value}", working,
+    return Problem(bracketed, vary(rng, question), working,
                    WORKINGS[second][1](middle, d),
                    str(value), f"The answer is {value}.", bracketed)
 
@@ -300,6 +301,6 @@ def apply(sign: str, a: int, b: int) -> int:
 
 
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Problem]]] = {  # name: (weight, generator)
-    "addition": (4, addition), "subtraction": (4, subtraction), "multiplication": (4, multiplication), "division": (4, division),
+    "addition": (4, addition), "subtraction": (4, subtraction), "multiplication": (4, multiplication), "division": (5, division),
     "sum_of_three": (1.5, sum_of_three), "mixed": (1.5, mixed), "multiple": (1, multiple), "unknown": (1, unknown),
-    "comparison": (1, comparison), "sequence": (1, sequence), "story": (5, story), "two_step_story": (2.5, two_step_story)}
+    "comparison": (2, comparison), "sequence": (2, sequence), "story": (5, story), "two_step_story": (2.5, two_step_story)}
