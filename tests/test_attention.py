@@ -54,14 +54,14 @@ def small_blocks(monkeypatch):
 def test_blockwise_equals_the_reference_at_block_and_window_edges(small_blocks, T, window):
     q, k, v, sinks = inputs(T, 2, T, T)
     tags = dict(q_positions=positions(2, T), k_positions=positions(2, T), window=window)
-    np.testing.assert_allclose(attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
+    np.testing.assert_allclose(xla.attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
 
 
 def test_blockwise_equals_the_reference_on_empty_slots_and_late_queries(small_blocks):
     q, k, v, sinks = inputs(3, 2, 5, 37)
     k_positions = jnp.where(positions(2, 37) < jnp.array([[30], [12]]), positions(2, 37), -1)
     tags = dict(q_positions=jnp.stack([positions(1, 5, 25)[0], positions(1, 5, 7)[0]]), k_positions=k_positions, window=None)
-    np.testing.assert_allclose(attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
+    np.testing.assert_allclose(xla.attention(q, k, v, sinks, **tags), reference.attention(q, k, v, sinks, **tags), atol=2e-6)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -76,7 +76,7 @@ def test_blockwise_gradients_of_packed_rows_equal_those_of_the_reference(small_b
     def loss(implementation, *arrays):
         return (implementation(*arrays, **tags) * weights).sum()
 
-    ours, expected = (jax.grad(functools.partial(loss, f), argnums=(0, 1, 2, 3))(q, k, v, sinks) for f in (attention, reference.attention))
+    ours, expected = (jax.grad(functools.partial(loss, f), argnums=(0, 1, 2, 3))(q, k, v, sinks) for f in (xla.attention, reference.attention))
     for name, a, b in zip(("q", "k", "v", "sinks"), ours, expected):
         np.testing.assert_allclose(a, b, atol=3e-6, err_msg=name)
 
@@ -101,3 +101,39 @@ def test_bfloat16_stays_near_float32():
     low = attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), sinks.astype(jnp.bfloat16), **tags)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), reference.attention(q, k, v, sinks, **tags), atol=0.04)  # 2^-8 of values up to 4
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 1, 6, 128])
+@pytest.mark.parametrize("implementation", ["cpu", "auto"])
+def test_one_query_a_row_over_its_cache(implementation, window, dtype):
+    """Rows of different lengths over a full cache, over a ring whose newest slot isn't the last, and over nothing but the sink."""
+    q, k, v, sinks = inputs(7, 4, 1, 37, dtype)
+    slots = positions(1, 37)[0]
+    newest = jnp.asarray([36, 12, 50, 5], jnp.int32)
+    ring = newest[2] - (newest[2] - slots) % 37
+    k_positions = jnp.stack([slots, jnp.where(slots < 13, slots, -1), ring, jnp.full(37, -1)])
+    tags = dict(q_positions=newest[:, None], k_positions=k_positions, window=window)
+    ours = jax.jit(functools.partial(attention, implementation=implementation, window=window))(
+        q, k, v, sinks, q_positions=newest[:, None], k_positions=k_positions)
+    wide = [x.astype(np.float32) for x in (q, k, v, sinks)]
+    expected = np.asarray(reference.attention(*wide, **tags))
+    assert ours.dtype == dtype and not np.asarray(ours[3], np.float32).any()
+    np.testing.assert_allclose(ours.astype(np.float32), expected, **(dict(atol=2e-6) if dtype == np.float32 else dict(rtol=2**-8, atol=1e-5)))
+
+
+def test_gradients_of_one_query_equal_those_of_the_reference():
+    q, k, v, sinks = inputs(8, 2, 1, 9)
+    tags = dict(q_positions=positions(2, 1, 8), k_positions=positions(2, 9), window=4)
+    ours, expected = (jax.grad(lambda *a: (f(*a, **tags) ** 2).sum(), argnums=(0, 1, 2, 3))(q, k, v, sinks) for f in (attention, reference.attention))
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
+    q, k, v, sinks = inputs(9, 1, 2, 2)
+    tags = dict(q_positions=positions(1, 2), k_positions=positions(1, 2))
+    with pytest.raises(ValueError, match=r"'cpu' needs one query a row and no segments \(found 2 queries\)"):
+        attention(q, k, v, sinks, **tags, implementation="cpu")
+    with pytest.raises(ValueError, match="'cudnn', expected 'auto' or one of reference, xla, cpu"):
+        attention(q, k, v, sinks, **tags, implementation="cudnn")

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax import mxfp4
-from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, expert_matmul, reference, xla
-
-IMPLEMENTATIONS = {"reference": reference.expert_matmul, "xla": xla.expert_matmul}
+from gptoss_jax.kernels.expert_matmul import IMPLEMENTATIONS, Mxfp4Weight, expert_matmul, reference, xla
 E, IN, OUT = 5, 64, 48
 GROUPS = {
     "one row": [0, 0, 1, 0, 0],
@@ -40,13 +38,13 @@ def by_hand(x, dense, bias, groups, rows):
 
 @pytest.mark.parametrize("spare", [0, 3])
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_each_row_meets_its_own_expert_and_spare_rows_give_zeros(implementation, groups, spare):
     packed, dense, bias = weights()
     rows = sum(groups) + spare
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, IN)).astype(np.float32))
-    for weight in (packed, dense):
-        out = implementation(x, weight, bias, jnp.asarray(groups, jnp.int32))
+    for weight in (packed,) if implementation == "cpu" else (packed, dense):
+        out = jax.jit(IMPLEMENTATIONS[implementation])(x, weight, bias, jnp.asarray(groups, jnp.int32))
         np.testing.assert_allclose(out, by_hand(x, dense, bias, groups, rows), atol=2e-5)  # 64 float32 products of size up to 20
 
 
@@ -62,9 +60,9 @@ def test_gradients_equal_those_of_the_reference(groups):
         return (implementation(x, dense, bias, sizes) * g).sum()
 
     expected = jax.grad(lambda *a: loss(reference.expert_matmul, *a), argnums=(0, 1, 2))(x, dense, bias)
-    for ours, theirs in zip(jax.grad(lambda *a: loss(xla.expert_matmul, *a), argnums=(0, 1, 2))(x, dense, bias), expected):
+    for ours, theirs in zip(jax.grad(lambda *a: loss(expert_matmul, *a), argnums=(0, 1, 2))(x, dense, bias), expected):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)  # sums of up to 300 products
-    dx = jax.grad(lambda x: (xla.expert_matmul(x, packed, bias, sizes) * g).sum())(x)
+    dx = jax.grad(lambda x: (expert_matmul(x, packed, bias, sizes) * g).sum())(x)
     np.testing.assert_allclose(dx, expected[0], atol=2e-4)
 
 
@@ -81,7 +79,7 @@ def test_no_more_than_one_expert_is_ever_dequantised():
     experts, width, hidden, rows = 64, 256, 512, 4
     shape = jax.ShapeDtypeStruct
     weight = Mxfp4Weight(shape((experts, hidden, width // 32, 16), jnp.uint8), shape((experts, hidden, width // 32), jnp.uint8))
-    memory = jax.jit(expert_matmul).lower(shape((rows, width), jnp.float32), weight, shape((experts, hidden), jnp.float32),
+    memory = jax.jit(xla.expert_matmul).lower(shape((rows, width), jnp.float32), weight, shape((experts, hidden), jnp.float32),
                                           shape((experts,), jnp.int32)).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * (4 * width * hidden)  # a few copies of one expert in float32; the layer would be 64
 
@@ -91,3 +89,30 @@ def test_work_grows_with_the_chosen_experts_only():
     tiles = xla._Tiles(8, jnp.asarray([0, 0, 3, 0, 5], jnp.int32))
     visited = [int(tiles.locate(jnp.int32(t))[0]) for t in range(int(tiles.count))]
     assert set(visited) == {2, 4} and len(visited) <= 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_code_at_every_scale_byte_is_decoded_as_defined(dtype):
+    """Rows of the identity read the weight itself. Below 2^-126 a processor may take a number for zero."""
+    codes = np.arange(32, dtype=np.uint8).reshape(16, 2) & 15
+    blocks = jnp.asarray(np.broadcast_to(codes[:, 0] | codes[:, 1] << 4, (1, 256, 1, 16)))
+    weight = Mxfp4Weight(blocks, jnp.arange(256, dtype=jnp.uint8).reshape(1, 256, 1))
+    rows = jnp.eye(32, dtype=dtype)[:16]
+    with jax.default_matmul_precision("highest"):
+        out = np.asarray(expert_matmul(rows, weight, jnp.zeros((1, 256)), jnp.full(1, 16, jnp.int32), implementation="cpu").astype("float32"))
+    expected = np.asarray(mxfp4.decode(*(np.asarray(part[0]) for part in weight), dtype="float32")).T[:16]
+    for scale in range(256):
+        finite = np.isfinite(expected[:, scale]).all()  # zero times infinity is NaN, in any implementation
+        if finite:
+            np.testing.assert_allclose(out[:, scale], expected[:, scale], rtol=0, atol=2.0**-126 if scale < 3 else 0, err_msg=str(scale))
+
+
+def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
+    packed, dense, bias = weights()
+    x, sizes = jnp.ones((5, IN)), jnp.ones(E, jnp.int32)
+    with pytest.raises(ValueError, match=r"'cpu' needs a packed weight \(found a dense one, float32\)"):
+        expert_matmul(x, dense, bias, sizes, implementation="cpu")
+    with pytest.raises(ValueError, match=r"'cpu' needs rows in float32 or bfloat16 \(found float16\)"):
+        expert_matmul(x.astype(jnp.float16), packed, bias, sizes, implementation="cpu")
+    with pytest.raises(ValueError, match="'mosaic', expected 'auto' or one of reference, xla, cpu"):
+        expert_matmul(x, packed, bias, sizes, implementation="mosaic")

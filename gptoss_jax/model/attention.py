@@ -32,9 +32,9 @@ class Attention(nnx.Module):
         """Return (output [B, T, D] before the residual, this layer's new cache or None)."""
         c = self.config
         B, T, _ = x_BTD.shape
-        q = self.q_proj(x_BTD).reshape(B, T, c.num_attention_heads, c.head_dim)
-        k = self.k_proj(x_BTD).reshape(B, T, c.num_key_value_heads, c.head_dim)
-        v = self.v_proj(x_BTD).reshape(B, T, c.num_key_value_heads, c.head_dim)
+        q = self.q_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_attention_heads, c.head_dim)
+        k = self.k_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_key_value_heads, c.head_dim)
+        v = self.v_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_key_value_heads, c.head_dim)
         q = sharding.constrain(rotate(q, *rope), ("batch", None, "heads", None), mesh)
         k = sharding.constrain(rotate(k, *rope), ("batch", None, "kv_heads", None), mesh)
         if cache is None:
@@ -43,5 +43,6 @@ class Attention(nnx.Module):
             cache, k, v, key_positions = cache_lib.update(cache, k, v, chunk, self.window is not None)
             positions_BT, segments_BT, key_segments = chunk.positions, None, None
         out = attention(q, k.astype(q.dtype), v.astype(q.dtype), self.sinks[...], q_positions=positions_BT, k_positions=key_positions,
-                        q_segments=segments_BT, k_segments=key_segments, window=self.window)
-        return self.o_proj(out.reshape(B, T, -1)), cache
+                        q_segments=segments_BT, k_segments=key_segments, window=self.window,
+                        implementation="auto" if mesh is None or mesh.size == 1 else "xla")
+        return self.o_proj(out.reshape(B, T, -1), mesh=mesh), cache

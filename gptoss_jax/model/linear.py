@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gptoss_jax.kernels.dense_matmul import dense_matmul
+
 
 class Linear(nnx.Module):
     """x [..., in] -> [..., out] with `name.weight` [out, in] and, where there is one, `name.bias` [out]."""
@@ -16,14 +18,11 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(weights[f"{name}.weight"])
         self.bias = nnx.Param(weights[f"{name}.bias"]) if f"{name}.bias" in weights else None
 
-    def __call__(self, x, dtype=None):
-        """Sum in float32; return `dtype`, default x's."""
-        weight = self.weight[...].astype(x.dtype)
-        precision = "highest" if x.dtype == jnp.float32 else None
-        y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(dtype or x.dtype)
+    def __call__(self, x, dtype=None, *, mesh=None):
+        """Sum in float32; return `dtype`, default x's. mesh: where the weights lie, if on several devices: then XLA divides the work."""
+        bias = None if self.bias is None else self.bias[...]
+        implementation = "auto" if mesh is None or mesh.size == 1 else "xla"
+        return dense_matmul(x, self.weight[...], bias, dtype, implementation=implementation)
 
 
 class RMSNorm(nnx.Module):

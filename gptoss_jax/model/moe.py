@@ -47,12 +47,12 @@ class MoE(nnx.Module):
         self.router = Linear(weights, f"model.layers.{layer}.mlp.router")
         self.experts = Experts(config, f"model.layers.{layer}.mlp.experts", weights)
 
-    def route(self, x_BTD):
+    def route(self, x_BTD, mesh=None):
         """Return (logits float32 [B, T, E], chosen experts int32 [B, T, A] by descending logit, their weights float32 [B, T, A]).
 
         One softmax, over the chosen logits only.
         """
-        logits = self.router(x_BTD, jnp.float32)
+        logits = self.router(x_BTD, jnp.float32, mesh=mesh)
         chosen, indices = jax.lax.top_k(logits, self.config.num_experts_per_tok)
         return logits, indices, jax.nn.softmax(chosen, axis=-1)
 

@@ -61,7 +61,7 @@ class Layer(nnx.Module):
             x_BTD = keep("after_attn", x_BTD + keep("attn_out", out))
         with jax.named_scope("mlp"):
             normed = keep("mlp_norm", self.post_attention_layernorm(x_BTD))
-            logits, indices, weights = self.mlp.route(normed)
+            logits, indices, weights = self.mlp.route(normed, mesh)
             keep("router_logits", logits)
             out = self.mlp(normed, keep("router_indices", indices), keep("router_weights", weights), real, mesh)
             x_BTD = x_BTD + keep("mlp_out", out)
@@ -132,7 +132,7 @@ class GptOss(nnx.Module):
 
     def unembed(self, x):
         """Return logits float32 [..., V] of final hidden states [..., D]."""
-        return self.lm_head(x, jnp.float32)
+        return self.lm_head(x, jnp.float32, mesh=sharding.ambient_mesh() or self.mesh)
 
     def weights(self) -> dict[str, jax.Array]:
         """Return every weight by its Hugging Face name, in the checkpoint's shapes."""

@@ -38,7 +38,8 @@ def _forward_rule(x_MI, weight, bias_EO, group_sizes_E):
     return expert_matmul(x_MI, weight, bias_EO, group_sizes_E), (x_MI, weight, bias_EO, group_sizes_E)
 
 
-def _backward_rule(residuals, g_MO):
+def backward(residuals, g_MO):
+    """Return the gradients of x, weight, bias and group sizes; residuals: those four arguments, as any implementation got them."""
     x_MI, weight, bias_EO, group_sizes_E = residuals
     packed = isinstance(weight, Mxfp4Weight)
     tiles = _Tiles(x_MI.shape[0], group_sizes_E)
@@ -66,7 +67,7 @@ def _backward_rule(residuals, g_MO):
     return dx, dweight, dbias.astype(bias_EO.dtype), np.zeros(group_sizes_E.shape, jax.dtypes.float0)
 
 
-expert_matmul.defvjp(_forward_rule, _backward_rule)
+expert_matmul.defvjp(_forward_rule, backward)
 
 
 class _Tiles:

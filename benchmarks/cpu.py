@@ -1,0 +1,131 @@
+"""Time a checkpoint on the CPU: load, prefill of 512 tokens, decode at 128 and 1,024 tokens of context, batch 8, peak memory.
+
+    taskset -c 0,1 python benchmarks/cpu.py CHECKPOINT [--json FILE] [--repetitions 5]
+
+Every rate is the median over repetitions, beside the worst and best; decode times 16 greedy steps after 2 untimed ones. The memory's read
+bandwidth is probed right before and after each rate, since it changes on shared machines. --json appends a line with all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+import gptoss_jax
+from gptoss_jax.config import SLIDING
+from gptoss_jax import Engine
+from gptoss_jax.kernels import cpu_library
+
+PREFILL, CONTEXTS, BATCH = 512, (128, 1024), 8
+WARM_STEPS, STEPS = 2, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=pathlib.Path)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--repetitions", type=int, default=5)
+    arguments = parser.parse_args()
+    for path in arguments.checkpoint.glob("*.safetensors"):
+        with path.open("rb") as file:  # into the page cache
+            while file.read(1 << 24):
+                pass
+    jax.devices()
+    start = time.perf_counter()
+    model = gptoss_jax.load(arguments.checkpoint)
+    jax.block_until_ready(model.weights())
+    result = {"peer": "gptoss_jax", "version": gptoss_jax.__version__, "jax": jax.__version__, "kernels": "cpu" if cpu_library.available() else "xla",
+              "threads": len(os.sched_getaffinity(0)), "load_s": round(time.perf_counter() - start, 2)}
+    print(f"load {result['load_s']} s")
+    engine = Engine(model, max_context=2048)
+    vocabulary, config = model.config.vocab_size, model.config
+    start = time.perf_counter()
+    first_token(engine, [prompt(16, vocabulary)])
+    result["first_token_s"] = round(time.perf_counter() - start + result["load_s"], 2)
+
+    def rate(name, tokens, seconds, needed=None):
+        seconds()
+        bandwidth = [read_bandwidth()]
+        rates = sorted(tokens / seconds() for _ in range(arguments.repetitions))
+        bandwidth.append(read_bandwidth())
+        result[name] = {"median": statistics.median(rates), "worst": rates[0], "best": rates[-1], "read_gbs": bandwidth}
+        share = f", {needed * result[name]['median'] / 1e9 / statistics.mean(bandwidth):.0%} of the read bandwidth" if needed else ""
+        print(f"{name}: {result[name]['median']:.1f} tokens/s ({rates[0]:.1f} to {rates[-1]:.1f}){share}", flush=True)
+
+    rate("prefill", PREFILL, lambda: first_token(engine, [prompt(PREFILL, vocabulary)]))
+    for context in CONTEXTS:
+        rate(f"decode@{context}", STEPS, lambda: decode(engine, [prompt(context, vocabulary)]), bytes_per_token(config, context))
+    rate(f"batch-{BATCH} decode@{CONTEXTS[0]}", BATCH * STEPS,
+         lambda: decode(engine, [prompt(CONTEXTS[0], vocabulary, seed) for seed in range(BATCH)]))
+    result["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(f"peak memory {result['peak_rss_mb']} MiB")
+    if arguments.json:
+        with arguments.json.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def prompt(count: int, vocabulary: int, seed: int = 11) -> list[int]:
+    """Return token ids of a linear congruential generator, which other programs can repeat."""
+    state, ids = seed, []
+    for _ in range(count):
+        state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+        ids.append((state >> 33) % vocabulary)
+    return ids
+
+
+def first_token(engine: Engine, prompts) -> float:
+    start = time.perf_counter()
+    for _ in engine.stream(prompts, max_new_tokens=1):
+        pass
+    return time.perf_counter() - start
+
+
+def decode(engine: Engine, prompts) -> float:
+    """Return the seconds of STEPS decode steps. Stop tokens don't stop them."""
+    engine.stop_ids = frozenset()
+    times = []
+    for token in engine.stream(prompts, max_new_tokens=WARM_STEPS + STEPS + 1):
+        if token.row == len(prompts) - 1:
+            times.append(time.perf_counter())
+    return times[-1] - times[WARM_STEPS]
+
+
+def bytes_per_token(config, context: int) -> int:
+    """Return what one decoded token has to read: bf16 dense weights, its experts in MXFP4, the unembedding, keys and values."""
+    width, query, kv = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = 2 * width * (2 * query + 2 * kv)
+    experts = config.num_experts_per_tok * 3 * width * config.intermediate_size * 17 // 32
+    cache = sum(4 * kv * (min(context, config.sliding_window) if kind == SLIDING else context) for kind in config.layer_types)
+    return config.num_hidden_layers * (attention + experts) + 2 * config.vocab_size * width + cache
+
+
+def read_bandwidth() -> float:
+    """Return GB/s of reading 1 GiB with a thread a core, the best of 3, probed by a process of its own: its memory isn't ours."""
+    return float(subprocess.check_output([sys.executable, "-c", _PROBE]))
+
+
+_PROBE = """
+import concurrent.futures, os, time
+import numpy as np
+data, threads, seconds = np.ones(1 << 27), len(os.sched_getaffinity(0)), []
+with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    for _ in range(3):
+        start = time.perf_counter()
+        list(pool.map(np.max, np.array_split(data, threads)))
+        seconds.append(time.perf_counter() - start)
+print(data.nbytes / min(seconds) / 1e9)
+"""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,464 @@
+// Matrix products for CPUs: rows of x, sorted by expert, with the rows of each expert's weight, summed in float32; and attention over a cache.
+//
+// One micro-kernel serves everything: dot products of a few rows of x with a few rows of the weight, both contiguous along the summed
+// dimension, held in registers until their end. Rows of a weight that aren't numbers the processor multiplies (MXFP4, or bfloat16
+// without AVX512-BF16) are first written as such to a buffer of a few rows, which stays in the first-level cache. So a single row of x
+// streams each packed byte once, and many rows share one decoding.
+//
+// Compiled for the processor it runs on (cpu_library.py), so the instruction set is chosen by the compiler's macros.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float Widen(float value) { return value; }
+inline float Widen(BFloat16 value) {
+  uint32_t bits = uint32_t{value.bits} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline void Narrow(float value, float* out) { *out = value; }
+inline void Narrow(float value, BFloat16* out) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  out->bits = value != value ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// --- Registers -------------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 4, kTileOuts = 6;  // 24 sums, 6 weights and a row in 32 registers
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTileRows = 2, kTileOuts = 4;
+#else
+constexpr int kLanes = 4, kTileRows = 2, kTileOuts = 4;
+#endif
+
+typedef float Sums __attribute__((vector_size(4 * kLanes)));
+
+inline float Total(Sums sums) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)sums);
+#else
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  return total;
+#endif
+}
+
+// The numbers a processor multiplies: Register holds kWidth of them, MultiplyAdd adds their products to float32 sums.
+template <typename T>
+struct Operand {
+  static constexpr bool kMultiplies = false;
+};
+
+template <>
+struct Operand<float> {
+  static constexpr bool kMultiplies = true;
+  static constexpr int kWidth = kLanes;
+  typedef Sums Register;
+  static Register Load(const float* from) {
+    Register value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+  static Sums MultiplyAdd(Register a, Register b, Sums sums) { return a * b + sums; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<BFloat16> {
+  static constexpr bool kMultiplies = true;
+  static constexpr int kWidth = 2 * kLanes;
+  typedef __m512i Register;
+  static Register Load(const BFloat16* from) { return _mm512_loadu_si512(from); }
+  static Sums MultiplyAdd(Register a, Register b, Sums sums) {
+    return (Sums)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// out[r][o] = dot(x row r, weight row o), for R rows of x and O of the weight, each of `size` numbers.
+template <int R, int O, typename T>
+void Dot(const T* x, const T* weight, int64_t weight_stride, int64_t size, float* out, int64_t out_stride) {
+  using Op = Operand<T>;
+  Sums sums[R][O] = {};
+  int64_t k = 0;
+  for (; k + Op::kWidth <= size; k += Op::kWidth) {
+    typename Op::Register w[O];
+    for (int o = 0; o < O; ++o) w[o] = Op::Load(weight + o * weight_stride + k);
+    for (int r = 0; r < R; ++r) {
+      const typename Op::Register row = Op::Load(x + r * size + k);
+      for (int o = 0; o < O; ++o) sums[r][o] = Op::MultiplyAdd(row, w[o], sums[r][o]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int o = 0; o < O; ++o) {
+      float total = Total(sums[r][o]);
+      for (int64_t rest = k; rest < size; ++rest) total += Widen(x[r * size + rest]) * Widen(weight[o * weight_stride + rest]);
+      out[r * out_stride + o] = total;
+    }
+  }
+}
+
+template <int O, typename T>
+void DotRows(int rows, const T* x, const T* weight, int64_t weight_stride, int64_t size, float* out, int64_t out_stride) {
+  switch (rows) {
+    case 1: return Dot<1, O>(x, weight, weight_stride, size, out, out_stride);
+    case 2: return Dot<2, O>(x, weight, weight_stride, size, out, out_stride);
+    case 3: return Dot<std::min(3, kTileRows), O>(x, weight, weight_stride, size, out, out_stride);
+    default: return Dot<kTileRows, O>(x, weight, weight_stride, size, out, out_stride);
+  }
+}
+
+// out[r][o] = dot(x row r, weight row o) for any number of each.
+template <typename T>
+void Products(int64_t rows, const T* x, int64_t outs, const T* weight, int64_t weight_stride, int64_t size, float* out, int64_t out_stride) {
+  for (int64_t o = 0; o < outs;) {
+    const int count = o + kTileOuts <= outs ? kTileOuts : 1;
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int some = int(std::min<int64_t>(kTileRows, rows - r));
+      const T *row = x + r * size, *w = weight + o * weight_stride;
+      if (count == 1) DotRows<1>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
+      else DotRows<kTileOuts>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
+    }
+    o += count;
+  }
+}
+
+// --- MXFP4 -----------------------------------------------------------------------------------------------------------------------
+
+constexpr int kBlock = 32, kBlockBytes = 16;
+
+// Bits of float32 of a code at a scale byte, exact for every byte: denormals at the bottom, infinities at the top (mxfp4.py).
+inline float DecodeCode(unsigned code, int scale) {
+  const unsigned magnitude = code & 7;
+  const int exponent = scale - 1 + int(magnitude == 1 ? 0 : magnitude >> 1);
+  const uint32_t mantissa = magnitude == 1 ? 0 : (magnitude & 1) << 22;
+  uint32_t bits = exponent >= 255  ? 0x7f800000u
+                  : exponent >= 1 ? uint32_t(exponent) << 23 | mantissa
+                                  : (mantissa | 0x800000u) >> (1 - exponent);
+  if (!magnitude) bits = 0;
+  bits |= uint32_t{code & 8} << 28;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <typename T>
+void DecodeBlockExactly(const uint8_t* block, int scale, T* out) {
+  for (int i = 0; i < kBlockBytes; ++i) {
+    Narrow(DecodeCode(block[i] & 15, scale), out + 2 * i);
+    Narrow(DecodeCode(block[i] >> 4, scale), out + 2 * i + 1);
+  }
+}
+
+#if defined(__AVX2__)
+// Twice each value is a small integer: looked up 16 at a time, widened, and scaled by 2^(scale - 128), a normal number from scale 2 on.
+inline void DecodeBlock(const uint8_t* block, int scale, float* out) {
+  if (scale < 2) return DecodeBlockExactly(block, scale, out);
+  const __m128i twice = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)block), low = _mm_set1_epi8(15);
+  const __m128i even = _mm_shuffle_epi8(twice, _mm_and_si128(bytes, low));
+  const __m128i odd = _mm_shuffle_epi8(twice, _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+  const __m128i first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
+#if defined(__AVX512F__)
+  const __m512 factor = _mm512_castsi512_ps(_mm512_set1_epi32((scale - 1) << 23));
+  _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(first)), factor));
+  _mm512_storeu_ps(out + 16, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(second)), factor));
+#else
+  const __m256 factor = _mm256_castsi256_ps(_mm256_set1_epi32((scale - 1) << 23));
+  const __m128i quarters[4] = {first, _mm_srli_si128(first, 8), second, _mm_srli_si128(second, 8)};
+  for (int i = 0; i < 4; ++i)
+    _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(quarters[i])), factor));
+#endif
+}
+#else
+inline void DecodeBlock(const uint8_t* block, int scale, float* out) {
+  if (scale < 2) return DecodeBlockExactly(block, scale, out);
+  static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  uint32_t bits = uint32_t(scale - 1) << 23;
+  float factor;
+  std::memcpy(&factor, &bits, sizeof factor);
+  for (int i = 0; i < kBlockBytes; ++i) {
+    out[2 * i] = kTwice[block[i] & 15] * factor;
+    out[2 * i + 1] = kTwice[block[i] >> 4] * factor;
+  }
+}
+#endif
+
+#if defined(__AVX512BF16__)
+// A byte becomes two words by one permutation of a table: bits 0 to 4 of a word choose, and bit 4 doesn't matter, since the table holds the
+// 16 values twice. The scale is added to the exponents of what isn't zero, exact while they stay those of normal numbers.
+inline void DecodeBlock(const uint8_t* block, int scale, BFloat16* out) {
+  if (scale < 2 || scale > 252) return DecodeBlockExactly(block, scale, out);
+  alignas(64) static constexpr uint16_t kValues[32] = {
+      0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+      0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)block));
+  const __m512i codes = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+  const __m512i values = _mm512_permutexvar_epi16(codes, _mm512_load_si512(kValues));
+  const __mmask32 nonzero = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(7));
+  _mm512_storeu_si512(out, _mm512_mask_add_epi16(values, nonzero, values, _mm512_set1_epi16(int16_t((scale - 127) * 128))));
+}
+#endif
+
+// --- Weights: Rows() gives rows first .. first + count of an expert as numbers of type T, in `buffer` unless they lie there already ---
+
+struct Mxfp4 {
+  const uint8_t *blocks, *scales;
+  int64_t outs, size;
+  template <typename T>
+  const T* Rows(int64_t expert, int64_t first, int64_t count, T* buffer) const {
+    const int64_t begin = (expert * outs + first) * (size / kBlock), end = begin + count * (size / kBlock);
+    for (int64_t i = begin; i < end; ++i) {
+      __builtin_prefetch(blocks + i * kBlockBytes + 2048);
+      DecodeBlock(blocks + i * kBlockBytes, scales[i], buffer + (i - begin) * kBlock);
+    }
+    return buffer;
+  }
+};
+
+template <typename Stored>
+struct Dense {
+  const Stored* values;
+  int64_t outs, size;
+  const Stored* Rows(int64_t expert, int64_t first, int64_t, Stored*) const { return values + (expert * outs + first) * size; }
+  template <typename T>
+  const T* Rows(int64_t expert, int64_t first, int64_t count, T* buffer) const {
+    const Stored* from = values + (expert * outs + first) * size;
+    for (int64_t i = 0; i < count * size; ++i) buffer[i] = Widen(from[i]);
+    return buffer;
+  }
+};
+
+// --- Threads ---------------------------------------------------------------------------------------------------------------------
+
+// Run body(0 .. count - 1) on XLA's pool and on this thread, which never waits for a task that nobody has begun: a busy pool can't lock it.
+template <typename Body>
+void ParallelFor(ffi::ThreadPool& pool, int64_t count, int64_t max_threads, const Body& body) {
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto work = [shared, count, &body] {  // `body` is gone when a late thread comes, but then no task is left for it
+    for (int64_t task; (task = shared->next.fetch_add(1)) < count;) {
+      body(task);
+      shared->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  int64_t threads = std::min<int64_t>(pool.num_threads(), count);
+  if (max_threads > 0) threads = std::min(threads, max_threads);
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule(std::function<void()>(work));
+  work();
+  while (shared->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+// --- The product -----------------------------------------------------------------------------------------------------------------
+
+struct Output {
+  void* values;
+  const void* bias;  // null where there is none
+  bool wide_values, wide_bias;  // float32, otherwise bfloat16
+  void Write(int64_t index, int64_t bias_index, float sum) const {
+    if (bias) sum += wide_bias ? ((const float*)bias)[bias_index] : Widen(((const BFloat16*)bias)[bias_index]);
+    if (wide_values) Narrow(sum, (float*)values + index);
+    else Narrow(sum, (BFloat16*)values + index);
+  }
+};
+
+constexpr int64_t kTaskOuts = 4 * kTileOuts;  // a task: so many outputs of one expert
+constexpr int64_t kRowsInCache = 96;  // rows of x that meet a tile of the weight before the next tile is read
+
+template <typename T, typename Weight>
+void Multiply(ffi::ThreadPool& pool, int64_t max_threads, const T* x, const Weight& weight, const int32_t* groups, int64_t experts,
+              const Output& out) {
+  struct Group {
+    int64_t expert, first, rows;
+  };
+  std::vector<Group> busy;
+  for (int64_t expert = 0, first = 0; expert < experts; first += groups[expert++])
+    if (groups[expert]) busy.push_back({expert, first, groups[expert]});
+  const int64_t outs = weight.outs, size = weight.size, tasks = (outs + kTaskOuts - 1) / kTaskOuts;
+  ParallelFor(pool, int64_t(busy.size()) * tasks, max_threads, [&](int64_t task) {
+    static thread_local std::vector<T> buffer;
+    if (int64_t(buffer.size()) < kTileOuts * size) buffer.resize(kTileOuts * size);
+    const Group group = busy[task / tasks];
+    const int64_t begin = task % tasks * kTaskOuts, end = std::min(begin + kTaskOuts, outs);
+    for (int64_t top = 0; top < group.rows; top += kRowsInCache) {
+      const int64_t rows = std::min(kRowsInCache, group.rows - top), first = group.first + top;
+      for (int64_t o = begin; o < end; o += kTileOuts) {
+        const int64_t count = std::min<int64_t>(kTileOuts, end - o);
+        float sums[kRowsInCache * kTileOuts];
+        Products(rows, x + first * size, count, weight.Rows(group.expert, o, count, buffer.data()), size, size, sums, kTileOuts);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t j = 0; j < count; ++j)
+            out.Write((first + r) * outs + o + j, group.expert * outs + o + j, sums[r * kTileOuts + j]);
+      }
+    }
+  });
+}
+
+template <typename Weight>
+void MultiplyAs(bool wide_x, const void* x, int64_t count, ffi::ThreadPool& pool, int64_t max_threads, const Weight& weight,
+                const int32_t* groups, int64_t experts, const Output& out) {
+  if (wide_x) return Multiply(pool, max_threads, (const float*)x, weight, groups, experts, out);
+  const BFloat16* narrow = (const BFloat16*)x;
+  if constexpr (Operand<BFloat16>::kMultiplies) {
+    Multiply(pool, max_threads, narrow, weight, groups, experts, out);
+  } else {
+    std::vector<float> wide(count);
+    for (int64_t i = 0; i < count; ++i) wide[i] = Widen(narrow[i]);
+    Multiply(pool, max_threads, (const float*)wide.data(), weight, groups, experts, out);
+  }
+}
+
+// x [M, in] float32 or bfloat16, rows sorted by expert; weight uint8 [E, outs, in / 32, 16] with scales uint8 [E, outs, in / 32], or
+// bfloat16 [E, outs, in] with empty scales; bias [E, outs] float32 or bfloat16, or empty; groups int32 [E], rows of each expert.
+// Rows past the groups' sum give zeros. Shapes are the caller's to check (kernels/cpu_library.py).
+ffi::Error MatmulHandler(ffi::ThreadPool pool, int64_t max_threads, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Buffer<ffi::U8> scales,
+                         ffi::AnyBuffer bias, ffi::Buffer<ffi::S32> groups, ffi::Result<ffi::AnyBuffer> out) {
+  const int64_t rows = x.dimensions()[0], size = x.dimensions()[1], outs = weight.dimensions()[1], experts = groups.dimensions()[0];
+  const bool wide_x = x.element_type() == ffi::F32;
+  const Output output{out->untyped_data(), bias.element_count() ? bias.untyped_data() : nullptr, out->element_type() == ffi::F32,
+                      bias.element_type() == ffi::F32};
+  int64_t given = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    if (groups.typed_data()[expert] < 0) return ffi::Error::InvalidArgument("group sizes must not be negative");
+    given += groups.typed_data()[expert];
+  }
+  if (given > rows) return ffi::Error::InvalidArgument("group sizes sum to more than the rows");
+  const int64_t row_bytes = outs * (output.wide_values ? 4 : 2);
+  std::memset((char*)out->untyped_data() + given * row_bytes, 0, (rows - given) * row_bytes);
+  if (scales.element_count()) {
+    const Mxfp4 packed{(const uint8_t*)weight.untyped_data(), scales.typed_data(), outs, size};
+    MultiplyAs(wide_x, x.untyped_data(), rows * size, pool, max_threads, packed, groups.typed_data(), experts, output);
+  } else {
+    const Dense<BFloat16> dense{(const BFloat16*)weight.untyped_data(), outs, size};
+    MultiplyAs(wide_x, x.untyped_data(), rows * size, pool, max_threads, dense, groups.typed_data(), experts, output);
+  }
+  return ffi::Error::Success();
+}
+
+// --- Attention of one query a row over a cache -----------------------------------------------------------------------------------------
+
+struct AttentionShape {
+  int64_t heads, kv_heads, slots, size, window;  // window 0: none
+};
+
+// One row of the batch and one key-value head: softmax over what is visible of k [slots], a sink per query head opening it, times v.
+template <typename T>
+void AttendHead(const AttentionShape& shape, const T* q, const T* k, const T* v, const float* sinks, int32_t position, const int32_t* positions,
+                T* out) {
+  const int64_t group = shape.heads / shape.kv_heads, stride = shape.kv_heads * shape.size, size = shape.size;
+  static thread_local std::vector<float> scratch;
+  if (int64_t(scratch.size()) < group * (shape.slots + size)) scratch.resize(group * (shape.slots + size));
+  float *scores = scratch.data(), *sums = scores + group * shape.slots;
+  const auto visible = [&](int64_t s) {
+    const int64_t distance = int64_t{position} - positions[s];
+    return positions[s] >= 0 && distance >= 0 && (!shape.window || distance < shape.window);
+  };
+  std::fill(sums, sums + group * size, 0.f);
+  if constexpr (Operand<T>::kMultiplies) {
+    int64_t last = shape.slots;  // the empty end of a cache isn't read
+    while (last && !visible(last - 1)) --last;
+    Products(group, q, last, k, stride, size, scores, shape.slots);
+  } else {
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t s = 0; s < shape.slots; ++s) {
+        float sum = 0;
+        if (visible(s))
+          for (int64_t h = 0; h < size; ++h) sum += Widen(q[g * size + h]) * Widen(k[s * stride + h]);
+        scores[g * shape.slots + s] = sum;
+      }
+  }
+  const float scale = 1 / std::sqrt(float(size));
+  for (int64_t g = 0; g < group; ++g) {
+    float *row = scores + g * shape.slots, top = sinks[g];
+    for (int64_t s = 0; s < shape.slots; ++s)
+      if (visible(s)) top = std::max(top, row[s] *= scale);
+    float total = std::exp(sinks[g] - top);
+    for (int64_t s = 0; s < shape.slots; ++s) {
+      row[s] = visible(s) ? std::exp(row[s] - top) : 0;
+      total += row[s];
+    }
+    for (int64_t s = 0; s < shape.slots; ++s) row[s] /= total;
+  }
+  for (int64_t s = 0; s < shape.slots; ++s) {
+    if (!visible(s)) continue;
+    for (int64_t g = 0; g < group; ++g) {
+      const float weight = scores[g * shape.slots + s];
+      for (int64_t h = 0; h < size; ++h) sums[g * size + h] += weight * Widen(v[s * stride + h]);
+    }
+  }
+  for (int64_t i = 0; i < group * size; ++i) Narrow(sums[i], out + i);
+}
+
+// q, out [B, N, H]; k, v [B, S, K, H], all float32 or all bfloat16; sinks float32 [N]; q_positions int32 [B]; k_positions int32 [B, S].
+ffi::Error AttentionHandler(ffi::ThreadPool pool, int64_t max_threads, int64_t window, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                            ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> q_positions, ffi::Buffer<ffi::S32> k_positions,
+                            ffi::Result<ffi::AnyBuffer> out) {
+  const AttentionShape shape{q.dimensions()[1], k.dimensions()[2], k.dimensions()[1], q.dimensions()[2], window};
+  const int64_t group = shape.heads / shape.kv_heads, cache = shape.slots * shape.kv_heads * shape.size;
+  const auto attend = [&](auto kind) {
+    using T = decltype(kind);
+    ParallelFor(pool, q.dimensions()[0] * shape.kv_heads, max_threads, [&](int64_t task) {
+      const int64_t row = task / shape.kv_heads, head = task % shape.kv_heads, first = (row * shape.heads + head * group) * shape.size;
+      const int64_t offset = row * cache + head * shape.size;
+      AttendHead(shape, (const T*)q.untyped_data() + first, (const T*)k.untyped_data() + offset, (const T*)v.untyped_data() + offset,
+                 sinks.typed_data() + head * group, q_positions.typed_data()[row], k_positions.typed_data() + row * shape.slots,
+                 (T*)out->untyped_data() + first);
+    });
+  };
+  if (q.element_type() == ffi::F32) attend(float{});
+  else attend(BFloat16{});
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GptossMatmul, MatmulHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("max_threads")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GptossAttention, AttentionHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("max_threads")
+                                  .Attr<int64_t>("window")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());

@@ -1,0 +1,62 @@
+"""Matrix products with dense weights kept as the checkpoint has them, [out, in]."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.kernels import cpu_library
+
+
+def dense_matmul(x, weight_OI, bias_O=None, dtype=None, *, implementation: str = "auto"):
+    """Multiply x [..., in] by the weight [out, in] and add the bias [out]. Sums in float32; returns [..., out] in `dtype`, default x's.
+
+    implementation: "xla"; "cpu", the CPU kernels (bfloat16 weights, x in float32 or bfloat16, one device), which raises where they can't
+    run; or "auto": the fastest that can.
+    """
+    dtype = jnp.dtype(dtype or x.dtype)
+    numbers = (jnp.float32, jnp.bfloat16)
+    fits = weight_OI.dtype == jnp.bfloat16 and x.dtype in numbers and dtype in numbers and (bias_O is None or bias_O.dtype in numbers)
+    if implementation == "cpu":
+        if not fits:
+            raise ValueError(f"dense_matmul implementation 'cpu' needs a bfloat16 weight and x in float32 or bfloat16, found {weight_OI.dtype} "
+                             f"and {x.dtype}")
+        cpu_library.load()
+    elif implementation not in ("auto", "xla"):
+        raise ValueError(f"dense_matmul implementation {implementation!r}, expected 'auto', 'xla' or 'cpu'")
+    if implementation == "xla" or implementation == "auto" and not (fits and cpu_library.available()):
+        return _xla(x, weight_OI, bias_O, dtype)
+    return _cpu_where_on_cpu(x, weight_OI, bias_O, dtype, implementation)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _cpu_where_on_cpu(x, weight_OI, bias_O, dtype, implementation):
+    run = functools.partial(_cpu, dtype=dtype)
+    if implementation == "cpu":
+        return run(x, weight_OI, bias_O)
+    return jax.lax.platform_dependent(x, weight_OI, bias_O, cpu=run, default=functools.partial(_xla, dtype=dtype))
+
+
+@_cpu_where_on_cpu.defjvp
+def _tangent_rule(dtype, implementation, primals, tangents):
+    out = _cpu_where_on_cpu(*primals, dtype, implementation)
+    return out, jax.jvp(functools.partial(_xla, dtype=dtype), primals, tangents)[1]
+
+
+def _cpu(x, weight_OI, bias_O, *, dtype):
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    bias_EO = None if bias_O is None else bias_O[None]
+    y = cpu_library.matmul(rows, weight_OI[None], None, bias_EO, jnp.full(1, rows.shape[0], jnp.int32), dtype)
+    return y.reshape(*x.shape[:-1], weight_OI.shape[0])
+
+
+def _xla(x, weight_OI, bias_O, dtype):
+    precision = "highest" if x.dtype == jnp.float32 else None
+    y = jax.lax.dot_general(x, weight_OI.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), precision=precision,
+                            preferred_element_type=jnp.float32)
+    if bias_O is not None:
+        y = y + bias_O.astype(jnp.float32)
+    return y.astype(dtype)
