@@ -15,8 +15,8 @@ import numpy as np
 
 from gptoss_jax.kernels.attention import reference
 
-BLOCK = 512
-_DENSE_SCORES = BLOCK * 2 * BLOCK  # up to here one matrix of scores is smaller than what surrounds it, and faster
+BLOCK = 128  # prefill of 512 tokens of the 20b shape on two CPU cores: 488 tokens/s, 396 with 512
+_DENSE_SCORES = 1 << 17  # up to here one matrix of scores is smaller than what surrounds it, and faster
 _EMPTY = -1  # position of padding: of a key nobody sees, of a query nobody reads
 _LOWEST = -1e30  # instead of -inf, whose differences are NaN
 

@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -210,16 +211,20 @@ inline void DecodeBlock(const uint8_t* block, int scale, float* out) {
 #endif
 
 #if defined(__AVX512BF16__)
-// A byte becomes two words by one permutation of a table: bits 0 to 4 of a word choose, and bit 4 doesn't matter, since the table holds the
-// 16 values twice. The scale is added to the exponents of what isn't zero, exact while they stay those of normal numbers.
+alignas(64) constexpr uint16_t kCodeValues[32] = {  // bfloat16 of the 16 codes, twice
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+
+// The 32 codes of a block as words whose bits 0 to 3 are the code. Bit 4 is another's, and doesn't matter to a look-up in kCodeValues.
+inline __m512i Codes(const uint8_t* block) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)block));
+  return _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+}
+
+// The scale is added to the exponents of what isn't zero: exact while they stay those of normal numbers.
 inline void DecodeBlock(const uint8_t* block, int scale, BFloat16* out) {
   if (scale < 2 || scale > 252) return DecodeBlockExactly(block, scale, out);
-  alignas(64) static constexpr uint16_t kValues[32] = {
-      0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
-      0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)block));
-  const __m512i codes = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
-  const __m512i values = _mm512_permutexvar_epi16(codes, _mm512_load_si512(kValues));
+  const __m512i codes = Codes(block), values = _mm512_permutexvar_epi16(codes, _mm512_load_si512(kCodeValues));
   const __mmask32 nonzero = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(7));
   _mm512_storeu_si512(out, _mm512_mask_add_epi16(values, nonzero, values, _mm512_set1_epi16(int16_t((scale - 127) * 128))));
 }
@@ -253,6 +258,68 @@ struct Dense {
     return buffer;
   }
 };
+
+// Whether a few rows of x are multiplied with codes as they are decoded, in registers, each block's sum scaled afterwards: half the
+// instructions of decoding to memory first. True if done, false where a scale byte needs exact decoding.
+constexpr int kFewRows = 4;
+
+#if defined(__AVX512BF16__)
+template <int R, int O>
+void DotPacked(const BFloat16* x, const uint8_t* blocks, const float* scales, int64_t count, float* out) {
+  __m512 sums[R][O];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  const __m512i table = _mm512_load_si512(kCodeValues);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int o = 0; o < O; ++o) {
+      const uint8_t* block = blocks + (o * count + i) * kBlockBytes;
+      __builtin_prefetch(block + O * count * kBlockBytes);  // the same block of the next rows
+      const __m512bh values = (__m512bh)_mm512_permutexvar_epi16(Codes(block), table);
+      const __m512 scale = _mm512_set1_ps(scales[o * count + i]);
+      for (int r = 0; r < R; ++r) {
+        const __m512bh row = (__m512bh)_mm512_loadu_si512(x + (r * count + i) * kBlock);
+        sums[r][o] = _mm512_fmadd_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), values, row), scale, sums[r][o]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o) out[r * kTileOuts + o] = Total((Sums)sums[r][o]);
+}
+
+inline bool FewRows(const Mxfp4& weight, int64_t expert, int64_t first, int64_t outs, const BFloat16* x, int64_t rows, float* out) {
+  const int64_t count = weight.size / kBlock, begin = (expert * weight.outs + first) * count;
+  static thread_local std::vector<float> scales;
+  if (int64_t(scales.size()) < kTileOuts * count + kLanes) scales.resize(kTileOuts * count + kLanes);
+  __m128i largest = _mm_setzero_si128();
+  for (int64_t i = 0; i < outs * count; i += kLanes) {  // byte 0 becomes zero: what it scales is below 2^-124
+    const int64_t rest = outs * count - i;
+    const __m128i bytes = _mm_maskz_loadu_epi8(rest < kLanes ? (1 << rest) - 1 : -1, weight.scales + begin + i);
+    __builtin_prefetch(weight.scales + begin + i + outs * count);  // of the next call
+    largest = _mm_max_epu8(largest, bytes);
+    _mm512_storeu_si512(&scales[i], _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23));
+  }
+  if (_mm_cmpeq_epi8_mask(largest, _mm_set1_epi8(-1))) return false;
+  const auto dot = [&](auto tile, int64_t o) {
+    constexpr int kOuts = decltype(tile)::value;
+    const uint8_t* blocks = weight.blocks + (begin + o * count) * kBlockBytes;
+    switch (rows) {
+      case 1: return DotPacked<1, kOuts>(x, blocks, &scales[o * count], count, out + o);
+      case 2: return DotPacked<2, kOuts>(x, blocks, &scales[o * count], count, out + o);
+      case 3: return DotPacked<3, kOuts>(x, blocks, &scales[o * count], count, out + o);
+      default: return DotPacked<4, kOuts>(x, blocks, &scales[o * count], count, out + o);
+    }
+  };
+  int64_t o = 0;
+  for (; o + 3 <= outs; o += 3) dot(std::integral_constant<int, 3>(), o);
+  for (; o < outs; ++o) dot(std::integral_constant<int, 1>(), o);
+  return true;
+}
+#endif
+
+template <typename T, typename Weight>
+bool FewRows(const Weight&, int64_t, int64_t, int64_t, const T*, int64_t, float*) {
+  return false;
+}
 
 // --- Threads ---------------------------------------------------------------------------------------------------------------------
 
@@ -289,7 +356,7 @@ struct Output {
   }
 };
 
-constexpr int64_t kTaskOuts = 4 * kTileOuts;  // a task: so many outputs of one expert
+constexpr int64_t kTaskOuts = 16 * kTileOuts;  // a task: so many outputs of one expert
 constexpr int64_t kRowsInCache = 96;  // rows of x that meet a tile of the weight before the next tile is read
 
 template <typename T, typename Weight>
@@ -312,7 +379,8 @@ void Multiply(ffi::ThreadPool& pool, int64_t max_threads, const T* x, const Weig
       for (int64_t o = begin; o < end; o += kTileOuts) {
         const int64_t count = std::min<int64_t>(kTileOuts, end - o);
         float sums[kRowsInCache * kTileOuts];
-        Products(rows, x + first * size, count, weight.Rows(group.expert, o, count, buffer.data()), size, size, sums, kTileOuts);
+        if (rows > kFewRows || !FewRows(weight, group.expert, o, count, x + first * size, rows, sums))
+          Products(rows, x + first * size, count, weight.Rows(group.expert, o, count, buffer.data()), size, size, sums, kTileOuts);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t j = 0; j < count; ++j)
             out.Write((first + r) * outs + o + j, group.expert * outs + o + j, sums[r * kTileOuts + j]);
