@@ -114,5 +114,7 @@ def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
         expert_matmul(x, dense, bias, sizes, implementation="cpu")
     with pytest.raises(ValueError, match=r"'cpu' needs rows in float32 or bfloat16 \(found float16\)"):
         expert_matmul(x.astype(jnp.float16), packed, bias, sizes, implementation="cpu")
+    with pytest.raises(ValueError, match=r"x \(5, 32\), weight \(5, 48, 2, 16\).* don't fit together"):
+        expert_matmul(x[:, :32], packed, bias, sizes, implementation="cpu")
     with pytest.raises(ValueError, match="'mosaic', expected 'auto' or one of reference, xla, cpu"):
         expert_matmul(x, packed, bias, sizes, implementation="mosaic")

@@ -116,8 +116,14 @@ def matmul(x_MI, weight, scales, bias_EO, group_sizes_E, dtype):
 
     x: [M, in] float32 or bfloat16; weight: uint8 [E, out, in / 32, 16] with scales uint8 [E, out, in / 32], or bfloat16 [E, out, in] with
     scales None; bias: [E, out] float32 or bfloat16, or None; group_sizes: int32 [E]. Sums in float32. Returns [M, out] in `dtype`
-    (float32 or bfloat16); rows past the groups' sum give zeros. `load` comes first.
+    (float32 or bfloat16); rows past the groups' sum give zeros. `load` comes first. Raises ValueError for shapes that don't fit together.
     """
+    experts, outs, inputs = group_sizes_E.shape[0], weight.shape[1], x_MI.shape[1]
+    fits = weight.shape == ((experts, outs, inputs) if scales is None else (experts, outs, inputs // 32, 16)) and (
+        scales is None or inputs % 32 == 0 and scales.shape == weight.shape[:3]) and (bias_EO is None or bias_EO.shape == (experts, outs))
+    if not fits:
+        shapes = [None if part is None else part.shape for part in (x_MI, weight, scales, bias_EO, group_sizes_E)]
+        raise ValueError("x {}, weight {}, scales {}, bias {} and group sizes {} don't fit together".format(*shapes))
     scales = jnp.zeros(0, jnp.uint8) if scales is None else scales
     bias_EO = jnp.zeros(0, jnp.float32) if bias_EO is None else bias_EO
     call = _call("matmul", (x_MI.shape[0], weight.shape[1]), dtype)
