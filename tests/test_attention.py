@@ -135,5 +135,7 @@ def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
     tags = dict(q_positions=positions(1, 2), k_positions=positions(1, 2))
     with pytest.raises(ValueError, match=r"'cpu' needs one query a row and no segments \(found 2 queries\)"):
         attention(q, k, v, sinks, **tags, implementation="cpu")
+    with pytest.raises(ValueError, match=r"k \(1, 2, 2, 8\).* positions \(1,\), \(1, 1\) don't fit"):
+        attention(q[:, :1], k, v, sinks, q_positions=positions(1, 1), k_positions=positions(1, 1), implementation="cpu")
     with pytest.raises(ValueError, match="'cudnn', expected 'auto' or one of reference, xla, cpu"):
         attention(q, k, v, sinks, **tags, implementation="cudnn")

@@ -134,8 +134,14 @@ def attention(q_BNH, k_BSKH, v_BSKH, sinks_N, q_positions_B, k_positions_BS, win
     """Attend with one query a row: `kernels.attention.reference` for T = 1, for CPU arrays, not differentiable.
 
     q: [B, N, H]; k, v: [B, S, K, H]; all three float32, or all bfloat16; sinks: float32 [N]; positions: int32 [B] and [B, S]. Scores,
-    weights and sums are float32. Returns [B, N, H]. `load` comes first.
+    weights and sums are float32. Returns [B, N, H]. `load` comes first. Raises ValueError for shapes that don't fit together.
     """
+    B, N, H = q_BNH.shape
+    S, K = k_BSKH.shape[1:3]
+    expected = [(B, S, K, H), (B, S, K, H), (N,), (B,), (B, S)]
+    shapes = [part.shape for part in (k_BSKH, v_BSKH, sinks_N, q_positions_B, k_positions_BS)]
+    if shapes != expected or N % K:
+        raise ValueError("q {}: k {}, v {}, sinks {} and positions {}, {} don't fit it".format(q_BNH.shape, *shapes))
     call = _call("attention", q_BNH.shape, q_BNH.dtype)
     return call(q_BNH, k_BSKH, v_BSKH, sinks_N, q_positions_B, k_positions_BS, max_threads=_max_threads(), window=np.int64(window or 0))
 
