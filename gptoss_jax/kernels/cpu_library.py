@@ -25,7 +25,7 @@ import numpy as np
 
 SOURCE = pathlib.Path(__file__).parent / "cpp" / "cpu.cc"
 _PREFIX = "gptoss_jax"  # of the names XLA knows the functions by
-_SYMBOLS = {"matmul": "GptossMatmul", "attention": "GptossAttention"}
+_SYMBOLS = {"matmul": "GptossMatmul", "attention": "GptossAttention", "write": "GptossWrite"}
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
 _COMPILERS = ("c++", "g++", "clang++")
 _DIGEST = 32  # bytes of the hash at the end of a built file
@@ -59,7 +59,7 @@ def load() -> None:
 
 
 def register(prefix: str, path: pathlib.Path) -> None:
-    """Load a built file and make its functions known to XLA as `prefix`_matmul and `prefix`_attention. Raises CpuLibraryError."""
+    """Load a built file and make its functions known to XLA as `prefix`_matmul, `prefix`_attention and `prefix`_write. Raises CpuLibraryError."""
     try:
         library = ctypes.CDLL(str(path))
         for name, symbol in _SYMBOLS.items():
@@ -146,8 +146,19 @@ def attention(q_BNH, k_BSKH, v_BSKH, sinks_N, q_positions_B, k_positions_BS, win
     return call(q_BNH, k_BSKH, v_BSKH, sinks_N, q_positions_B, k_positions_BS, max_threads=_max_threads(), window=np.int64(window or 0))
 
 
-def _call(name: str, shape, dtype):
-    return jax.ffi.ffi_call(f"{_PREFIX}_{name}", jax.ShapeDtypeStruct(shape, dtype), vmap_method="sequential")
+def write(old_BSKH, new_BTKH, slots_BT):
+    """Return `old` with row t of `new` in slot slots[b, t]; slots out of bounds are left out. In place where `old` isn't needed any more.
+
+    For CPU arrays, not differentiable; slots int32. `load` comes first. Raises ValueError for shapes or dtypes that don't fit together.
+    """
+    B, S, *rest = old_BSKH.shape
+    if new_BTKH.dtype != old_BSKH.dtype or slots_BT.shape[:1] != (B,) or new_BTKH.shape != (*slots_BT.shape, *rest):
+        raise ValueError(f"{old_BSKH.dtype} {old_BSKH.shape}: rows {new_BTKH.dtype} {new_BTKH.shape} and slots {slots_BT.shape} don't fit it")
+    return _call("write", old_BSKH.shape, old_BSKH.dtype, input_output_aliases={0: 0})(old_BSKH, new_BTKH, slots_BT)
+
+
+def _call(name: str, shape, dtype, **options):
+    return jax.ffi.ffi_call(f"{_PREFIX}_{name}", jax.ShapeDtypeStruct(shape, dtype), vmap_method="sequential", **options)
 
 
 def _max_threads() -> np.int64:

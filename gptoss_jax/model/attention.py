@@ -31,6 +31,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, rope, positions_BT, segments_BT, cache, chunk, mesh):
         """Return (output [B, T, D] before the residual, this layer's new cache or None)."""
         c = self.config
+        implementation = "auto" if mesh is None or mesh.size == 1 else "xla"
         B, T, _ = x_BTD.shape
         q = self.q_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_attention_heads, c.head_dim)
         k = self.k_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_key_value_heads, c.head_dim)
@@ -40,9 +41,9 @@ class Attention(nnx.Module):
         if cache is None:
             key_positions, key_segments = positions_BT, segments_BT
         else:
-            cache, k, v, key_positions = cache_lib.update(cache, k, v, chunk, self.window is not None)
+            cache, k, v, key_positions = cache_lib.update(cache, k, v, chunk, self.window is not None, implementation)
             positions_BT, segments_BT, key_segments = chunk.positions, None, None
         out = attention(q, k.astype(q.dtype), v.astype(q.dtype), self.sinks[...], q_positions=positions_BT, k_positions=key_positions,
                         q_segments=segments_BT, k_segments=key_segments, window=self.window,
-                        implementation="auto" if mesh is None or mesh.size == 1 else "xla")
+                        implementation=implementation)
         return self.o_proj(out.reshape(B, T, -1), mesh=mesh), cache

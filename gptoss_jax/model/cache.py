@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gptoss_jax import sharding
 from gptoss_jax.config import SLIDING, GptOssConfig
+from gptoss_jax.kernels.cache_write import cache_write
 
 
 class LayerCache(NamedTuple):
@@ -65,16 +66,22 @@ def locate(real_BT: jax.Array, positions_BT: jax.Array) -> Chunk:
     return Chunk(positions, first, start, start + real_BT.sum(axis=1))
 
 
-def update(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, chunk: Chunk, sliding: bool):
-    """Write a chunk. Returns (new cache, keys, values, positions int32 [B, S] of those keys) to attend to; position -1 is an empty slot."""
+def update(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, chunk: Chunk, sliding: bool, implementation: str = "auto"):
+    """Write a chunk. Returns (new cache, keys, values, positions int32 [B, S] of those keys) to attend to; position -1 is an empty slot.
+
+    implementation: of `kernels.cache_write`.
+    """
+
+    def write(slots_BT):
+        return LayerCache(*(cache_write(old, new, slots_BT, implementation=implementation) for old, new in zip(cache, (k_BTKH, v_BTKH))))
+
     if not sliding:
-        new = _write(cache, k_BTKH, v_BTKH, chunk.positions)
+        new = write(chunk.positions)
         slots = jnp.arange(cache.keys.shape[1])
         return new, *new, jnp.where(slots < chunk.end[:, None], slots, -1)
     ring = cache.keys.shape[1]
     if k_BTKH.shape[1] == 1:  # the ring holds the whole window, the new key included: no copy of it is made
-        slots = jnp.where(chunk.positions >= 0, chunk.positions % ring, -1)
-        new = _write(cache, k_BTKH, v_BTKH, slots)
+        new = write(jnp.where(chunk.positions >= 0, chunk.positions % ring, -1))
         return new, *new, _ring_positions(chunk.end, ring)
     before = _ring_positions(chunk.start, ring)
     keys = jnp.concatenate([cache.keys, k_BTKH], axis=1)
@@ -92,10 +99,3 @@ def _ring_positions(lengths_B, ring: int):
     newest = lengths_B[:, None] - 1
     positions = newest - (newest - jnp.arange(ring)) % ring
     return jnp.where(positions >= 0, positions, -1)
-
-
-def _write(cache: LayerCache, k_BTKH, v_BTKH, slots_BT) -> LayerCache:
-    size = cache.keys.shape[1]
-    slots_BT = jnp.where(slots_BT >= 0, slots_BT, size)  # out of bounds: dropped
-    rows = jnp.arange(slots_BT.shape[0])[:, None]
-    return LayerCache(*(old.at[rows, slots_BT].set(new.astype(old.dtype), mode="drop") for old, new in zip(cache, (k_BTKH, v_BTKH))))

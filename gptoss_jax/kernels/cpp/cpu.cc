@@ -505,6 +505,21 @@ ffi::Error AttentionHandler(ffi::ThreadPool pool, int64_t max_threads, int64_t w
   return ffi::Error::Success();
 }
 
+// old, out [B, S, ...], given the same memory by XLA; rows [B, T, ...] of the same type; slots int32 [B, T]: where each goes, out of bounds: nowhere.
+ffi::Error WriteHandler(ffi::AnyBuffer old, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> slots, ffi::Result<ffi::AnyBuffer> out) {
+  if (old.untyped_data() != out->untyped_data()) return ffi::Error::Internal("the cache isn't written in place");
+  const int64_t batch = slots.dimensions()[0], count = slots.dimensions()[1], size = old.dimensions()[1];
+  if (!slots.element_count()) return ffi::Error::Success();
+  const int64_t bytes = rows.size_bytes() / slots.element_count();
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t slot = slots.typed_data()[b * count + t];
+      if (slot < 0 || slot >= size) continue;
+      std::memcpy((char*)out->untyped_data() + (b * size + slot) * bytes, (const char*)rows.untyped_data() + (b * count + t) * bytes, bytes);
+    }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GptossMatmul, MatmulHandler,
@@ -528,5 +543,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GptossAttention, AttentionHandler,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GptossWrite, WriteHandler,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
