@@ -24,11 +24,12 @@ import jax
 
 import gptoss_jax
 from gptoss_jax.config import SLIDING
-from gptoss_jax import Engine
+from gptoss_jax import Engine, Sampling
 from gptoss_jax.kernels import cpu_library
 
 PREFILL, CONTEXTS, BATCH = 512, (128, 1024), 8
 WARM_STEPS, STEPS = 2, 16
+GREEDY = Sampling(temperature=0)
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def prompt(count: int, vocabulary: int, seed: int = 11) -> list[int]:
 
 def first_token(engine: Engine, prompts) -> float:
     start = time.perf_counter()
-    for _ in engine.stream(prompts, max_new_tokens=1):
+    for _ in engine.stream(prompts, GREEDY, max_new_tokens=1):
         pass
     return time.perf_counter() - start
 
@@ -95,7 +96,7 @@ def decode(engine: Engine, prompts) -> float:
     """Return the seconds of STEPS decode steps. Stop tokens don't stop them."""
     engine.stop_ids = frozenset()
     times = []
-    for token in engine.stream(prompts, max_new_tokens=WARM_STEPS + STEPS + 1):
+    for token in engine.stream(prompts, GREEDY, max_new_tokens=WARM_STEPS + STEPS + 1):
         if token.row == len(prompts) - 1:
             times.append(time.perf_counter())
     return times[-1] - times[WARM_STEPS]
