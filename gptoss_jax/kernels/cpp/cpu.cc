@@ -259,26 +259,46 @@ struct Dense {
   }
 };
 
-// Whether a few rows of x are multiplied with codes as they are decoded, in registers, each block's sum scaled afterwards: half the
+// Whether a few rows of x are multiplied with codes as they are decoded, in registers, each block's sum scaled afterwards: a fifth of the
 // instructions of decoding to memory first. True if done, false where a scale byte needs exact decoding.
 constexpr int kFewRows = 4;
 
 #if defined(__AVX512BF16__)
+// A register holds 4 blocks as 32 words of 4 codes each, so that the codes j of all words are those of numbers 4 * word + j: x is laid out
+// likewise, all numbers j of 128 together, and zeros up to a multiple of 128.
+constexpr int kQuad = 4 * kBlock;
+
+inline int64_t InterleavedSize(const Mxfp4& weight) { return (weight.size + kQuad - 1) / kQuad * kQuad; }
+
+inline void Interleave(const Mxfp4& weight, const BFloat16* x, int64_t rows, BFloat16* out) {
+  const int64_t padded = InterleavedSize(weight);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < weight.size; ++k) out[r * padded + k / kQuad * kQuad + k % 4 * kBlock + k % kQuad / 4] = x[r * weight.size + k];
+}
+
 template <int R, int O>
-void DotPacked(const BFloat16* x, const uint8_t* blocks, const float* scales, int64_t count, float* out) {
+void DotPacked(const BFloat16* x, int64_t x_stride, const uint8_t* blocks, const float* scales, int64_t count, float* out) {
   __m512 sums[R][O];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
-  const __m512i table = _mm512_load_si512(kCodeValues);
-  for (int64_t i = 0; i < count; ++i) {
+  const __m512i table = _mm512_load_si512(kCodeValues), block_of_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  for (int64_t i = 0; i < count; i += 4) {
+    const __mmask16 there = count - i < 4 ? (1 << 4 * (count - i)) - 1 : -1;
     for (int o = 0; o < O; ++o) {
       const uint8_t* block = blocks + (o * count + i) * kBlockBytes;
       __builtin_prefetch(block + O * count * kBlockBytes);  // the same block of the next rows
-      const __m512bh values = (__m512bh)_mm512_permutexvar_epi16(Codes(block), table);
-      const __m512 scale = _mm512_set1_ps(scales[o * count + i]);
+      const __m512i codes = _mm512_maskz_loadu_epi32(there, block);
+      const __m512bh values[4] = {(__m512bh)_mm512_permutexvar_epi16(codes, table),
+                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table),
+                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table),
+                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table)};
+      const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(scales + o * count + i));
+      const __m512 scale = _mm512_maskz_permutexvar_ps(there, block_of_lane, four);
       for (int r = 0; r < R; ++r) {
-        const __m512bh row = (__m512bh)_mm512_loadu_si512(x + (r * count + i) * kBlock);
-        sums[r][o] = _mm512_fmadd_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), values, row), scale, sums[r][o]);
+        __m512 sum = _mm512_setzero_ps();
+        for (int j = 0; j < 4; ++j)
+          sum = _mm512_dpbf16_ps(sum, values[j], (__m512bh)_mm512_loadu_si512(x + r * x_stride + i * kBlock + j * kBlock));
+        sums[r][o] = _mm512_fmadd_ps(sum, scale, sums[r][o]);
       }
     }
   }
@@ -286,6 +306,7 @@ void DotPacked(const BFloat16* x, const uint8_t* blocks, const float* scales, in
     for (int o = 0; o < O; ++o) out[r * kTileOuts + o] = Total((Sums)sums[r][o]);
 }
 
+// x: interleaved.
 inline bool FewRows(const Mxfp4& weight, int64_t expert, int64_t first, int64_t outs, const BFloat16* x, int64_t rows, float* out) {
   const int64_t count = weight.size / kBlock, begin = (expert * weight.outs + first) * count;
   static thread_local std::vector<float> scales;
@@ -303,10 +324,10 @@ inline bool FewRows(const Mxfp4& weight, int64_t expert, int64_t first, int64_t 
     constexpr int kOuts = decltype(tile)::value;
     const uint8_t* blocks = weight.blocks + (begin + o * count) * kBlockBytes;
     switch (rows) {
-      case 1: return DotPacked<1, kOuts>(x, blocks, &scales[o * count], count, out + o);
-      case 2: return DotPacked<2, kOuts>(x, blocks, &scales[o * count], count, out + o);
-      case 3: return DotPacked<3, kOuts>(x, blocks, &scales[o * count], count, out + o);
-      default: return DotPacked<4, kOuts>(x, blocks, &scales[o * count], count, out + o);
+      case 1: return DotPacked<1, kOuts>(x, InterleavedSize(weight), blocks, &scales[o * count], count, out + o);
+      case 2: return DotPacked<2, kOuts>(x, InterleavedSize(weight), blocks, &scales[o * count], count, out + o);
+      case 3: return DotPacked<3, kOuts>(x, InterleavedSize(weight), blocks, &scales[o * count], count, out + o);
+      default: return DotPacked<4, kOuts>(x, InterleavedSize(weight), blocks, &scales[o * count], count, out + o);
     }
   };
   int64_t o = 0;
@@ -316,6 +337,12 @@ inline bool FewRows(const Mxfp4& weight, int64_t expert, int64_t first, int64_t 
 }
 #endif
 
+template <typename Weight>
+int64_t InterleavedSize(const Weight&) {
+  return 0;
+}
+template <typename T, typename Weight>
+void Interleave(const Weight&, const T*, int64_t, T*) {}
 template <typename T, typename Weight>
 bool FewRows(const Weight&, int64_t, int64_t, int64_t, const T*, int64_t, float*) {
   return false;
@@ -363,11 +390,17 @@ template <typename T, typename Weight>
 void Multiply(ffi::ThreadPool& pool, int64_t max_threads, const T* x, const Weight& weight, const int32_t* groups, int64_t experts,
               const Output& out) {
   struct Group {
-    int64_t expert, first, rows;
+    int64_t expert, first, rows, interleaved;  // interleaved: where its rows begin in `few`, if they are few
   };
   std::vector<Group> busy;
-  for (int64_t expert = 0, first = 0; expert < experts; first += groups[expert++])
-    if (groups[expert]) busy.push_back({expert, first, groups[expert]});
+  std::vector<T> few;
+  for (int64_t expert = 0, first = 0; expert < experts; first += groups[expert++]) {
+    if (!groups[expert]) continue;
+    busy.push_back({expert, first, groups[expert], int64_t(few.size())});
+    if (groups[expert] > kFewRows) continue;
+    few.resize(few.size() + groups[expert] * InterleavedSize(weight));
+    Interleave(weight, x + first * weight.size, groups[expert], few.data() + busy.back().interleaved);
+  }
   const int64_t outs = weight.outs, size = weight.size, tasks = (outs + kTaskOuts - 1) / kTaskOuts;
   ParallelFor(pool, int64_t(busy.size()) * tasks, max_threads, [&](int64_t task) {
     static thread_local std::vector<T> buffer;
@@ -379,7 +412,7 @@ void Multiply(ffi::ThreadPool& pool, int64_t max_threads, const T* x, const Weig
       for (int64_t o = begin; o < end; o += kTileOuts) {
         const int64_t count = std::min<int64_t>(kTileOuts, end - o);
         float sums[kRowsInCache * kTileOuts];
-        if (rows > kFewRows || !FewRows(weight, group.expert, o, count, x + first * size, rows, sums))
+        if (group.rows > kFewRows || !FewRows(weight, group.expert, o, count, few.data() + group.interleaved, rows, sums))
           Products(rows, x + first * size, count, weight.Rows(group.expert, o, count, buffer.data()), size, size, sums, kTileOuts);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t j = 0; j < count; ++j)
