@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ def _dry_run(config) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_vocabulary(config, Path(scratch))
-    source = data.open_data(config.data, tokenizer)
+    source = data.open_data(dataclasses.replace(config.data, on_bad_record="skip"), tokenizer)  # to see all that is wrong at once
     if not isinstance(source, data.Files):
         print("data        synthetic conversations without end")
         return

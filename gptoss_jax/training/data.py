@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import absl.flags
 import grain
 import numpy as np
 
@@ -27,7 +28,8 @@ _PACKING_TOKENS = 1 << 21  # in long rows, fewer of them
 _FOREVER = 1 << 40
 _HELD_OUT_SEED = 0  # of the order of evaluation examples
 
-Rows = Mapping[str, np.ndarray]  # what Batch has, and "records"; each [B, T]
+Rows = Mapping[str, np.ndarray]  # what Batch has, and "records", the number of each token's record; each [B, T]
+Report = Callable[[Encoded, Mapping[str, int]], None]  # of a problem, with the counts of "bad" and "too_long" so far
 
 
 def open_data(config: DataConfig, tokenizer: Tokenizer) -> Synthetic | Files:
@@ -41,32 +43,33 @@ def to_batch(rows: Rows) -> Batch:
 
 
 class Files:
-    """Records of files: opened, those for evaluation held aside, and of each source one that can be learnt found."""
+    """Records of files: opened, those for evaluation held aside, and of each source one that can be learnt found.
+
+    held_out_numbers: the records held aside.
+    """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
         self._config = config
         self._records = Records(*(source.path for source in config.sources))
         self._encoder = self._held_out_encoder = Encoder(self._records, tokenizer, config)
-        spans, self._held_out = self._records.spans, None
+        spans, self.held_out_numbers = self._records.spans, range(0)
         if config.eval_sources:
             records = Records(*(source.path for source in config.eval_sources))
-            self._held_out_encoder, self._held_out = Encoder(records, tokenizer, config), range(len(records))
+            self._held_out_encoder, self.held_out_numbers = Encoder(records, tokenizer, config), range(len(records))
         elif config.eval_fraction:
             aside = [_held_aside(len(span), config.eval_fraction) for span in spans]
-            self._held_out = np.concatenate([np.flatnonzero(mask) + span.start for mask, span in zip(aside, spans)])
+            self.held_out_numbers = np.concatenate([np.flatnonzero(mask) + span.start for mask, span in zip(aside, spans)])
             spans = [np.flatnonzero(~mask) + span.start for mask, span in zip(aside, spans)]
-            if not len(self._held_out) or not all(map(len, spans)):
-                raise DataError(f"data.eval_fraction: {config.eval_fraction} holds {len(self._held_out)} of {len(self._records)} records "
+            if not len(self.held_out_numbers) or not all(map(len, spans)):
+                raise DataError(f"data.eval_fraction: {config.eval_fraction} holds {len(self.held_out_numbers)} of {len(self._records)} records "
                                 "aside, expected at least one, and one left in each source")
         self._weights = [source.weight for source in config.sources if source.weight is not None]
-        if self._weights:
-            self._parts = spans
-        else:
-            self._parts = [np.concatenate(spans) if config.eval_fraction else range(len(self._records))]
+        self._parts = spans if self._weights else [np.concatenate(spans) if config.eval_fraction else range(len(self._records))]
+        self._count = sum(map(len, self._parts))
         for numbers in self._parts:
             _check_learnable(self._encoder, numbers)
-        if self._held_out is not None:
-            _check_learnable(self._held_out_encoder, self._held_out)
+        if len(self.held_out_numbers):
+            _check_learnable(self._held_out_encoder, self.held_out_numbers)
 
     def batches(self, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
         """Return the iterator over this process's rows of the training batches; it has `get_state`, `set_state` and `close`.
@@ -74,17 +77,17 @@ class Files:
         It ends with the epochs; the last batch is filled up with empty rows. Raises DataError for a bad record if these aren't skipped.
         """
         config = self._config
-        order = self._order(config.epochs, seed=config.seed)
-        rows = self._packed(order, self._encoder, _printed if process_index == 0 else _ignored, config.on_bad_record)
-        batched = _batched(rows, config.batch_size, process_index, process_count)
+        examples = _Examples(self._order(config.epochs), self._encoder, _reporter(process_index), records=self._count, workers=config.workers)
+        batched = _batched(_packed(examples, config.row_tokens, config.seed), config.batch_size, process_index, process_count)
         return iter(grain.experimental.ThreadPrefetchIterDataset(batched, prefetch_buffer_size=2))
 
     def held_out(self, count: int, *, process_index: int = 0, process_count: int = 1) -> list[Batch]:
         """Return the first `count` batches held aside for evaluation, fewer where there are no more."""
-        if self._held_out is None:
+        if not len(self.held_out_numbers):
             return []
-        order = grain.MapDataset.source(self._held_out).shuffle(seed=_HELD_OUT_SEED)
-        rows = self._packed(order, self._held_out_encoder, _printed if process_index == 0 else _ignored, self._config.on_bad_record)
+        order = grain.MapDataset.source(self.held_out_numbers).shuffle(seed=_HELD_OUT_SEED)
+        examples = _Examples(order, self._held_out_encoder, _reporter(process_index), records=len(self.held_out_numbers))
+        rows = _packed(examples, self._config.row_tokens, _HELD_OUT_SEED)
         batched = iter(_batched(rows, self._config.batch_size, process_index, process_count))
         try:
             return [to_batch(batch) for batch in itertools.islice(batched, count)]
@@ -92,37 +95,31 @@ class Files:
             batched.close()
 
     def places(self, rows: Rows) -> list[str]:
-        """Return "file:line" of the records in a batch from `batches`."""
+        """Return "file:line" of the records in what `batches` or `survey` gave."""
         return [self._records.place(int(number)) for number in np.unique(rows["records"][rows["tokens_segment_ids"] > 0])]
 
-    def survey(self, limit: int, report: Callable[[Encoded, dict], None]) -> tuple[grain.DatasetIterator, int]:
-        """Return the packed rows, each [T], of the first epoch or so many of its records, and how many these are; bad ones are skipped."""
-        count = min(limit, sum(map(len, self._parts)))
-        order = self._order(None, seed=self._config.seed).slice(slice(count))
-        return iter(self._packed(order, self._encoder, report, "skip")), count
+    def survey(self, limit: int, report: Report) -> tuple[grain.DatasetIterator, int]:
+        """Return the packed rows, each [T], of the first epoch or so many of its records, and how many these are."""
+        count = min(limit, self._count)
+        examples = _Examples(self._order(None).slice(slice(count)), self._encoder, report, records=count, workers=self._config.workers)
+        return iter(_packed(examples, self._config.row_tokens, self._config.seed)), count
 
-    def _order(self, epochs: int | None, *, seed: int) -> grain.MapDataset:
+    def _order(self, epochs: int | None) -> grain.MapDataset:
         """The numbers of the training records, shuffled anew in every epoch: an index is all the state there is."""
         parts = [grain.MapDataset.source(numbers) for numbers in self._parts]
         if self._config.shuffle:
-            parts = [part.shuffle(seed=(seed + index) % 2**32) for index, part in enumerate(parts)]
+            parts = [part.shuffle(seed=(self._config.seed + index) % 2**32) for index, part in enumerate(parts)]
         parts = [part.repeat(epochs) for part in parts]
         return grain.MapDataset.mix(parts, self._weights) if self._weights else parts[0]
-
-    def _packed(self, order: grain.MapDataset, encoder: Encoder, report: Callable, on_bad_record: str) -> grain.IterDataset:
-        row_tokens = self._config.row_tokens
-        lengths = dict.fromkeys(("tokens", "targets", "loss_weights", "records"), row_tokens)
-        return grain.experimental.BestFitPackIterDataset(
-            _Examples(order.map(encoder), on_bad_record, report, self._config.workers), length_struct=lengths, seed=self._config.seed,
-            num_packing_bins=max(1, min(_PACKING_ROWS, _PACKING_TOKENS // row_tokens)))
 
 
 class _Examples(grain.IterDataset):
     """The examples among what records give, in their order, however many workers make them; the others are reported and counted."""
 
-    def __init__(self, encoded: grain.MapDataset, on_bad_record: str, report: Callable[[Encoded, dict], None], workers: int):
+    def __init__(self, order: grain.MapDataset, encoder: Encoder, report: Report, *, records: int, workers: int = 0):
         super().__init__()
-        self.encoded, self.on_bad_record, self.report, self.workers = encoded, on_bad_record, report, workers
+        self.encoded, self.report, self.records, self.workers = order.map(encoder), report, records, workers
+        self.stops = encoder.config.on_bad_record == "stop"
 
     def __iter__(self) -> grain.DatasetIterator:
         return _ExampleIterator(self)
@@ -132,10 +129,12 @@ class _ExampleIterator(grain.DatasetIterator):
     def __init__(self, dataset: _Examples):
         super().__init__()
         self._dataset, self._elements = dataset, None
-        self._state = {"next": 0, "bad": 0, "too_long": 0, "length": len(dataset.encoded)}
+        self._state = {"next": 0, "bad": 0, "too_long": 0, "records": dataset.records}
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._elements is None:
+            if not absl.flags.FLAGS.is_parsed():
+                absl.flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for flags that only absl's own programs have parsed
             rest = self._dataset.encoded.slice(slice(self._state["next"], None))
             self._elements = iter(rest.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)).mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self._dataset.workers, per_worker_buffer_size=64)))
@@ -143,7 +142,7 @@ class _ExampleIterator(grain.DatasetIterator):
             encoded = next(self._elements)
             self._state["next"] += 1
             if encoded.problem:
-                if not encoded.too_long and self._dataset.on_bad_record == "stop":
+                if not encoded.too_long and self._dataset.stops:
                     raise DataError(f"{encoded.problem} (data.on_bad_record: skip leaves such records out)")
                 self._state["too_long" if encoded.too_long else "bad"] += 1
                 self._dataset.report(encoded, self._state)
@@ -154,8 +153,8 @@ class _ExampleIterator(grain.DatasetIterator):
         return dict(self._state)
 
     def set_state(self, state: dict[str, int]) -> None:
-        if state["length"] != self._state["length"]:
-            raise DataError(f"data: {self._state['length']} records to go through found, expected {state['length']} as in the checkpoint")
+        if state["records"] != self._state["records"]:
+            raise DataError(f"data.sources: {self._state['records']} records found, expected {state['records']} as when the run was interrupted")
         self._stop()
         self._state = dict(state)
 
@@ -177,8 +176,9 @@ def _printed(encoded: Encoded, state: Mapping[str, int]) -> None:
         print(f"{kind} {count}: {encoded.problem}", file=sys.stderr, flush=True)
 
 
-def _ignored(encoded: Encoded, state: Mapping[str, int]) -> None:
-    pass
+def _reporter(process_index: int) -> Report:
+    """All processes see all records: one of them reports."""
+    return _printed if process_index == 0 else lambda encoded, state: None
 
 
 def _check_learnable(encoder: Encoder, numbers: Sequence[int]) -> None:
@@ -200,6 +200,13 @@ def _held_aside(count: int, fraction: float) -> np.ndarray:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (bits ^ (bits >> np.uint64(31))) < np.uint64(fraction * 2**64)
+
+
+def _packed(examples: grain.IterDataset, row_tokens: int, seed: int) -> grain.IterDataset:
+    """Return rows with as little padding as best fit leaves: "tokens", ..., "tokens_segment_ids" and "tokens_positions", each [T]."""
+    lengths = dict.fromkeys(("tokens", "targets", "loss_weights", "records"), row_tokens)
+    return grain.experimental.BestFitPackIterDataset(
+        examples, length_struct=lengths, num_packing_bins=max(1, min(_PACKING_ROWS, _PACKING_TOKENS // row_tokens)), seed=seed)
 
 
 def _batched(rows: grain.IterDataset, batch_size: int, process_index: int, process_count: int) -> grain.IterDataset:

@@ -47,12 +47,12 @@ def survey(data: Files, limit: int = _SURVEYED) -> Survey:
         segments = row["tokens_segment_ids"]
         lengths.append(np.bincount(segments)[1:])
         learnt.append(np.bincount(segments, row["loss_weights"])[1:])
-        example = example or {name: row[name][segments == 1] for name in ("tokens", "targets", "loss_weights", "records")}
+        example = example or {name: row[name][segments == 1] for name in ("tokens", "targets", "loss_weights", "records", "tokens_segment_ids")}
     return Survey(records, rows, np.concatenate(lengths), np.concatenate(learnt), counts["bad"], counts["too_long"], problems, example)
 
 
 def report(data: Files, config: DataConfig, tokenizer: Tokenizer, *, colour: bool) -> Iterator[str]:
-    """Yield the lines of the report."""
+    """Yield the lines of the report on data that was opened with `on_bad_record` skip, whatever `config` says."""
     found = survey(data)
     tokens, learnt = int(found.lengths.sum()), int(found.learnt.sum())
     too_long = "dropped" if config.too_long == "drop" else "truncated"
@@ -67,7 +67,9 @@ def report(data: Files, config: DataConfig, tokenizer: Tokenizer, *, colour: boo
     yield f"lengths     {shares}"
     yield (f"packing     {found.rows:,} rows of {config.row_tokens:,}, {tokens / (found.rows * config.row_tokens):.1%} filled; "
            f"{-(-found.rows // config.batch_size):,} batches of {config.batch_size}")
-    yield f"example     {data.places({'records': found.example['records'], 'tokens_segment_ids': np.ones(1)})[0]}, learnt is " + (
+    if len(data.held_out_numbers):
+        yield f"evaluation  {len(data.held_out_numbers):,} records"
+    yield f"example     {data.places(found.example)[0]}, learnt is " + (
         f"{_LEARNT}green{_PLAIN}" if colour else "⟦in brackets⟧")
     yield render(found.example, tokenizer, colour=colour)
 

@@ -17,7 +17,7 @@ from gptoss_jax.text import harmony
 from gptoss_jax.text.chat import THINKING, from_chat
 from gptoss_jax.text.tokenizer import Tokenizer, TokenizerError
 from gptoss_jax.training.config import DataConfig
-from gptoss_jax.training.records import DataError, Records
+from gptoss_jax.training.records import DataError, Records, json_problem
 
 Example = dict[str, np.ndarray]
 _CHAT_ONLY = ("tool_calls", *THINKING)
@@ -97,7 +97,7 @@ def _parsed(value: Any, name: str) -> Sequence[Mapping]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}: not readable JSON: {str(error) or 'nested too deeply'}") from None
+            raise DataError(f"{name}: {json_problem(error)}") from None
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise DataError(f"{name} is {value!r:.80}, expected a list of objects")
     return value

@@ -23,6 +23,7 @@ from gptoss_jax.training.optimizer import make_optimizer, schedule
 from gptoss_jax.training.step import TrainState, forward_loss, make_train_step
 
 TOKENIZER_FILE = "tokenizer.model"
+_MAY_CHANGE = ("workers",)  # of the sections that a resumed run has to have in common with its checkpoint
 
 
 class TrainingError(ValueError):
@@ -143,6 +144,6 @@ def _check_same_run(saved: dict[str, Any], config: TrainingConfig) -> None:
     current = json.loads(json.dumps(config.to_dict()))
     for section in ("model", "data", "optimizer"):
         for name, value in current[section].items():
-            if saved[section].get(name) != value:
+            if saved[section].get(name) != value and name not in _MAY_CHANGE:
                 raise TrainingConfigError(f"{section}.{name}: {value!r} found, expected {saved[section].get(name)!r} as in the checkpoints "
                                           f"of {config.output.directory} (or another output.directory)")

@@ -54,7 +54,7 @@ class Records:
             record = file.read(index)
             record = json.loads(record) if isinstance(record, bytes) else record
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file.place(index)}: not readable JSON: {str(error) or 'nested too deeply'}") from None
+            raise DataError(f"{file.place(index)}: {json_problem(error)}") from None
         if not isinstance(record, dict):
             raise DataError(f"{file.place(index)}: {type(record).__name__} found, expected a JSON object")
         return record
@@ -67,6 +67,13 @@ class Records:
     def _locate(self, number: int) -> tuple[Any, int]:
         which = bisect.bisect_right(self._starts, number) - 1
         return self._files[which], number - self._starts[which]
+
+
+def json_problem(error: ValueError | RecursionError) -> str:
+    """Say what is wrong with a JSON text, without its own count of lines, of which a record has one."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not readable JSON: {error.msg} at character {error.pos}"
+    return "not readable JSON: nested too deeply" if isinstance(error, RecursionError) else f"not readable JSON: {error}"
 
 
 def _matches(pattern: str) -> list[str]:
