@@ -299,6 +299,12 @@ def test_a_bad_record_stops_with_file_and_line_or_is_counted_and_skipped(tmp_pat
     assert capsys.readouterr().err.startswith(f"bad record 1: {tmp_path / 'a.jsonl'}:4: ")
 
 
+def test_many_bad_records_are_reported_ever_more_rarely(tmp_path, tokenizer, capsys):
+    take(open_files(tokenizer, write_jsonl(tmp_path / "a.jsonl", [*questions(1), *40 * ["{\n"]]), epochs=1, on_bad_record="skip").batches())
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(line.removeprefix("bad record ").split(":")[0]) for line in lines] == [*range(1, 11), 16, 32]
+
+
 def test_long_examples_are_dropped_or_truncated_and_counted(tmp_path, tokenizer, capsys):
     long = chat("count", " ".join(map(str, range(100))))
     hopeless = chat(" ".join(map(str, range(100))), "what?")
@@ -397,6 +403,8 @@ def test_each_epoch_is_shuffled_anew_by_the_seed(tmp_path, tokenizer):
     assert order(first) != order(other)
     files = open_files(tokenizer, source, epochs=3, batch_size=1)
     assert seen(take(files.batches())) == sorted(3 * list(range(40)))
+    orders = [list(open_files(tokenizer, source, seed=seed)._order(1)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
     straight = open_files(tokenizer, source, epochs=2, batch_size=1, shuffle=False)
     numbers = list(files._order(2))
     assert sorted(numbers[:40]) == sorted(numbers[40:]) == list(range(40)) and numbers[:40] != numbers[40:]
@@ -442,6 +450,17 @@ def test_a_resumed_run_sees_the_batches_it_would_have_seen(tmp_path_factory, tok
         equal([next(batches) for _ in range(count)], [{name: values[1:] for name, values in rows.items()} for rows in expected[at : at + count]])
         at += count
     batches.close()
+
+
+def test_a_position_can_be_set_in_the_middle_of_reading(tmp_path, tokenizer):
+    files = open_files(tokenizer, write_jsonl(tmp_path / "a.jsonl", questions(150)))
+    batches = files.batches()
+    for _ in range(25):
+        next(batches)
+    state = batches.get_state()
+    expected = [next(batches) for _ in range(40)]
+    batches.set_state(state)
+    equal(take(batches, 40), expected)
 
 
 def test_worker_processes_change_nothing_and_any_number_of_them_can_resume(tmp_path, tokenizer):
@@ -535,7 +554,7 @@ def test_a_dry_run_shows_what_would_be_trained_on(tmp_path, tokenizer, capsys):
     assert "synthetic conversations without end" in capsys.readouterr().out
 
 
-def test_a_run_trains_on_files_and_says_when_they_end(tmp_path, tokenizer):
+def test_a_run_trains_on_files_says_when_they_end_and_goes_on(tmp_path, tokenizer, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", questions(40))
     words = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=1 --model.num_local_experts=3 "
              "--model.num_attention_heads=2 --model.num_key_value_heads=1 --model.head_dim=20 --data.batch_size=2 --data.row_tokens=128 "
@@ -547,3 +566,6 @@ def test_a_run_trains_on_files_and_says_when_they_end(tmp_path, tokenizer):
         loop.train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == batches and "eval_loss" in lines[0]
+    loop.train(load_config(PRETRAIN_TINY, [*words, f"--data.sources=[{{path: {source.path}}}]", f"--run.steps={batches}", "--data.workers=1"]))
+    assert "resumed from step" in capsys.readouterr().err
+    assert (tmp_path / "run" / "export" / "config.json").exists()

@@ -141,7 +141,7 @@ def load_vocabulary(config: TrainingConfig, directory: Path) -> Tokenizer:
 
 def _check_same_run(saved: dict[str, Any], config: TrainingConfig) -> None:
     """A run may be prolonged or reported differently, not resumed as another one."""
-    current = json.loads(json.dumps(config.to_dict()))
+    saved, current = (json.loads(json.dumps(content)) for content in (saved, config.to_dict()))  # tuples as lists
     for section in ("model", "data", "optimizer"):
         for name, value in current[section].items():
             if saved[section].get(name) != value and name not in _MAY_CHANGE:
