@@ -89,9 +89,9 @@ def developer_message(
     response_format: {"name"?, "description"?, "schema"}, or these under "json_schema"; it ends the message.
     """
     functions = [tool.get("function", tool) if isinstance(tool, Mapping) else tool for tool in tools]
-    for index, function in enumerate(functions):
+    for index, (tool, function) in enumerate(zip(tools, functions)):
         if not isinstance(function, Mapping):
-            raise HarmonyError(f"tool {index}: is {tools[index]!r:.80}; expected an object with name, description, parameters")
+            raise HarmonyError(f"tool {index}: is {tool!r:.80}; expected an object with name, description, parameters")
     functions = [{key: tool[key] for key in ("name", "description", "parameters") if key in tool} for tool in functions]
     namespaces = {"functions": {"name": "functions", "tools": functions}} if functions else {}
     ending = [] if response_format is None else [_response_format(response_format.get("json_schema", response_format))]

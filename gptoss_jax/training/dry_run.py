@@ -47,7 +47,7 @@ def survey(data: Files, limit: int = _SURVEYED) -> Survey:
         segments = row["tokens_segment_ids"]
         lengths.append(np.bincount(segments)[1:])
         learnt.append(np.bincount(segments, row["loss_weights"])[1:])
-        example = example or {name: row[name][segments == 1] for name in ("tokens", "targets", "loss_weights", "records", "tokens_segment_ids")}
+        example = example or {name: values[segments == 1] for name, values in row.items()}
     return Survey(records, rows, np.concatenate(lengths), np.concatenate(learnt), counts["bad"], counts["too_long"], problems, example)
 
 
