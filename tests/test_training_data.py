@@ -190,6 +190,7 @@ def test_of_several_calls_each_is_followed_by_its_result():
     ([{"role": "tool", "content": "3"}], "message 0: role is 'tool' after no assistant message"),
     ([{"role": "assistant", "content": "x"}, {"role": "tool", "content": "3"}], "message 1: role is 'tool', tool_call_id None"),
     ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], "message 0: a tool call is"),
+    ([{"role": "assistant", "tool_calls": [{"function": "f"}]}], "message 0: a tool call is"),
     ([{"role": "assistant", "tool_calls": 2 * [{"id": "1", "function": {"name": "f", "arguments": ""}}]}],
      "message 0: call 0 of 2 has no result"),
     ([{"role": "assistant", "content": "x", "thinking": 3}], "message 0: reasoning is int"),

@@ -81,8 +81,8 @@ def _assistant(entry: Mapping, number: int, results: Sequence[Mapping]) -> list[
 
 def _call(call: Any, number: int) -> tuple[str, str]:
     """Return (recipient, arguments as JSON) of a tool call."""
-    function = (call.get("function") or call) if isinstance(call, Mapping) else {}
-    name, arguments = function.get("name"), function.get("arguments")
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, Mapping) else (None, None)
     if not isinstance(name, str) or not isinstance(arguments, str | Mapping):
         raise HarmonyError(f"message {number}: a tool call is {call!r:.80}; expected a function with name and arguments")
     return f"functions.{name.removeprefix('functions.')}", arguments if isinstance(arguments, str) else compact_json(dict(arguments))
