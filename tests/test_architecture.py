@@ -10,7 +10,7 @@ COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "config", "m
 LAYERS = [COMMANDS, {"serving", "tools"}, {"training", "inference"}, {"checkpoint"}, {"model"}, {"kernels"}, {"sharding", "mxfp4"}, {"config"}]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DOORS = {"orbax": "checkpoint", "safetensors": "checkpoint", "grain": "training", "sentencepiece": "text", "tokenizers": "text",
-         "tiktoken": "text", "yaml": "training"}
+         "tiktoken": "text", "yaml": "training", "pyarrow": "training"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -50,6 +50,7 @@ def test_no_module_is_named_after_nothing():
     assert not {"utils", "common", "helpers", "base", "manager", "misc"} & {part for path in FILES for part in path.with_suffix("").parts}
 
 
-def test_config_and_text_import_no_jax():
-    for path in [ROOT / "config.py", *(ROOT / "text").glob("*.py")]:
+def test_config_text_and_what_data_workers_run_import_no_jax():
+    workers = [ROOT / "training" / f"{name}.py" for name in ("config", "records", "examples")]  # input pipeline, in processes of its own
+    for path in [ROOT / "config.py", *(ROOT / "text").glob("*.py"), *workers]:
         assert not {"jax", "flax"} & {name.split(".")[0] for name in imports(path)}, path

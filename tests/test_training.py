@@ -18,7 +18,7 @@ from gptoss_jax.model.weights import declare, initialize
 from gptoss_jax.text import harmony
 from gptoss_jax.text.tokenizer import load_tokenizer
 from gptoss_jax.training import data, loop, loss, vocabulary
-from gptoss_jax.training.config import OptimizerConfig, TrainingConfigError, load_config
+from gptoss_jax.training.config import DataConfig, OptimizerConfig, TrainingConfigError, load_config
 from gptoss_jax.training.optimizer import make_optimizer, schedule
 from gptoss_jax.training.step import Batch, TrainState, forward_loss, make_train_step, on_grid
 
@@ -120,8 +120,7 @@ def test_a_conversation_with_nothing_to_learn_is_refused(tokenizer):
 
 def test_batches_go_on_from_a_saved_position(tokenizer):
     def start():
-        examples = data.synthetic_examples(tokenizer, seed=0, split="train", max_tokens=256)
-        return data.batches(examples, batch_size=3, row_tokens=256, seed=0)
+        return data.open_data(DataConfig(batch_size=3), tokenizer).batches()
 
     batches = start()
     for _ in range(25):  # past the first set of rows that is packed together
@@ -137,8 +136,7 @@ def test_batches_go_on_from_a_saved_position(tokenizer):
 def test_a_packed_row_has_the_loss_of_its_conversations_one_by_one(tokenizer):
     config = load_config(PRETRAIN_TINY, SMALL).model
     weights = initialize(declare(config, dtype="float32", packed=False), stddev=0.3)
-    examples = data.synthetic_examples(tokenizer, seed=0, split="train", max_tokens=256)
-    row = data.to_batch(next(data.batches(examples, batch_size=1, row_tokens=256, seed=0)))
+    row = data.to_batch(next(data.open_data(DataConfig(batch_size=1), tokenizer).batches()))
     _, metrics = forward_loss(config, weights, row, quantize=False, compute_dtype="float32")
     apply = jax.jit(lambda weights, tokens: GptOss(config, weights)(tokens))
     total = count = 0.0

@@ -88,10 +88,10 @@ def developer_message(
     tools: functions as {"name", "description"?, "parameters"?: JSON schema}, or these under "function" as in OpenAI's API.
     response_format: {"name"?, "description"?, "schema"}, or these under "json_schema"; it ends the message.
     """
-    for index, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
+    functions = [tool.get("function", tool) if isinstance(tool, Mapping) else tool for tool in tools]
+    for index, (tool, function) in enumerate(zip(tools, functions)):
+        if not isinstance(function, Mapping):
             raise HarmonyError(f"tool {index}: is {tool!r:.80}; expected an object with name, description, parameters")
-    functions = [tool.get("function", tool) for tool in tools]
     functions = [{key: tool[key] for key in ("name", "description", "parameters") if key in tool} for tool in functions]
     namespaces = {"functions": {"name": "functions", "tools": functions}} if functions else {}
     ending = [] if response_format is None else [_response_format(response_format.get("json_schema", response_format))]

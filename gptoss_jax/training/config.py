@@ -21,19 +21,59 @@ class TrainingConfigError(ValueError):
     """A training configuration that can't be used; names the key, the value and the expectation."""
 
 
+CHANNELS = ("analysis", "commentary", "final")
+
+
 def _field(default: Any, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
     """A dataclass field with its range, ends included."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Files of records. path: a file or a glob; weight: the source's share of the examples, where sources are mixed by weight."""
+
+    path: str
+    weight: float | None = _field(None, low=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on. The tokenizer is trained, with `vocab_size` of the model, where `tokenizer` names none."""
+    """What is trained on: the records of `sources`, or synthetic conversations where none are named.
+
+    Sources with weights are mixed endlessly; those without are one set, gone through `epochs` times or, where null, endlessly.
+    Held aside for evaluation: the files of `eval_sources`, or `eval_fraction` of the records. The tokenizer is trained, with
+    `vocab_size` of the model, where `tokenizer` names none.
+    """
 
     tokenizer: str = ""
-    seed: int = 0
+    seed: int = _field(0, low=0)
     row_tokens: int = _field(256, low=16)
-    batch_size: int = _field(16, low=1)  # rows
+    batch_size: int = _field(16, low=1)  # rows, of all processes together
+    sources: tuple[SourceConfig, ...] = ()
+    epochs: int | None = _field(None, low=1)
+    shuffle: bool = True
+    eval_sources: tuple[SourceConfig, ...] = ()
+    eval_fraction: float = _field(0.0, low=0, high=0.5)
+    reasoning_effort: str = _field("medium", choices=("low", "medium", "high"))  # of conversations that don't say
+    learn_turns: str = _field("all", choices=("all", "last"))  # last: the past is rendered as in inference, without its analysis
+    learn_channels: tuple[str, ...] = _field(CHANNELS, choices=CHANNELS)
+    too_long: str = _field("drop", choices=("drop", "truncate"))  # examples of more than row_tokens
+    on_bad_record: str = _field("stop", choices=("stop", "skip"))
+    workers: int = _field(0, low=0)  # processes that read and encode; 0: threads of this one
+
+    def __post_init__(self):
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise TrainingConfigError(f"data.sources[{weighted.index(False)}].weight: missing, expected one as other sources have")
+        if any(weighted) and self.epochs is not None:
+            raise TrainingConfigError(f"data.epochs: {self.epochs} found with weighted sources, expected null: their mixture has no end")
+        if not self.sources and (self.epochs is not None or self.eval_sources or self.eval_fraction):
+            raise TrainingConfigError("data.sources: none found, expected some with data.epochs, data.eval_sources or data.eval_fraction")
+        if self.eval_sources and self.eval_fraction:
+            raise TrainingConfigError(f"data.eval_fraction: {self.eval_fraction} found with data.eval_sources, expected one of them")
+        if not self.learn_channels:
+            raise TrainingConfigError(f"data.learn_channels: none found, expected some of {', '.join(CHANNELS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +216,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise TrainingConfigError(f"{name}: {value!r} found, expected a list")
-        return tuple(_convert(typing.get_args(hint)[0], item, name) for item in value)
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         try:
             return float(value)
@@ -193,6 +233,12 @@ _NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or fa
 
 
 def _check_range(metadata: Mapping[str, Any], value: Any, name: str) -> None:
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            _check_range(metadata, item, f"{name}[{index}]")
+        return
+    if value is None:
+        return
     if metadata.get("choices") and value not in metadata["choices"]:
         near = difflib.get_close_matches(str(value), metadata["choices"], 1)
         raise TrainingConfigError(f"{name}: {value!r} found, expected one of {', '.join(metadata['choices'])}"

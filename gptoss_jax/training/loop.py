@@ -23,6 +23,7 @@ from gptoss_jax.training.optimizer import make_optimizer, schedule
 from gptoss_jax.training.step import TrainState, forward_loss, make_train_step
 
 TOKENIZER_FILE = "tokenizer.model"
+_MAY_CHANGE = ("workers",)  # of the sections that a resumed run has to have in common with its checkpoint
 
 
 class TrainingError(ValueError):
@@ -32,12 +33,11 @@ class TrainingError(ValueError):
 def train(config: TrainingConfig) -> Path:
     """Run a training to its end, from its newest checkpoint if there is one, and return the exported Hugging Face directory."""
     directory = Path(config.output.directory)
-    tokenizer = _tokenizer(config, directory)
+    tokenizer = load_vocabulary(config, directory)
+    source = data.open_data(config.data, tokenizer)  # before anything is allocated: it finds out what can't be trained on
+    batches, held_out = source.batches(), source.held_out(config.run.eval_batches)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     state = initial_state(config, optimizer)
-    batches = data.batches(
-        data.synthetic_examples(tokenizer, seed=config.data.seed, split="train", max_tokens=config.data.row_tokens),
-        batch_size=config.data.batch_size, row_tokens=config.data.row_tokens, seed=config.data.seed)
     store = StateStore(directory / "checkpoints", keep=config.run.keep_checkpoints)
     try:
         step = store.latest_step()
@@ -46,8 +46,9 @@ def train(config: TrainingConfig) -> Path:
             _check_same_run(record["config"], config)
             batches.set_state(record["data"])
             print(f"resumed from step {step}", file=sys.stderr)
-        state = _run(config, state, batches, tokenizer, optimizer, store, directory)
+        state = _run(config, state, batches, held_out, optimizer, store, directory)
     finally:
+        batches.close()
         store.close()
     return export(config, state, directory)
 
@@ -70,18 +71,20 @@ def export(config: TrainingConfig, state: TrainState, directory: Path) -> Path:
     return destination
 
 
-def _run(config, state, batches, tokenizer, optimizer, store, directory) -> TrainState:
+def _run(config, state, batches, held_out, optimizer, store, directory) -> TrainState:
     run = config.run
     loss_fn = functools.partial(forward_loss, config.model, quantize=run.quantize, compute_dtype=run.compute_dtype,
                                 balance_coefficient=run.balance_coefficient)
     train_step, evaluate = make_train_step(loss_fn, optimizer), jax.jit(lambda weights, batch: loss_fn(weights, batch)[1]["loss"])
-    held_out = data.fixed_batches(tokenizer, seed=config.data.seed, split="test", count=run.eval_batches,
-                                  batch_size=config.data.batch_size, row_tokens=config.data.row_tokens)
     learning_rate = schedule(config.optimizer, run.steps)
     reporter = _Reporter(run.steps, config.data.batch_size * config.data.row_tokens, directory / "metrics.jsonl")
     recent = []
     for step in range(int(state.step) + 1, run.steps + 1):
-        state, metrics = train_step(state, data.to_batch(next(batches)))
+        rows = next(batches, None)
+        if rows is None:
+            raise TrainingError(f"data.epochs: {config.data.epochs} found, and the data ends after {step - 1} batches; expected enough for "
+                                f"run.steps, {run.steps}")
+        state, metrics = train_step(state, data.to_batch(rows))
         recent.append(metrics)
         if step % run.log_every_steps == 0 or step == run.steps:
             values = jax.tree.map(lambda *steps: np.mean(steps, axis=0), *jax.device_get(recent))
@@ -92,7 +95,7 @@ def _run(config, state, batches, tokenizer, optimizer, store, directory) -> Trai
             report = {"loss": values["loss"], "grad_norm": values["grad_norm"], "learning_rate": learning_rate(step),
                       "balance_loss": values["balance_loss"], "largest_expert_share": values["expert_load"].max(),
                       "smallest_expert_share": values["expert_load"].min()}
-            if step % run.eval_every_steps == 0 or step == run.steps:
+            if held_out and (step % run.eval_every_steps == 0 or step == run.steps):
                 report["eval_loss"] = np.mean([evaluate(state.weights, batch) for batch in held_out])
             reporter(step, {name: float(value) for name, value in report.items()})
         if step % run.save_every_steps == 0 or step == run.steps:
@@ -120,7 +123,7 @@ class _Reporter:
             file.write(json.dumps({"step": step} | values) + "\n")
 
 
-def _tokenizer(config: TrainingConfig, directory: Path) -> Tokenizer:
+def load_vocabulary(config: TrainingConfig, directory: Path) -> Tokenizer:
     """Put the vocabulary into the run's directory, if it isn't there, and load it."""
     file = directory / TOKENIZER_FILE
     directory.mkdir(parents=True, exist_ok=True)
@@ -138,9 +141,9 @@ def _tokenizer(config: TrainingConfig, directory: Path) -> Tokenizer:
 
 def _check_same_run(saved: dict[str, Any], config: TrainingConfig) -> None:
     """A run may be prolonged or reported differently, not resumed as another one."""
-    current = json.loads(json.dumps(config.to_dict()))
+    saved, current = (json.loads(json.dumps(content)) for content in (saved, config.to_dict()))  # tuples as lists
     for section in ("model", "data", "optimizer"):
         for name, value in current[section].items():
-            if saved[section].get(name) != value:
+            if saved[section].get(name) != value and name not in _MAY_CHANGE:
                 raise TrainingConfigError(f"{section}.{name}: {value!r} found, expected {saved[section].get(name)!r} as in the checkpoints "
                                           f"of {config.output.directory} (or another output.directory)")
