@@ -14,6 +14,7 @@ import pytest
 from gptoss_jax import checkpoint, finetune
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model import GptOss
+from gptoss_jax.checkpoint.training_state import StateStore
 from gptoss_jax.model.weights import declare, initialize
 from gptoss_jax.text import harmony
 from gptoss_jax.text.tokenizer import load_tokenizer
@@ -286,3 +287,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, tokenizer_file):
     with pytest.raises(loop.TrainingError, match="loss is nan"):
         loop.train(small_config(tmp_path, tokenizer_file, "--run.steps=4", "--optimizer.learning_rate=1e30", "--optimizer.warmup_steps=0"))
     assert not os.path.exists(tmp_path / "export")
+
+
+def test_a_save_that_comes_while_another_is_being_written_is_not_left_out(tmp_path):
+    store = StateStore(tmp_path, keep=10)
+    for step in range(1, 5):
+        store.save(step, {"weights": jnp.full((1 << 20,), step, jnp.float32)}, {"step": step})
+    store.close()
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [1, 2, 3, 4]

@@ -29,8 +29,8 @@ class StateStore:
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Save a pytree of arrays and a JSON object; a step that is there already is left as it is."""
-        if self.latest_step() != step:
-            self._checkpointer.save_checkpointables_async(step, {"state": state, "record": record})
+        if self.latest_step() != step:  # forced: otherwise a save that comes while another is being written is left out
+            self._checkpointer.save_checkpointables_async(step, {"state": state, "record": record}, force=True)
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Return (state, record) of a step. like: a pytree of arrays or ShapeDtypeStructs with the shapes, dtypes and shardings to give it.

@@ -151,7 +151,7 @@ void Products(int64_t rows, const T* x, int64_t outs, const T* weight, int64_t w
 
 // --- MXFP4 -----------------------------------------------------------------------------------------------------------------------
 
-constexpr int kBlock = 32, kBlockBytes = 16;
+constexpr int kBlock = 32, kBlockBytes = 16, kPrefetchBytes = 4096;
 
 // Bits of float32 of a code at a scale byte, exact for every byte: denormals at the bottom, infinities at the top (mxfp4.py).
 inline float DecodeCode(unsigned code, int scale) {
@@ -276,34 +276,29 @@ inline void Interleave(const Mxfp4& weight, const BFloat16* x, int64_t rows, BFl
     for (int64_t k = 0; k < weight.size; ++k) out[r * padded + k / kQuad * kQuad + k % 4 * kBlock + k % kQuad / 4] = x[r * weight.size + k];
 }
 
-template <int R, int O>
-void DotPacked(const BFloat16* x, int64_t x_stride, const uint8_t* blocks, const float* scales, int64_t count, float* out) {
-  __m512 sums[R][O];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_ps();
+// out[r * out_stride] = dot(x row r, one row of codes), for R rows. Rows of codes are read one after the other, as prefetchers like it.
+template <int R>
+void DotPacked(const BFloat16* x, int64_t x_stride, const uint8_t* blocks, const float* scales, int64_t count, float* out, int64_t out_stride) {
   const __m512i table = _mm512_load_si512(kCodeValues), block_of_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  __m512 sums[R];
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < count; i += 4) {
     const __mmask16 there = count - i < 4 ? (1 << 4 * (count - i)) - 1 : -1;
-    for (int o = 0; o < O; ++o) {
-      const uint8_t* block = blocks + (o * count + i) * kBlockBytes;
-      __builtin_prefetch(block + O * count * kBlockBytes);  // the same block of the next rows
-      const __m512i codes = _mm512_maskz_loadu_epi32(there, block);
-      const __m512bh values[4] = {(__m512bh)_mm512_permutexvar_epi16(codes, table),
-                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table),
-                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table),
-                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table)};
-      const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(scales + o * count + i));
-      const __m512 scale = _mm512_maskz_permutexvar_ps(there, block_of_lane, four);
-      for (int r = 0; r < R; ++r) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int j = 0; j < 4; ++j)
-          sum = _mm512_dpbf16_ps(sum, values[j], (__m512bh)_mm512_loadu_si512(x + r * x_stride + i * kBlock + j * kBlock));
-        sums[r][o] = _mm512_fmadd_ps(sum, scale, sums[r][o]);
-      }
+    __builtin_prefetch(blocks + i * kBlockBytes + kPrefetchBytes);
+    const __m512i codes = _mm512_maskz_loadu_epi32(there, blocks + i * kBlockBytes);
+    const __m512bh values[4] = {(__m512bh)_mm512_permutexvar_epi16(codes, table),
+                                (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table),
+                                (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table),
+                                (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table)};
+    const __m512 scale = _mm512_maskz_permutexvar_ps(there, block_of_lane, _mm512_broadcast_f32x4(_mm_loadu_ps(scales + i)));
+    for (int r = 0; r < R; ++r) {
+      __m512 sum = _mm512_setzero_ps();
+      for (int j = 0; j < 4; ++j)
+        sum = _mm512_dpbf16_ps(sum, values[j], (__m512bh)_mm512_loadu_si512(x + r * x_stride + (i + j) * kBlock));
+      sums[r] = _mm512_fmadd_ps(sum, scale, sums[r]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) out[r * kTileOuts + o] = Total((Sums)sums[r][o]);
+  for (int r = 0; r < R; ++r) out[r * out_stride] = Total((Sums)sums[r]);
 }
 
 // x: interleaved.
@@ -320,19 +315,16 @@ inline bool FewRows(const Mxfp4& weight, int64_t expert, int64_t first, int64_t 
     _mm512_storeu_si512(&scales[i], _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23));
   }
   if (_mm_cmpeq_epi8_mask(largest, _mm_set1_epi8(-1))) return false;
-  const auto dot = [&](auto tile, int64_t o) {
-    constexpr int kOuts = decltype(tile)::value;
+  const int64_t padded = InterleavedSize(weight);
+  for (int64_t o = 0; o < outs; ++o) {
     const uint8_t* blocks = weight.blocks + (begin + o * count) * kBlockBytes;
     switch (rows) {
-      case 1: return DotPacked<1, kOuts>(x, InterleavedSize(weight), blocks, &scales[o * count], count, out + o);
-      case 2: return DotPacked<2, kOuts>(x, InterleavedSize(weight), blocks, &scales[o * count], count, out + o);
-      case 3: return DotPacked<3, kOuts>(x, InterleavedSize(weight), blocks, &scales[o * count], count, out + o);
-      default: return DotPacked<4, kOuts>(x, InterleavedSize(weight), blocks, &scales[o * count], count, out + o);
+      case 1: DotPacked<1>(x, padded, blocks, &scales[o * count], count, out + o, kTileOuts); break;
+      case 2: DotPacked<2>(x, padded, blocks, &scales[o * count], count, out + o, kTileOuts); break;
+      case 3: DotPacked<3>(x, padded, blocks, &scales[o * count], count, out + o, kTileOuts); break;
+      default: DotPacked<4>(x, padded, blocks, &scales[o * count], count, out + o, kTileOuts);
     }
-  };
-  int64_t o = 0;
-  for (; o + 3 <= outs; o += 3) dot(std::integral_constant<int, 3>(), o);
-  for (; o < outs; ++o) dot(std::integral_constant<int, 1>(), o);
+  }
   return true;
 }
 #endif
