@@ -151,7 +151,7 @@ void Products(int64_t rows, const T* x, int64_t outs, const T* weight, int64_t w
 
 // --- MXFP4 -----------------------------------------------------------------------------------------------------------------------
 
-constexpr int kBlock = 32, kBlockBytes = 16, kPrefetchBytes = 4096;
+constexpr int kBlock = 32, kBlockBytes = 16;
 
 // Bits of float32 of a code at a scale byte, exact for every byte: denormals at the bottom, infinities at the top (mxfp4.py).
 inline float DecodeCode(unsigned code, int scale) {
@@ -230,19 +230,28 @@ inline void DecodeBlock(const uint8_t* block, int scale, BFloat16* out) {
 }
 #endif
 
-// --- Weights: Rows() gives rows first .. first + count of an expert as numbers of type T, in `buffer` unless they lie there already ---
+// --- Weights -----------------------------------------------------------------------------------------------------------------------
 
+// Rows of a weight as numbers of type T, `stride` numbers apart.
+template <typename T>
+struct RowsOf {
+  const T* values;
+  int64_t stride;
+};
+
+// Rows(row, step, count) gives rows row, row + step, ... of all experts' rows, in `buffer` unless they lie in memory as T already.
 struct Mxfp4 {
   const uint8_t *blocks, *scales;
   int64_t outs, size;
   template <typename T>
-  const T* Rows(int64_t expert, int64_t first, int64_t count, T* buffer) const {
-    const int64_t begin = (expert * outs + first) * (size / kBlock), end = begin + count * (size / kBlock);
-    for (int64_t i = begin; i < end; ++i) {
-      __builtin_prefetch(blocks + i * kBlockBytes + 2048);
-      DecodeBlock(blocks + i * kBlockBytes, scales[i], buffer + (i - begin) * kBlock);
-    }
-    return buffer;
+  RowsOf<T> Rows(int64_t row, int64_t step, int64_t count, T* buffer) const {
+    const int64_t row_blocks = size / kBlock;
+    for (int64_t o = 0; o < count; ++o)
+      for (int64_t i = 0, block = (row + o * step) * row_blocks; i < row_blocks; ++i, ++block) {
+        __builtin_prefetch(blocks + block * kBlockBytes + 2048);
+        DecodeBlock(blocks + block * kBlockBytes, scales[block], buffer + o * size + i * kBlock);
+      }
+    return {buffer, size};
   }
 };
 
@@ -250,20 +259,20 @@ template <typename Stored>
 struct Dense {
   const Stored* values;
   int64_t outs, size;
-  const Stored* Rows(int64_t expert, int64_t first, int64_t, Stored*) const { return values + (expert * outs + first) * size; }
+  RowsOf<Stored> Rows(int64_t row, int64_t step, int64_t, Stored*) const { return {values + row * size, step * size}; }
   template <typename T>
-  const T* Rows(int64_t expert, int64_t first, int64_t count, T* buffer) const {
-    const Stored* from = values + (expert * outs + first) * size;
-    for (int64_t i = 0; i < count * size; ++i) buffer[i] = Widen(from[i]);
-    return buffer;
+  RowsOf<T> Rows(int64_t row, int64_t step, int64_t count, T* buffer) const {
+    for (int64_t o = 0; o < count; ++o)
+      for (int64_t i = 0; i < size; ++i) buffer[o * size + i] = Widen(values[(row + o * step) * size + i]);
+    return {buffer, size};
   }
 };
 
-// Whether a few rows of x are multiplied with codes as they are decoded, in registers, each block's sum scaled afterwards: a fifth of the
-// instructions of decoding to memory first. True if done, false where a scale byte needs exact decoding.
+// A few rows of x are multiplied with codes as they are decoded, in registers, each block's sum scaled afterwards: a fifth of the
+// instructions of decoding to memory first.
 constexpr int kFewRows = 4;
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 // A register holds 4 blocks as 32 words of 4 codes each, so that the codes j of all words are those of numbers 4 * word + j: x is laid out
 // likewise, all numbers j of 128 together, and zeros up to a multiple of 128.
 constexpr int kQuad = 4 * kBlock;
@@ -276,55 +285,64 @@ inline void Interleave(const Mxfp4& weight, const BFloat16* x, int64_t rows, BFl
     for (int64_t k = 0; k < weight.size; ++k) out[r * padded + k / kQuad * kQuad + k % 4 * kBlock + k % kQuad / 4] = x[r * weight.size + k];
 }
 
-// out[r * out_stride] = dot(x row r, one row of codes), for R rows. Rows of codes are read one after the other, as prefetchers like it.
-template <int R>
-void DotPacked(const BFloat16* x, int64_t x_stride, const uint8_t* blocks, const float* scales, int64_t count, float* out, int64_t out_stride) {
-  const __m512i table = _mm512_load_si512(kCodeValues), block_of_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  __m512 sums[R];
-  for (auto& sum : sums) sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < count; i += 4) {
-    const __mmask16 there = count - i < 4 ? (1 << 4 * (count - i)) - 1 : -1;
-    __builtin_prefetch(blocks + i * kBlockBytes + kPrefetchBytes);
-    const __m512i codes = _mm512_maskz_loadu_epi32(there, blocks + i * kBlockBytes);
-    const __m512bh values[4] = {(__m512bh)_mm512_permutexvar_epi16(codes, table),
-                                (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table),
-                                (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table),
-                                (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table)};
-    const __m512 scale = _mm512_maskz_permutexvar_ps(there, block_of_lane, _mm512_broadcast_f32x4(_mm_loadu_ps(scales + i)));
-    for (int r = 0; r < R; ++r) {
-      __m512 sum = _mm512_setzero_ps();
-      for (int j = 0; j < 4; ++j)
-        sum = _mm512_dpbf16_ps(sum, values[j], (__m512bh)_mm512_loadu_si512(x + r * x_stride + (i + j) * kBlock));
-      sums[r] = _mm512_fmadd_ps(sum, scale, sums[r]);
+// out[r][o] = dot(x row r, row o of codes), for R interleaved rows of x and O of codes, `step` rows apart.
+template <int R, int O>
+void DotPacked(const BFloat16* x, const Mxfp4& weight, int64_t row, int64_t step, float* out, int64_t out_stride) {
+  const __m512i table = _mm512_load_si512(kCodeValues);
+  const __m512i to_lanes = _mm512_set_epi32(3 << 24, 3 << 24, 3 << 24, 3 << 24, 2 << 24, 2 << 24, 2 << 24, 2 << 24,  // to the topmost byte,
+                                            1 << 24, 1 << 24, 1 << 24, 1 << 24, 0, 0, 0, 0);  // a block's scale to its four lanes
+  constexpr __mmask64 kTopBytes = 0x8888888888888888;
+  const int64_t count = weight.size / kBlock, x_stride = InterleavedSize(weight);
+  __m512 sums[R][O];
+  for (auto& row_sums : sums)
+    for (auto& sum : row_sums) sum = _mm512_setzero_ps();
+  const auto four_blocks = [&](int64_t i, int blocks) {
+    for (int o = 0; o < O; ++o) {
+      const int64_t block = (row + o * step) * count + i;
+      uint32_t four = 0;
+      std::memcpy(&four, weight.scales + block, blocks);
+      __builtin_prefetch(weight.blocks + block * kBlockBytes + 4096);
+      const __m512i codes = _mm512_maskz_loadu_epi32((1 << 4 * blocks) - 1, weight.blocks + block * kBlockBytes);
+      const __m512bh values[4] = {(__m512bh)_mm512_permutexvar_epi16(codes, table),
+                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table),
+                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table),
+                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table)};
+      // Byte 0 becomes zero: what it scales is below 2^-124.
+      const __m512i exponents = _mm512_maskz_shuffle_epi8(kTopBytes, _mm512_set1_epi32(four), to_lanes);
+      const __m512 scale = (__m512)_mm512_srli_epi32(exponents, 1);
+      for (int r = 0; r < R; ++r) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int j = 0; j < 4; ++j)
+          sum = _mm512_dpbf16_ps(sum, values[j], (__m512bh)_mm512_load_si512(x + r * x_stride + (i + j) * kBlock));
+        sums[r][o] = _mm512_fmadd_ps(sum, scale, sums[r][o]);
+      }
     }
-  }
-  for (int r = 0; r < R; ++r) out[r * out_stride] = Total((Sums)sums[r]);
+  };
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) four_blocks(i, 4);
+  if (i < count) four_blocks(i, int(count - i));
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o) out[r * out_stride + o] = Total((Sums)sums[r][o]);
 }
 
-// x: interleaved.
-inline bool FewRows(const Mxfp4& weight, int64_t expert, int64_t first, int64_t outs, const BFloat16* x, int64_t rows, float* out) {
-  const int64_t count = weight.size / kBlock, begin = (expert * weight.outs + first) * count;
-  static thread_local std::vector<float> scales;
-  if (int64_t(scales.size()) < kTileOuts * count + kLanes) scales.resize(kTileOuts * count + kLanes);
-  __m128i largest = _mm_setzero_si128();
-  for (int64_t i = 0; i < outs * count; i += kLanes) {  // byte 0 becomes zero: what it scales is below 2^-124
-    const int64_t rest = outs * count - i;
-    const __m128i bytes = _mm_maskz_loadu_epi8(rest < kLanes ? (1 << rest) - 1 : -1, weight.scales + begin + i);
-    __builtin_prefetch(weight.scales + begin + i + outs * count);  // of the next call
-    largest = _mm_max_epu8(largest, bytes);
-    _mm512_storeu_si512(&scales[i], _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23));
+template <int O>
+void DotPackedRows(int64_t rows, const BFloat16* x, const Mxfp4& weight, int64_t row, int64_t step, float* out, int64_t out_stride) {
+  switch (rows) {
+    case 1: return DotPacked<1, O>(x, weight, row, step, out, out_stride);
+    case 2: return DotPacked<2, O>(x, weight, row, step, out, out_stride);
+    case 3: return DotPacked<3, O>(x, weight, row, step, out, out_stride);
+    default: return DotPacked<4, O>(x, weight, row, step, out, out_stride);
   }
-  if (_mm_cmpeq_epi8_mask(largest, _mm_set1_epi8(-1))) return false;
-  const int64_t padded = InterleavedSize(weight);
-  for (int64_t o = 0; o < outs; ++o) {
-    const uint8_t* blocks = weight.blocks + (begin + o * count) * kBlockBytes;
-    switch (rows) {
-      case 1: DotPacked<1>(x, padded, blocks, &scales[o * count], count, out + o, kTileOuts); break;
-      case 2: DotPacked<2>(x, padded, blocks, &scales[o * count], count, out + o, kTileOuts); break;
-      case 3: DotPacked<3>(x, padded, blocks, &scales[o * count], count, out + o, kTileOuts); break;
-      default: DotPacked<4>(x, padded, blocks, &scales[o * count], count, out + o, kTileOuts);
-    }
-  }
+}
+
+// x: interleaved, in whole cache lines. False, with nothing done, where a scale byte is 255: not a number that sums can be scaled by.
+inline bool FewRows(const Mxfp4& weight, int64_t row, int64_t step, int64_t outs, const BFloat16* x, int64_t rows, float* out) {
+  const int64_t count = weight.size / kBlock;
+  for (int64_t o = 0; o < outs; ++o)
+    if (std::memchr(weight.scales + (row + o * step) * count, 255, count)) return false;
+  int64_t o = 0;
+  for (; o + 2 <= outs; o += 2) DotPackedRows<2>(rows, x, weight, row + o * step, step, out + o, kTileOuts);
+  if (o < outs) DotPackedRows<1>(rows, x, weight, row + o * step, step, out + o, kTileOuts);
   return true;
 }
 #endif
@@ -378,20 +396,25 @@ struct Output {
 constexpr int64_t kTaskOuts = 16 * kTileOuts;  // a task: so many outputs of one expert
 constexpr int64_t kRowsInCache = 96;  // rows of x that meet a tile of the weight before the next tile is read
 
+template <typename T>
+struct alignas(64) CacheLine {
+  T values[64 / sizeof(T)];
+};
+
 template <typename T, typename Weight>
 void Multiply(ffi::ThreadPool& pool, int64_t max_threads, const T* x, const Weight& weight, const int32_t* groups, int64_t experts,
               const Output& out) {
   struct Group {
-    int64_t expert, first, rows, interleaved;  // interleaved: where its rows begin in `few`, if they are few
+    int64_t expert, first, rows, interleaved;  // interleaved: the line of `few` where its rows begin, if they are few
   };
   std::vector<Group> busy;
-  std::vector<T> few;
+  std::vector<CacheLine<T>> few;
   for (int64_t expert = 0, first = 0; expert < experts; first += groups[expert++]) {
     if (!groups[expert]) continue;
     busy.push_back({expert, first, groups[expert], int64_t(few.size())});
     if (groups[expert] > kFewRows) continue;
-    few.resize(few.size() + groups[expert] * InterleavedSize(weight));
-    Interleave(weight, x + first * weight.size, groups[expert], few.data() + busy.back().interleaved);
+    few.resize(few.size() + groups[expert] * InterleavedSize(weight) * sizeof(T) / sizeof few[0]);
+    Interleave(weight, x + first * weight.size, groups[expert], (T*)(few.data() + busy.back().interleaved));
   }
   const int64_t outs = weight.outs, size = weight.size, tasks = (outs + kTaskOuts - 1) / kTaskOuts;
   ParallelFor(pool, int64_t(busy.size()) * tasks, max_threads, [&](int64_t task) {
@@ -399,17 +422,22 @@ void Multiply(ffi::ThreadPool& pool, int64_t max_threads, const T* x, const Weig
     if (int64_t(buffer.size()) < kTileOuts * size) buffer.resize(kTileOuts * size);
     const Group group = busy[task / tasks];
     const int64_t begin = task % tasks * kTaskOuts, end = std::min(begin + kTaskOuts, outs);
-    for (int64_t top = 0; top < group.rows; top += kRowsInCache) {
+    const int64_t step = (end - begin) / kTileOuts, together = begin + step;  // a tile's rows lie far apart: each is one of a stream that
+    for (int64_t top = 0; top < group.rows; top += kRowsInCache) {            // goes on from tile to tile, as prefetchers like it
       const int64_t rows = std::min(kRowsInCache, group.rows - top), first = group.first + top;
-      for (int64_t o = begin; o < end; o += kTileOuts) {
-        const int64_t count = std::min<int64_t>(kTileOuts, end - o);
+      const auto multiply = [&](int64_t o, int64_t count) {
         float sums[kRowsInCache * kTileOuts];
-        if (group.rows > kFewRows || !FewRows(weight, group.expert, o, count, few.data() + group.interleaved, rows, sums))
-          Products(rows, x + first * size, count, weight.Rows(group.expert, o, count, buffer.data()), size, size, sums, kTileOuts);
+        const int64_t row = group.expert * outs + o;
+        if (group.rows > kFewRows || !FewRows(weight, row, step, count, (const T*)(few.data() + group.interleaved), rows, sums)) {
+          const auto tile = weight.Rows(row, step, count, buffer.data());
+          Products(rows, x + first * size, count, tile.values, tile.stride, size, sums, kTileOuts);
+        }
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t j = 0; j < count; ++j)
-            out.Write((first + r) * outs + o + j, group.expert * outs + o + j, sums[r * kTileOuts + j]);
-      }
+            out.Write((first + r) * outs + o + j * step, row + j * step, sums[r * kTileOuts + j]);
+      };
+      for (int64_t o = begin; o < together; ++o) multiply(o, kTileOuts);
+      for (int64_t o = begin + step * kTileOuts; o < end; ++o) multiply(o, 1);
     }
   });
 }
