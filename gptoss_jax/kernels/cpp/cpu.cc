@@ -50,7 +50,7 @@ inline void Narrow(float value, BFloat16* out) {  // to nearest, ties to even; N
 // --- Registers -------------------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 4, kTileOuts = 6;  // 24 sums, 6 weights and a row in 32 registers
+constexpr int kLanes = 16, kTileRows = 6, kTileOuts = 4;  // 24 sums, 4 weights and a row in 32 registers; 4 rows of 2,880 in the first cache
 #elif defined(__AVX__)
 constexpr int kLanes = 8, kTileRows = 2, kTileOuts = 4;
 #else
@@ -67,6 +67,18 @@ inline float Total(Sums sums) {
   for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
   return total;
 #endif
+}
+
+// The numbers from `from` on as float32, one a lane; zero past the first `count`.
+template <typename T>
+Sums Spread(const T* from, int64_t count) {
+  typedef std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t> Bits;
+  typedef Bits Packed __attribute__((vector_size(sizeof(T) * kLanes)));
+  typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
+  Packed packed = {};
+  if (count >= kLanes) std::memcpy(&packed, from, sizeof packed);
+  else std::memcpy(&packed, from, count * sizeof(T));
+  return (Sums)(__builtin_convertvector(packed, Wide) << (32 - 8 * sizeof(T)));
 }
 
 // The numbers a processor multiplies: Register holds kWidth of them, MultiplyAdd adds their products to float32 sums.
@@ -124,14 +136,12 @@ void Dot(const T* x, const T* weight, int64_t weight_stride, int64_t size, float
   }
 }
 
-template <int O, typename T>
+template <int O, int R, typename T>
 void DotRows(int rows, const T* x, const T* weight, int64_t weight_stride, int64_t size, float* out, int64_t out_stride) {
-  switch (rows) {
-    case 1: return Dot<1, O>(x, weight, weight_stride, size, out, out_stride);
-    case 2: return Dot<2, O>(x, weight, weight_stride, size, out, out_stride);
-    case 3: return Dot<std::min(3, kTileRows), O>(x, weight, weight_stride, size, out, out_stride);
-    default: return Dot<kTileRows, O>(x, weight, weight_stride, size, out, out_stride);
+  if constexpr (R > 1) {
+    if (rows < R) return DotRows<O, R - 1>(rows, x, weight, weight_stride, size, out, out_stride);
   }
+  Dot<R, O>(x, weight, weight_stride, size, out, out_stride);
 }
 
 // out[r][o] = dot(x row r, weight row o) for any number of each.
@@ -142,8 +152,8 @@ void Products(int64_t rows, const T* x, int64_t outs, const T* weight, int64_t w
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const int some = int(std::min<int64_t>(kTileRows, rows - r));
       const T *row = x + r * size, *w = weight + o * weight_stride;
-      if (count == 1) DotRows<1>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
-      else DotRows<kTileOuts>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
+      if (count == 1) DotRows<1, kTileRows>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
+      else DotRows<kTileOuts, kTileRows>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
     }
     o += count;
   }
@@ -280,36 +290,43 @@ constexpr int kQuad = 4 * kBlock;
 inline int64_t InterleavedSize(const Mxfp4& weight) { return (weight.size + kQuad - 1) / kQuad * kQuad; }
 
 inline void Interleave(const Mxfp4& weight, const BFloat16* x, int64_t rows, BFloat16* out) {
-  const int64_t padded = InterleavedSize(weight);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < weight.size; ++k) out[r * padded + k / kQuad * kQuad + k % 4 * kBlock + k % kQuad / 4] = x[r * weight.size + k];
+  for (int64_t r = 0; r < rows; ++r, x += weight.size)
+    for (int64_t k = 0; k < weight.size; k += kQuad, out += kQuad) {
+      BFloat16 quad[kQuad] = {};
+      std::memcpy(quad, x + k, std::min<int64_t>(kQuad, weight.size - k) * sizeof *x);
+      for (int j = 0; j < 4; ++j)
+        for (int word = 0; word < kBlock; ++word) out[j * kBlock + word] = quad[4 * word + j];
+    }
 }
 
 // out[r][o] = dot(x row r, row o of codes), for R interleaved rows of x and O of codes, `step` rows apart.
 template <int R, int O>
 void DotPacked(const BFloat16* x, const Mxfp4& weight, int64_t row, int64_t step, float* out, int64_t out_stride) {
-  const __m512i table = _mm512_load_si512(kCodeValues);
-  const __m512i to_lanes = _mm512_set_epi32(3 << 24, 3 << 24, 3 << 24, 3 << 24, 2 << 24, 2 << 24, 2 << 24, 2 << 24,  // to the topmost byte,
-                                            1 << 24, 1 << 24, 1 << 24, 1 << 24, 0, 0, 0, 0);  // a block's scale to its four lanes
-  constexpr __mmask64 kTopBytes = 0x8888888888888888;
   const int64_t count = weight.size / kBlock, x_stride = InterleavedSize(weight);
+  const __m512i table = _mm512_load_si512(kCodeValues);
+  const __m512i to_lanes = _mm512_set_epi32(  // of four scale bytes, each to the topmost byte of its block's four lanes, zero to the others
+      0x03808080, 0x03808080, 0x03808080, 0x03808080, 0x02808080, 0x02808080, 0x02808080, 0x02808080, 0x01808080, 0x01808080, 0x01808080,
+      0x01808080, 0x00808080, 0x00808080, 0x00808080, 0x00808080);
   __m512 sums[R][O];
   for (auto& row_sums : sums)
     for (auto& sum : row_sums) sum = _mm512_setzero_ps();
-  const auto four_blocks = [&](int64_t i, int blocks) {
+  for (int o = 0; o < O; ++o)  // scales two rows on: too few bytes for the processor to see where they lead
+    for (int64_t ahead = 0; ahead < count; ahead += 64) __builtin_prefetch(weight.scales + (row + o * step + 2) * count + ahead);
+  const auto multiply = [&](int64_t i, int blocks) {
+#pragma GCC unroll 2
     for (int o = 0; o < O; ++o) {
       const int64_t block = (row + o * step) * count + i;
-      uint32_t four = 0;
-      std::memcpy(&four, weight.scales + block, blocks);
-      __builtin_prefetch(weight.blocks + block * kBlockBytes + 4096);
+      __builtin_prefetch(weight.blocks + block * kBlockBytes + 2048);
       const __m512i codes = _mm512_maskz_loadu_epi32((1 << 4 * blocks) - 1, weight.blocks + block * kBlockBytes);
       const __m512bh values[4] = {(__m512bh)_mm512_permutexvar_epi16(codes, table),
                                   (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table),
                                   (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table),
                                   (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table)};
-      // Byte 0 becomes zero: what it scales is below 2^-124.
-      const __m512i exponents = _mm512_maskz_shuffle_epi8(kTopBytes, _mm512_set1_epi32(four), to_lanes);
-      const __m512 scale = (__m512)_mm512_srli_epi32(exponents, 1);
+      int32_t bytes = 0;
+      std::memcpy(&bytes, weight.scales + block, blocks);
+      // Bits of float32: byte 0 becomes zero (what it scales is below 2^-124), byte 255 infinity.
+      const __m512 scale = (__m512)_mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(bytes), to_lanes), 1);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         __m512 sum = _mm512_setzero_ps();
         for (int j = 0; j < 4; ++j)
@@ -319,8 +336,8 @@ void DotPacked(const BFloat16* x, const Mxfp4& weight, int64_t row, int64_t step
     }
   };
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) four_blocks(i, 4);
-  if (i < count) four_blocks(i, int(count - i));
+  for (; i + 4 <= count; i += 4) multiply(i, 4);
+  if (i < count) multiply(i, int(count - i));
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) out[r * out_stride + o] = Total((Sums)sums[r][o]);
 }
@@ -335,14 +352,15 @@ void DotPackedRows(int64_t rows, const BFloat16* x, const Mxfp4& weight, int64_t
   }
 }
 
-// x: interleaved, in whole cache lines. False, with nothing done, where a scale byte is 255: not a number that sums can be scaled by.
+// x: interleaved, in whole cache lines. False where exact decoding must have the last word: a scale byte of 255 makes the sum infinite or
+// not a number, whatever it scales.
 inline bool FewRows(const Mxfp4& weight, int64_t row, int64_t step, int64_t outs, const BFloat16* x, int64_t rows, float* out) {
-  const int64_t count = weight.size / kBlock;
-  for (int64_t o = 0; o < outs; ++o)
-    if (std::memchr(weight.scales + (row + o * step) * count, 255, count)) return false;
   int64_t o = 0;
   for (; o + 2 <= outs; o += 2) DotPackedRows<2>(rows, x, weight, row + o * step, step, out + o, kTileOuts);
   if (o < outs) DotPackedRows<1>(rows, x, weight, row + o * step, step, out + o, kTileOuts);
+  for (int64_t r = 0; r < rows; ++r)
+    for (o = 0; o < outs; ++o)
+      if (!std::isfinite(out[r * kTileOuts + o])) return false;
   return true;
 }
 #endif
@@ -393,7 +411,7 @@ struct Output {
   }
 };
 
-constexpr int64_t kTaskOuts = 16 * kTileOuts;  // a task: so many outputs of one expert
+constexpr int64_t kTaskOuts = 64 * kTileOuts;  // a task: so many outputs of one expert, fewer where threads would go without
 constexpr int64_t kRowsInCache = 96;  // rows of x that meet a tile of the weight before the next tile is read
 
 template <typename T>
@@ -416,12 +434,13 @@ void Multiply(ffi::ThreadPool& pool, int64_t max_threads, const T* x, const Weig
     few.resize(few.size() + groups[expert] * InterleavedSize(weight) * sizeof(T) / sizeof few[0]);
     Interleave(weight, x + first * weight.size, groups[expert], (T*)(few.data() + busy.back().interleaved));
   }
-  const int64_t outs = weight.outs, size = weight.size, tasks = (outs + kTaskOuts - 1) / kTaskOuts;
+  const int64_t outs = weight.outs, size = weight.size, share = int64_t(busy.size()) * outs / (8 * pool.num_threads() * kTileOuts) * kTileOuts;
+  const int64_t task_outs = std::clamp(share, kTaskOuts / 8, kTaskOuts), tasks = (outs + task_outs - 1) / task_outs;
   ParallelFor(pool, int64_t(busy.size()) * tasks, max_threads, [&](int64_t task) {
     static thread_local std::vector<T> buffer;
     if (int64_t(buffer.size()) < kTileOuts * size) buffer.resize(kTileOuts * size);
     const Group group = busy[task / tasks];
-    const int64_t begin = task % tasks * kTaskOuts, end = std::min(begin + kTaskOuts, outs);
+    const int64_t begin = task % tasks * task_outs, end = std::min(begin + task_outs, outs);
     const int64_t step = (end - begin) / kTileOuts, together = begin + step;  // a tile's rows lie far apart: each is one of a stream that
     for (int64_t top = 0; top < group.rows; top += kRowsInCache) {            // goes on from tile to tile, as prefetchers like it
       const int64_t rows = std::min(kRowsInCache, group.rows - top), first = group.first + top;
@@ -495,46 +514,49 @@ void AttendHead(const AttentionShape& shape, const T* q, const T* k, const T* v,
                 T* out) {
   const int64_t group = shape.heads / shape.kv_heads, stride = shape.kv_heads * shape.size, size = shape.size;
   static thread_local std::vector<float> scratch;
-  if (int64_t(scratch.size()) < group * (shape.slots + size)) scratch.resize(group * (shape.slots + size));
-  float *scores = scratch.data(), *sums = scores + group * shape.slots;
+  if (int64_t(scratch.size()) < group * shape.slots) scratch.resize(group * shape.slots);
+  float* scores = scratch.data();
   const auto visible = [&](int64_t s) {
     const int64_t distance = int64_t{position} - positions[s];
     return positions[s] >= 0 && distance >= 0 && (!shape.window || distance < shape.window);
   };
-  std::fill(sums, sums + group * size, 0.f);
+  int64_t first = 0, last = shape.slots;  // what of the cache is read
+  while (last && !visible(last - 1)) --last;
+  while (first < last && !visible(first)) ++first;
+  k += first * stride, v += first * stride, scores += first;
   if constexpr (Operand<T>::kMultiplies) {
-    int64_t last = shape.slots;  // the empty end of a cache isn't read
-    while (last && !visible(last - 1)) --last;
-    Products(group, q, last, k, stride, size, scores, shape.slots);
+    Products(group, q, last - first, k, stride, size, scores, shape.slots);
   } else {
     for (int64_t g = 0; g < group; ++g)
-      for (int64_t s = 0; s < shape.slots; ++s) {
+      for (int64_t s = 0; s < last - first; ++s) {
         float sum = 0;
-        if (visible(s))
-          for (int64_t h = 0; h < size; ++h) sum += Widen(q[g * size + h]) * Widen(k[s * stride + h]);
+        for (int64_t h = 0; h < size; ++h) sum += Widen(q[g * size + h]) * Widen(k[s * stride + h]);
         scores[g * shape.slots + s] = sum;
       }
   }
+  for (int64_t s = first; s < last; ++s)
+    if (!visible(s))
+      for (int64_t g = 0; g < group; ++g) scores[g * shape.slots + s - first] = -INFINITY;
   const float scale = 1 / std::sqrt(float(size));
   for (int64_t g = 0; g < group; ++g) {
     float *row = scores + g * shape.slots, top = sinks[g];
-    for (int64_t s = 0; s < shape.slots; ++s)
-      if (visible(s)) top = std::max(top, row[s] *= scale);
+    for (int64_t s = 0; s < last - first; ++s) top = std::max(top, row[s] *= scale);
     float total = std::exp(sinks[g] - top);
-    for (int64_t s = 0; s < shape.slots; ++s) {
-      row[s] = visible(s) ? std::exp(row[s] - top) : 0;
-      total += row[s];
-    }
-    for (int64_t s = 0; s < shape.slots; ++s) row[s] /= total;
+    for (int64_t s = 0; s < last - first; ++s) total += row[s] = std::exp(row[s] - top);
+    for (int64_t s = 0; s < last - first; ++s) row[s] /= total;
   }
-  for (int64_t s = 0; s < shape.slots; ++s) {
-    if (!visible(s)) continue;
-    for (int64_t g = 0; g < group; ++g) {
-      const float weight = scores[g * shape.slots + s];
-      for (int64_t h = 0; h < size; ++h) sums[g * size + h] += weight * Widen(v[s * stride + h]);
+  constexpr int kTogether = 4;  // query heads that share a read of v
+  for (int64_t h = 0; h < size; h += kLanes)
+    for (int64_t g = 0; g < group; g += kTogether) {
+      const int64_t lanes = std::min<int64_t>(kLanes, size - h), heads = std::min<int64_t>(kTogether, group - g);
+      Sums sums[kTogether] = {};
+      for (int64_t s = 0; s < last - first; ++s) {
+        const Sums value = Spread(v + s * stride + h, lanes);
+        for (int64_t i = 0; i < kTogether; ++i) sums[i] += scores[(g + std::min(i, heads - 1)) * shape.slots + s] * value;
+      }
+      for (int64_t i = 0; i < heads; ++i)
+        for (int64_t lane = 0; lane < lanes; ++lane) Narrow(sums[i][lane], out + (g + i) * size + h + lane);
     }
-  }
-  for (int64_t i = 0; i < group * size; ++i) Narrow(sums[i], out + i);
 }
 
 // q, out [B, N, H]; k, v [B, S, K, H], all float32 or all bfloat16; sinks float32 [N]; q_positions int32 [B]; k_positions int32 [B, S].
