@@ -44,12 +44,13 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache directory, so that the next start doesn't compile; JAX_COMPILATION_CACHE_DIR wins."""
+    """Keep compiled programs in the user's cache directory, so that the next start doesn't compile; JAX's own settings win."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "gptoss_jax", "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -13,14 +13,6 @@ FUNCTION = {"name": "get_weather", "description": "Gets the current weather.",
             "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Programs compiled by one test serve the next; the user's own cache is left alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def ask(capfd, *argv):
     """Run generate in this process; return (exit code, stdout, stderr)."""
     code = generate.main(list(argv))
