@@ -22,6 +22,7 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     first. A bare ValueError is a bug of ours or of a library: it keeps its traceback.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; --help lists the flags\n")  # without the usage
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help, or the error

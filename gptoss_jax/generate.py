@@ -132,6 +132,8 @@ def sampling_of(args: argparse.Namespace):
     if temperature is None:
         file = checkpoint.resolve(args.checkpoint) / "generation_config.json"
         defaults = read_json(file, "checkpoint") if file.exists() else {}
+        if not isinstance(defaults, dict):
+            raise command.UsageError(f"{file}: {type(defaults).__name__} found, expected a JSON object")
         temperature = defaults.get("temperature", 1.0) if defaults.get("do_sample", True) else 0.0
     return Sampling(temperature=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed)
 

@@ -36,15 +36,23 @@ def finish(process):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return cpu_library.build(tmp_path_factory.mktemp("built"))
+def two_processes(tmp_path_factory):
+    """The cache and what was said when two processes began with it empty."""
+    cache = tmp_path_factory.mktemp("cache")
+    return cache / "gptoss_jax", [finish(process) for process in [start(cache), start(cache)]]
 
 
-def test_two_processes_on_an_empty_cache_both_compute_and_leave_one_whole_file(tmp_path):
-    for out, err in [finish(process) for process in [start(tmp_path), start(tmp_path)]]:
+@pytest.fixture(scope="module")
+def built(two_processes):
+    return cpu_library.build(two_processes[0])
+
+
+def test_two_processes_on_an_empty_cache_both_compute_and_leave_one_whole_file(two_processes):
+    directory, said = two_processes
+    for out, err in said:
         assert out == "[[6.0, 6.0], [22.0, 22.0], [38.0, 38.0]]\n"
         assert err.count("\n") <= 1
-    (path,) = (tmp_path / "gptoss_jax").iterdir()
+    (path,) = directory.glob("*")
     assert cpu_library._is_whole(path)
 
 

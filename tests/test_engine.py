@@ -95,6 +95,9 @@ def test_unusable_prompts_and_settings_are_named(engine):
             Sampling(**{field: value})
 
 
+draw = jax.jit(sample, static_argnames=("kind", "sampleable"))
+
+
 def allowed(logits, settings):
     """Which tokens may be drawn, by sorting: temperature, then top-k, then top-p of what is left, then min-p."""
     p = np.exp((logits - logits.max()) / settings.temperature)
@@ -113,7 +116,7 @@ def test_filters_allow_exactly_the_tokens_their_definition_allows(settings):
     rows = 4000
     kind, arrays = stack([settings])
     arrays = type(arrays)(*(jnp.repeat(jnp.asarray(x), rows) for x in arrays))
-    ids, _ = jax.jit(lambda: sample(jnp.broadcast_to(logits, (rows, 60)), arrays, jnp.arange(rows), kind=kind, sampleable=60))()
+    ids, _ = draw(jnp.broadcast_to(logits, (rows, 60)), arrays, jnp.arange(rows), kind=kind, sampleable=60)
     drawn, may = set(np.asarray(ids).tolist()), allowed(logits, settings)
     assert drawn <= may
     p = np.array([np.exp((logits[i] - logits.max()) / settings.temperature) for i in may])
@@ -126,6 +129,6 @@ def test_draws_follow_the_distribution_and_unsampleable_ids_never_come():
     kind, arrays = stack([Sampling()])
     rows = 20_000
     arrays = type(arrays)(*(jnp.repeat(jnp.asarray(x), rows) for x in arrays))
-    ids, logprobs = sample(jnp.broadcast_to(logits, (rows, 4)), arrays, jnp.arange(rows), kind=kind, sampleable=3)
+    ids, logprobs = draw(jnp.broadcast_to(logits, (rows, 4)), arrays, jnp.arange(rows), kind=kind, sampleable=3)
     np.testing.assert_allclose(np.bincount(ids, minlength=4) / rows, [0.5, 0.3, 0.2, 0], atol=0.015)  # four standard deviations
     np.testing.assert_allclose(np.exp(logprobs), np.asarray([0.5, 0.3, 0.2])[ids], rtol=1e-5)

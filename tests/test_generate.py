@@ -1,6 +1,7 @@
 """generate and chat as a newcomer meets them, on the embedded checkpoint."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,15 @@ def test_the_prompt_can_come_from_standard_input():
 def test_bad_input_is_one_clear_line_and_exit_code_2(capfd, argv, said):
     code, out, err = ask(capfd, *argv)
     assert code == 2 and out == "" and said in err and "Traceback" not in err
-    assert len([line for line in err.splitlines() if "error" in line]) == 1
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content, said", [('{"temperature": "hot"}', "temperature is 'hot', expected a number"), ("[1]", "list found")])
+def test_an_unusable_generation_config_is_named(capfd, tmp_path, content, said):
+    shutil.copytree(checkpoint.resolve("tiny"), tmp_path / "tiny")
+    (tmp_path / "tiny" / "generation_config.json").write_text(content)
+    code, out, err = ask(capfd, "hi", "--checkpoint", str(tmp_path / "tiny"))
+    assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1
 
 
 def test_debug_shows_the_traceback(capfd):
