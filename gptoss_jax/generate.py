@@ -146,6 +146,8 @@ def load(args: argparse.Namespace):
 
     command.enable_compilation_cache()
     path = checkpoint.resolve(args.checkpoint)
+    if path.is_file():
+        raise command.UsageError(f"{path}: a file, expected a checkpoint directory")
     tokenizer = checkpoint.load_tokenizer(path)
     missing = [name for name in ("<|start|>", "<|message|>", "<|return|>", "<|call|>") if name not in tokenizer.special]
     if missing:

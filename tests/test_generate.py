@@ -95,6 +95,7 @@ def test_the_prompt_can_come_from_standard_input():
 
 @pytest.mark.parametrize("argv, said", [
     (["hi", "--checkpoint", "/no/such/place"], "/no/such/place: no such"),
+    (["hi", "--checkpoint", __file__], "test_generate.py: a file, expected a checkpoint directory"),
     (["hi", "--temperature", "-1"], "temperature is -1.0, expected a number of at least 0"),
     (["hi", "--top-p", "0"], "top_p is 0.0, expected"),
     (["hi", "--max-new-tokens", "0"], "--max-new-tokens is 0, expected at least 1"),
