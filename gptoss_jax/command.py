@@ -22,6 +22,7 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     first. A bare ValueError is a bug of ours or of a library: it keeps its traceback.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; --help lists the flags\n")  # without the usage
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help, or the error
@@ -44,12 +45,13 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache directory, so that the next start doesn't compile; JAX_COMPILATION_CACHE_DIR wins."""
+    """Keep compiled programs in the user's cache directory, so that the next start doesn't compile; JAX's own settings win."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "gptoss_jax", "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

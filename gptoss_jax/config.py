@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +16,36 @@ from typing import Any
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 MXFP4_BLOCK = 32
+_MAX_LAYERS = 1000  # far beyond any, and little to list
 
 
 class ConfigError(ValueError):
     """A configuration that is not gpt-oss, or holds a value that can't be right; names the field, the value and the expectation."""
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_token_id(value) -> bool:
+    return _is_int(value) and value >= 0
+
+
+def _require(field: str, value, holds, expected: str) -> None:
+    try:
+        ok = holds(value)
+    except TypeError:
+        ok = False
+    if not ok:
+        raise ConfigError(f"config: {field} is {value!r}, expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +58,15 @@ class RopeScaling:
     original_max_position_embeddings: int = 4096
     truncate: bool = False
     attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
+
+    def __post_init__(self):
+        _require("rope_scaling.factor", self.factor, lambda v: _is_number(v) and v >= 1, "a number of at least 1")
+        for field in ("beta_fast", "beta_slow"):
+            _require(f"rope_scaling.{field}", getattr(self, field), _is_positive, "a positive number")
+        _require("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings,
+                 lambda v: _is_int(v) and v > 0, "a positive integer")
+        _require("rope_scaling.truncate", self.truncate, lambda v: isinstance(v, bool), "true or false")
+        _require("rope_scaling.attention_factor", self.attention_factor, lambda v: v is None or _is_positive(v), "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +97,14 @@ class GptOssConfig:
     quantized: bool = True  # experts stored as MXFP4
 
     def __post_init__(self):
+        for field in _POSITIVE_INTEGERS:
+            _require(field, getattr(self, field), lambda v: _is_int(v) and v > 0, "a positive integer")
+        _require("num_hidden_layers", self.num_hidden_layers, lambda v: v <= _MAX_LAYERS, f"at most {_MAX_LAYERS}")
         if not self.layer_types:
             types = tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers))
             object.__setattr__(self, "layer_types", types)
-        for field in _POSITIVE_INTEGERS:
-            _require(field, getattr(self, field), lambda v: _is_int(v) and v > 0, "a positive integer")
         for field in ("rms_norm_eps", "rope_theta", "swiglu_limit", "swiglu_alpha"):
-            _require(field, getattr(self, field), lambda v: _is_number(v) and v > 0, "a positive number")
+            _require(field, getattr(self, field), _is_positive, "a positive number")
         _require("layer_types", self.layer_types, lambda v: len(v) == self.num_hidden_layers,
                  f"num_hidden_layers = {self.num_hidden_layers} entries")
         for kind in self.layer_types:
@@ -77,13 +114,9 @@ class GptOssConfig:
         _require("num_attention_heads", self.num_attention_heads, lambda v: v % self.num_key_value_heads == 0,
                  f"a multiple of num_key_value_heads = {self.num_key_value_heads}")
         _require("head_dim", self.head_dim, lambda v: v % 2 == 0, "an even number (RoPE rotates pairs)")
-        rope = self.rope_scaling
-        _require("rope_scaling.factor", rope.factor, lambda v: _is_number(v) and v >= 1, "a number of at least 1")
-        for field in ("beta_fast", "beta_slow"):
-            _require(f"rope_scaling.{field}", getattr(rope, field), lambda v: _is_number(v) and v > 0, "a positive number")
-        _require("rope_scaling.original_max_position_embeddings", rope.original_max_position_embeddings,
-                 lambda v: _is_int(v) and v > 0, "a positive integer")
-        _require("rope_scaling.truncate", rope.truncate, lambda v: isinstance(v, bool), "true or false")
+        for field in ("bos_token_id", "pad_token_id"):
+            _require(field, getattr(self, field), lambda v: v is None or _is_token_id(v), "a token id")
+        _require("eos_token_id", self.eos_token_ids, lambda v: all(map(_is_token_id, v)), "a token id or a list of them")
         if self.quantized:
             for field in ("hidden_size", "intermediate_size"):
                 _require(field, getattr(self, field), lambda v: v % MXFP4_BLOCK == 0,
@@ -92,7 +125,7 @@ class GptOssConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         ids = self.eos_token_id
-        return () if ids is None else (ids,) if isinstance(ids, int) else ids
+        return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> GptOssConfig:
@@ -117,8 +150,11 @@ class GptOssConfig:
             raise ConfigError(f"config: {', '.join(missing)} missing")
         if isinstance(fields.get("eos_token_id"), list):
             fields["eos_token_id"] = tuple(fields["eos_token_id"])
-        rope = config.get("rope_parameters") or config.get("rope_scaling")
-        theta = (rope or {}).get("rope_theta", config.get("rope_theta"))
+        for field, kind, expected in (("rope_parameters", Mapping, "an object"), ("rope_scaling", Mapping, "an object"),
+                                      ("quantization_config", Mapping, "an object"), ("layer_types", list, "a list")):
+            _require(field, config.get(field), lambda v: v is None or isinstance(v, kind), expected)
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        theta = rope.get("rope_theta", config.get("rope_theta"))
         if theta is not None:
             fields["rope_theta"] = theta
         return cls(**fields, layer_types=tuple(config.get("layer_types") or ()), rope_scaling=_rope_scaling(rope, config),
@@ -195,9 +231,9 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 _POSITIVE_INTEGERS = (*_REQUIRED, "max_position_embeddings")
 
 
-def _rope_scaling(rope: Mapping[str, Any] | None, config: Mapping[str, Any]) -> RopeScaling:
-    if rope is None:
-        return RopeScaling(factor=1.0)
+def _rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
+    if not rope:  # gpt-oss's own YaRN, as in transformers' GptOssConfig
+        return RopeScaling()
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return RopeScaling(factor=1.0)
@@ -221,23 +257,6 @@ def _is_mxfp4(quantization: Mapping[str, Any] | None) -> bool:
     if method != "mxfp4":
         raise ConfigError(f"config: quantization_config.quant_method is {method!r}, expected 'mxfp4' or no quantization_config")
     return True
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _require(field: str, value, holds, expected: str) -> None:
-    try:
-        ok = holds(value)
-    except TypeError:
-        ok = False
-    if not ok:
-        raise ConfigError(f"config: {field} is {value!r}, expected {expected}")
 
 
 _O200K_IDS = {"bos_token_id": 199_998, "eos_token_id": 200_002, "pad_token_id": 199_999}

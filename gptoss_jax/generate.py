@@ -132,6 +132,8 @@ def sampling_of(args: argparse.Namespace):
     if temperature is None:
         file = checkpoint.resolve(args.checkpoint) / "generation_config.json"
         defaults = read_json(file, "checkpoint") if file.exists() else {}
+        if not isinstance(defaults, dict):
+            raise command.UsageError(f"{file}: {type(defaults).__name__} found, expected a JSON object")
         temperature = defaults.get("temperature", 1.0) if defaults.get("do_sample", True) else 0.0
     return Sampling(temperature=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed)
 
@@ -144,6 +146,8 @@ def load(args: argparse.Namespace):
 
     command.enable_compilation_cache()
     path = checkpoint.resolve(args.checkpoint)
+    if path.is_file():
+        raise command.UsageError(f"{path}: a file, expected a checkpoint directory")
     tokenizer = checkpoint.load_tokenizer(path)
     missing = [name for name in ("<|start|>", "<|message|>", "<|return|>", "<|call|>") if name not in tokenizer.special]
     if missing:

@@ -14,6 +14,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 DATA = pathlib.Path(__file__).parent / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """What one test has compiled serves the next, in this process and in those it starts; the user's own programs are left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = str(tmp_path_factory.mktemp("compiled"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of reference data made by other implementations; tests that need the whole of it skip without it."""

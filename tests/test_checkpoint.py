@@ -6,6 +6,7 @@ import struct
 
 import jax
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from by_hand import assert_same_bits, random_weights, read_directory, read_file, write_file
 from conftest import DATA
@@ -284,3 +285,13 @@ def test_any_damage_to_a_header_is_one_clear_error_or_harmless(copy):
             open_checkpoint(copy)
         except CheckpointError as error:
             assert str(copy) in str(error) and "\n" not in str(error)
+
+
+def test_a_file_that_the_index_does_not_name_is_left_alone_where_orbax_refuses_the_directory(copy, truth):
+    """Why safetensors aren't read by Orbax: should this ever fail, look again."""
+    write_file(copy / "consolidated.safetensors", {NORM: truth[NORM]})
+    assert_same_bits(load_weights(copy)[1], truth)
+    context = ocp.Context()
+    context.checkpoint_layout = ocp.options.CheckpointLayout.SAFETENSORS
+    with context, pytest.raises(ValueError, match=f"Duplicate tensor {NORM} found in multiple files"):
+        ocp.metadata(copy)

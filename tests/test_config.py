@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from gptoss_jax.config import PRESETS, ConfigError, GptOssConfig
+from gptoss_jax.config import PRESETS, ConfigError, GptOssConfig, RopeScaling
 
 OLD = {
     "model_type": "gpt_oss", "vocab_size": 104, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -16,6 +17,12 @@ OLD = {
     "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False,
                      "original_max_position_embeddings": 64},
     "quantization_config": {"quant_method": "mxfp4"}, "eos_token_id": [3, 4],
+}
+ORIGINAL = {
+    "num_hidden_layers": 36, "num_experts": 128, "experts_per_token": 4, "vocab_size": 201088, "hidden_size": 2880,
+    "intermediate_size": 2880, "swiglu_limit": 7.0, "head_dim": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "sliding_window": 128, "initial_context_length": 4096, "rope_theta": 150000, "rope_scaling_factor": 32.0,
+    "rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0,
 }
 
 
@@ -36,17 +43,24 @@ def test_the_rope_parameters_form_of_transformers_5_equals_the_old_form():
     assert GptOssConfig.from_json(new) == GptOssConfig.from_json(OLD)
 
 
+@pytest.mark.parametrize("rope, read", [
+    ({}, RopeScaling()),  # transformers' GptOssConfig puts gpt-oss's own where there is none
+    ({"rope_scaling": None}, RopeScaling()),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1234.0}}, RopeScaling(factor=1.0)),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25}}, RopeScaling(4.0, truncate=True, attention_factor=1.25)),
+], ids=str)
+def test_positions_are_scaled_as_transformers_reads_the_config(rope, read):
+    config = GptOssConfig.from_json({k: v for k, v in OLD.items() if k != "rope_scaling"} | rope)
+    assert config.rope_scaling == read and config.rope_theta == 1234.0
+
+
 def test_a_config_survives_to_json_and_back():
     for config in (GptOssConfig.from_json(OLD), *PRESETS.values(), PRESETS["gpt-oss-20b"].replace(quantized=False)):
         assert GptOssConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_the_original_layouts_config_is_read():
-    original = {"num_hidden_layers": 36, "num_experts": 128, "experts_per_token": 4, "vocab_size": 201088, "hidden_size": 2880,
-                "intermediate_size": 2880, "swiglu_limit": 7.0, "head_dim": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
-                "sliding_window": 128, "initial_context_length": 4096, "rope_theta": 150000, "rope_scaling_factor": 32.0,
-                "rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}
-    assert GptOssConfig.from_original(original) == PRESETS["gpt-oss-120b"]
+    assert GptOssConfig.from_original(ORIGINAL) == PRESETS["gpt-oss-120b"]
 
 
 @pytest.mark.parametrize("change, said", [
@@ -66,11 +80,27 @@ def test_the_original_layouts_config_is_read():
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type is 'llama3'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
     ({"swiglu_limit": -1}, "swiglu_limit is -1"),
+    ({"swiglu_limit": float("inf")}, "swiglu_limit is inf, expected a positive number"),
+    ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 8, "attention_factor": "1"}}, "rope_scaling.attention_factor is '1', expected a positive"),
+    ({"quantization_config": ["mxfp4"]}, "quantization_config is ['mxfp4'], expected an object"),
+    ({"layer_types": 3}, "layer_types is 3, expected a list"),
+    ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, expected at most 1000"),
+    ({"eos_token_id": "<|return|>"}, "eos_token_id is ('<|return|>',), expected a token id or a list of them"),
 ])
 def test_what_is_not_gpt_oss_is_refused_by_name_value_and_expectation(change, said):
     with pytest.raises(ConfigError) as error:
         GptOssConfig.from_json(OLD | change)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"num_hidden_layers": None}, "num_hidden_layers is None, expected a positive integer"),
+    ({"rope_scaling_factor": "32"}, "rope_scaling.factor is '32', expected a number of at least 1"),
+])
+def test_an_original_config_with_a_wrong_value_is_refused_like_any_other(change, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        GptOssConfig.from_original(ORIGINAL | change)
 
 
 def test_an_unreadable_file_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """generate and chat as a newcomer meets them, on the embedded checkpoint."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,6 @@ from gptoss_jax import checkpoint, generate
 
 FUNCTION = {"name": "get_weather", "description": "Gets the current weather.",
             "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Programs compiled by one test serve the next; the user's own cache is left alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def ask(capfd, *argv):
@@ -102,6 +95,7 @@ def test_the_prompt_can_come_from_standard_input():
 
 @pytest.mark.parametrize("argv, said", [
     (["hi", "--checkpoint", "/no/such/place"], "/no/such/place: no such"),
+    (["hi", "--checkpoint", __file__], "test_generate.py: a file, expected a checkpoint directory"),
     (["hi", "--temperature", "-1"], "temperature is -1.0, expected a number of at least 0"),
     (["hi", "--top-p", "0"], "top_p is 0.0, expected"),
     (["hi", "--max-new-tokens", "0"], "--max-new-tokens is 0, expected at least 1"),
@@ -114,7 +108,15 @@ def test_the_prompt_can_come_from_standard_input():
 def test_bad_input_is_one_clear_line_and_exit_code_2(capfd, argv, said):
     code, out, err = ask(capfd, *argv)
     assert code == 2 and out == "" and said in err and "Traceback" not in err
-    assert len([line for line in err.splitlines() if "error" in line]) == 1
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content, said", [('{"temperature": "hot"}', "temperature is 'hot', expected a number"), ("[1]", "list found")])
+def test_an_unusable_generation_config_is_named(capfd, tmp_path, content, said):
+    shutil.copytree(checkpoint.resolve("tiny"), tmp_path / "tiny")
+    (tmp_path / "tiny" / "generation_config.json").write_text(content)
+    code, out, err = ask(capfd, "hi", "--checkpoint", str(tmp_path / "tiny"))
+    assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1
 
 
 def test_debug_shows_the_traceback(capfd):
@@ -123,12 +125,12 @@ def test_debug_shows_the_traceback(capfd):
 
 
 def start(*argv):
-    return subprocess.Popen([sys.executable, "-m", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    return subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             errors="replace")  # sampled bytes need not be UTF-8
 
 
 def test_a_closed_pipe_ends_quietly():
-    process = start("gptoss_jax.generate", "What is 123 + 456?", "--raw")
+    process = start("-m", "gptoss_jax.generate", "What is 123 + 456?", "--raw")
     process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read()
@@ -136,8 +138,11 @@ def test_a_closed_pipe_ends_quietly():
     assert process.wait(60) in (0, 141) and "Traceback" not in err and "Exception ignored" not in err
 
 
+NEVER_STOPS = "import sys; from gptoss_jax import generate; from gptoss_jax.text import tokenizer as t; t.STOP_TOKENS = (); sys.exit(generate.main())"
+
+
 def test_ctrl_c_stops_with_what_was_said_so_far():
-    process = start("gptoss_jax.generate", "What is 123 + 456?", "--raw", "--temperature", "9", "--max-new-tokens", "4000")
+    process = start("-c", NEVER_STOPS, "What is 123 + 456?", "--raw", "--max-new-tokens", "4000")
     said = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -18,7 +18,7 @@ from gptoss_jax import mxfp4, sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model import GptOss, make_cache
 from gptoss_jax.model.rope import inverse_frequencies
-from gptoss_jax.model.weights import declare, initialize
+from gptoss_jax.model.weights import declare
 
 TOLERANCE = 5e-5  # of the oracle: the mildest mistake tried moves a logit by more
 
@@ -73,10 +73,10 @@ def compare(model, oracle, forward):
     assert compared >= 3 * model.config.num_hidden_layers + 1
 
 
-def continue_greedily(model, oracle, prompt, chunk, step):
-    """Prefill in chunks, decode with the cache, and compare logits and tokens of all 32 steps."""
+def continue_greedily(model, oracle, prompt, chunk, step, room=0):
+    """Prefill in chunks, decode with a cache that has `room` to spare, and compare logits and tokens of all 32 steps."""
     prompt_ids, new = oracle[f"{prompt}.prompt"], oracle[f"{prompt}.new"]
-    cache = make_cache(model.config, 1, len(prompt_ids) + len(new), model.embed_tokens.weight.dtype)
+    cache = make_cache(model.config, 1, len(prompt_ids) + len(new) + room, model.embed_tokens.weight.dtype)
     for start in range(0, len(prompt_ids), chunk):
         logits, cache = step(model, jnp.asarray(prompt_ids[start : start + chunk])[None], cache)
     for token, expected in zip(new, oracle[f"{prompt}.logits"]):
@@ -128,7 +128,9 @@ def test_the_small_checkpoint_equals_transformers(shared, small, forward, sequen
 
 @pytest.mark.parametrize("prompt", ["g16", "g150", "g4090"])
 def test_the_small_checkpoints_greedy_continuations_equal_transformers(shared, small, step, prompt):
-    continue_greedily(small, dict(np.load(shared / "oracle" / "small" / "greedy.npz")), prompt, 1024, step)
+    oracle = dict(np.load(shared / "oracle" / "small" / "greedy.npz"))
+    room = 4090 - len(oracle[f"{prompt}.prompt"])  # caches of one size: the decode step is compiled once
+    continue_greedily(small, oracle, prompt, 1024, step, room)
 
 
 def test_keys_and_values_of_the_reference_data_are_what_the_cache_holds(shared, tiny, step):
@@ -158,45 +160,48 @@ def test_bfloat16_is_as_near_as_the_references_own_bfloat16():
     assert same.mean() > 0.94 and errors.mean() < 0.05 and errors.max() < 0.4  # the oracle's README: 0.94, 0.04, 0.35
 
 
-# The model against itself, on a config in which no two dims are equal.
-CONFIG = GptOssConfig(vocab_size=104, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_local_experts=8,
+# The model against itself, on a config in which no two dims are equal, with a layer of each kind.
+CONFIG = GptOssConfig(vocab_size=104, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_local_experts=8,
                       num_experts_per_tok=3, num_attention_heads=6, num_key_value_heads=2, head_dim=20, sliding_window=16,
                       max_position_embeddings=512)
 
 
-def random_weights(config=CONFIG, seed=0, packed=True):
-    weights = initialize(declare(config, dtype="float32", packed=False), seed, stddev=0.15)
-    key = jax.random.key(seed + 1)
-    for index, (name, value) in enumerate(weights.items()):
-        if name.endswith(("bias", "sinks")):
-            weights[name] = jax.random.normal(jax.random.fold_in(key, index), value.shape)
-    if not packed:
-        return weights
-    split = {}
-    for name, value in weights.items():
+def random_weights(config=CONFIG, packed=True):
+    random = np.random.default_rng(0)
+    weights = {}
+    for name, weight in declare(config, packed=False).items():
+        values = random.standard_normal(weight.shape).astype(np.float32)
+        if name.endswith("norm.weight"):
+            values = np.ones_like(values)
+        elif not name.endswith(("bias", "sinks")):
+            values *= np.float32(0.15)
         if name.endswith(("gate_up_proj", "down_proj")):
-            split[f"{name}_blocks"], split[f"{name}_scales"] = mxfp4.encode(jnp.swapaxes(value, 1, 2))
-        else:
-            split[name] = value
-    return split
+            blocks, scales = mxfp4.encode(np.swapaxes(values, 1, 2))
+            values = np.swapaxes(mxfp4.decode(blocks, scales), 1, 2)
+            if packed:
+                weights |= {f"{name}_blocks": jnp.asarray(blocks), f"{name}_scales": jnp.asarray(scales)}
+                continue
+        weights[name] = jnp.asarray(values)
+    return weights
 
 
 @pytest.fixture(scope="module")
 def model():
-    return GptOss(CONFIG, jax.jit(random_weights)())
+    return GptOss(CONFIG, random_weights())
 
 
 run = jax.jit(lambda model, tokens, segments=None: model(tokens, segment_ids=segments))
+run_cached = jax.jit(lambda model, tokens, segments, cache: model(tokens, segment_ids=segments, cache=cache))
 
 
 def tokens_of(B, T, seed=0):
     return jax.random.randint(jax.random.key(seed), (B, T), 0, CONFIG.vocab_size, dtype=jnp.int32)
 
 
-SAME = 3e-5  # float32 sums in another order, through three layers, logits of size ten
+SAME = 3e-5  # float32 sums in another order, logits of size ten
 
 
-@pytest.mark.parametrize("chunks", [[40], [1] * 40, [15, 1, 24], [16, 16, 8], [17, 23], [3, 30, 7]])
+@pytest.mark.parametrize("chunks", [[40], [1] * 40, [15, 1, 24], [16, 16, 8], [17, 15, 8], [8, 24, 8]])
 def test_chunks_of_any_size_with_a_cache_equal_one_forward(model, step, chunks):
     tokens = tokens_of(2, 40)
     cache, parts, start = make_cache(CONFIG, 2, 64, "float32"), [], 0
@@ -212,7 +217,6 @@ def test_chunks_of_any_size_with_a_cache_equal_one_forward(model, step, chunks):
 def test_padding_and_the_order_of_a_batch_change_nothing(model, side):
     tokens = tokens_of(3, 40)
     lengths = [40, 23, 7]
-    decode = jax.jit(lambda t, s, c: model(t, segment_ids=s, cache=c))
     padded, real = np.zeros((3, 40), np.int32), np.zeros((3, 40), np.int32)
     where = [slice(40 - n, 40) if side == "left" else slice(0, n) for n in lengths]
     for row, (place, n) in enumerate(zip(where, lengths)):
@@ -220,9 +224,9 @@ def test_padding_and_the_order_of_a_batch_change_nothing(model, side):
     order = np.array([2, 0, 1])
     logits = run(model, padded, real)
     np.testing.assert_allclose(run(model, padded[order], real[order]), logits[order], atol=SAME)
-    cached, cache = decode(padded, real, make_cache(CONFIG, 3, 64, "float32"))
+    cached, cache = run_cached(model, padded, real, make_cache(CONFIG, 3, 64, "float32"))
     np.testing.assert_array_equal(cache.lengths, lengths)
-    following, _ = decode(tokens_of(3, 1, 5), np.ones((3, 1), np.int32), cache)
+    following, _ = run_cached(model, tokens_of(3, 1, 5), np.ones((3, 1), np.int32), cache)
     for row, (place, n) in enumerate(zip(where, lengths)):
         alone = run(model, jnp.concatenate([tokens[row : row + 1, :n], tokens_of(3, 1, 5)[row : row + 1]], axis=1))
         np.testing.assert_allclose(logits[row, place], alone[0, :n], atol=SAME)
@@ -232,9 +236,9 @@ def test_padding_and_the_order_of_a_batch_change_nothing(model, side):
 
 def test_packed_segments_equal_each_alone(model):
     tokens = tokens_of(1, 45)
-    segments = jnp.asarray([[1] * 20 + [2] * 3 + [3] * 18 + [0] * 4], jnp.int32)
+    segments = jnp.asarray([[1] * 24 + [2] * 5 + [3] * 8 + [0] * 8], jnp.int32)
     logits = run(model, tokens, segments)
-    for start, end in ((0, 20), (20, 23), (23, 41)):
+    for start, end in ((0, 24), (24, 29), (29, 37)):
         np.testing.assert_allclose(logits[:, start:end], run(model, tokens[:, start:end]), atol=SAME)
 
 
@@ -264,7 +268,7 @@ def test_a_mesh_that_does_not_divide_is_refused_by_name():
 def test_captured_activations_are_named_and_unknown_names_refused(model):
     capture = ["layers.1.router_indices", "*.hidden"]
     logits, activations = jax.jit(lambda tokens: model(tokens, capture=capture))(tokens_of(1, 5))
-    assert sorted(activations) == ["layers.0.hidden", "layers.1.hidden", "layers.1.router_indices", "layers.2.hidden"]
+    assert sorted(activations) == ["layers.0.hidden", "layers.1.hidden", "layers.1.router_indices"]
     assert activations["layers.1.router_indices"].shape == (1, 5, 3)
     np.testing.assert_allclose(logits, run(model, tokens_of(1, 5)), atol=SAME)
     with pytest.raises(ValueError, match="'layers.9.hidden' matches no activation; there are embed, final_norm and, in layers.N, after_attn"):
@@ -285,22 +289,17 @@ def test_grad_of_chosen_weights_and_vmap_work_on_the_model(model):
         return nnx.merge(graph, chosen, rest)(tokens[None]).std()
 
     gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(chosen, tokens_of(1, 9)[0]))
-    assert len(gradients) == 3 and all(g.shape == (6,) and float(abs(g).max()) > 0 for g in gradients)
+    assert len(gradients) == 2 and all(g.shape == (6,) and float(abs(g).max()) > 0 for g in gradients)
     batched = jax.jit(jax.vmap(lambda t: model(t[None])[0]))(tokens_of(3, 9))
     np.testing.assert_allclose(batched, run(model, tokens_of(3, 9)), atol=SAME)
 
 
 def test_gradients_through_packed_experts_equal_those_through_dense_ones():
-    packed, dense = random_weights(packed=True), random_weights(packed=False)
-    for name in dense:
-        if name not in packed:
-            dense[name] = jnp.swapaxes(mxfp4.decode(packed[f"{name}_blocks"], packed[f"{name}_scales"]), 1, 2)
-
     def gradient(weights):
-        small = {name: value for name, value in weights.items() if "experts" not in name}
-        return jax.jit(jax.grad(lambda w: GptOss(CONFIG, weights | w)(tokens_of(2, 20)).std()))(small)
+        others = {name: value for name, value in weights.items() if "experts" not in name}
+        return jax.jit(jax.grad(lambda w: GptOss(CONFIG, weights | w)(tokens_of(2, 20)).std()))(others)
 
-    for ours, expected in zip(*(jax.tree.leaves(gradient(w)) for w in (packed, dense))):
+    for ours, expected in zip(*(jax.tree.leaves(gradient(random_weights(packed=packed))) for packed in (True, False)), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 

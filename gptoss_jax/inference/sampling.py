@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,15 +35,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        for name, ok, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number of at least 0"),
-            ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "an integer of at least 0 (0: no limit)"),
-            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
-            ("seed", 0 <= self.seed < 2**32, "an integer from 0 to 4294967295"),
+        for name, holds, expected in (
+            ("temperature", lambda v: 0 <= v < math.inf, "a number of at least 0"),
+            ("top_k", lambda v: 0 <= v < 2**31 and v == int(v), "an integer of at least 0 (0: no limit)"),
+            ("top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+            ("min_p", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+            ("seed", lambda v: 0 <= v < 2**32 and v == int(v), "an integer from 0 to 4294967295"),
         ):
-            if not ok:
-                raise SamplingError(f"{name} is {getattr(self, name)}, expected {expected}")
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not holds(value):
+                raise SamplingError(f"{name} is {value!r}, expected {expected}")
 
     @property
     def kind(self) -> str:

@@ -20,8 +20,9 @@ def inverse_frequencies(config: GptOssConfig) -> tuple[np.ndarray, float]:
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     wavelengths = _power_as_torch(config.rope_theta, exponents)
     unscaled = np.float32(1) / wavelengths
+    concentration = rope.attention_factor if rope.attention_factor is not None else 0.1 * math.log(rope.factor) + 1.0
     if rope.factor == 1:
-        return unscaled, 1.0
+        return unscaled, concentration
 
     def dim_of(rotations: float) -> float:
         """The (fractional) dim that turns `rotations` times over the original context: YaRN section 3.2."""
@@ -36,7 +37,6 @@ def inverse_frequencies(config: GptOssConfig) -> tuple[np.ndarray, float]:
     ramp = np.clip(((np.arange(width // 2) - low) / (high - low)).astype(np.float32), 0, 1)
     keep = np.float32(1) - ramp
     stretched = np.float32(1) / (np.float32(rope.factor) * wavelengths)
-    concentration = rope.attention_factor if rope.attention_factor is not None else 0.1 * math.log(rope.factor) + 1.0
     return stretched * (np.float32(1) - keep) + unscaled * keep, concentration
 
 

@@ -14,6 +14,7 @@ message. None is lost.
 |                                          |                                     | counts: reasoning must not turn into answers  |
 | <|constrain|>json alone in a header      | becomes the recipient               | strict: the same; else the content type       |
 | <|constrain|> json, with a space         | refuses, or makes one the recipient | strict: the same; else the content type       |
+| another special token in a header        | becomes the recipient               | strict: the same; else skipped                |
 | a named user; a tool without recipient   | refuses                             | strict refuses; else the user, the tool       |
 | no role, no channel name, too many words | refuses                             | strict refuses; else the caller's role, no    |
 |                                          |                                     | channel, the words skipped                    |
