@@ -30,6 +30,7 @@ from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 from gptoss_jax.mxfp4 import Mxfp4Error
 
 GROUP = 64
+ALIGNMENT = 8  # of a group's first row: TMA copies tiles of 8 rows by 64 inputs whole, and wgmma's N is a multiple of 8
 LARGEST_SCALE = 128
 _FACTOR = 126  # factor byte less scale byte
 # Of code j: (mask of the code's bits, how far they are shifted up) for each run of bits that moves together.
@@ -67,7 +68,10 @@ def pack(weight: Mxfp4Weight, kind=HopperWeight):
     """
     if requirement := unmet(weight):
         raise Mxfp4Error(f"Hopper layout needs {requirement}")
-    xp = np if isinstance(weight.blocks, np.ndarray) else jnp
+    return _arrange(weight, kind, np) if isinstance(weight.blocks, np.ndarray) else _arrange_on_device(weight, kind, jnp)
+
+
+def _arrange(weight, kind, xp):
     E, O, C = weight.scales.shape
     bytes_ = _split_rows(weight.blocks.reshape(E, O, C // 2, 32), kind)  # [E, n, w, h, r, k, (j, v, q)]
     bytes_ = bytes_.reshape(*bytes_.shape[:6], 4, 2, 4).transpose(0, 1, 5, 2, 4, 8, 7, 3, 6)  # [E, n, k, w, r, q, v, h, j]
@@ -82,6 +86,9 @@ def pack(weight: Mxfp4Weight, kind=HopperWeight):
     halves = (first << 7 | second >> 1 | (second & 1) << 15).transpose(0, 1, 5, 2, 4, 3)  # [E, n, k, w, r, h]
     scales = halves[..., 0] | halves[..., 1] << 16
     return kind(words.reshape(*words.shape[:4], 128), scales.reshape(*scales.shape[:3], 32))
+
+
+_arrange_on_device = jax.jit(_arrange, static_argnums=(1, 2))
 
 
 def unpack(weight) -> Mxfp4Weight:
