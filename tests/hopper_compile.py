@@ -77,7 +77,7 @@ def main(folder):
         with jax.set_mesh(mesh):
             jax.jit(lambda *a: hopper_kernel.matmul(*a, plan, limit=7.0, alpha=1.702)).lower(
                 shape((rows, inputs), jnp.bfloat16), weight, shape((experts, outputs), jnp.bfloat16), shape((experts,), jnp.int32)).compile()
-        print(json.dumps({"device": device, "rows": rows, "gated": gated, **plan._asdict(), **report(dump)}), flush=True)
+        print(json.dumps({"device": device, "all_rows": rows, "gated": gated, **plan._asdict(), **report(dump)}), flush=True)
 
 
 def report(dump):
@@ -93,7 +93,8 @@ def report(dump):
     loops = [end - start + 1 for start, end in jumps if multiplies and start <= multiplies[0] and multiplies[-1] <= end]
     return {"registers_each": int(re.search(r"Used (\d+) registers", said).group(1)),
             "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
-            "serialized": "wgmma" in said, "hgmma": len(multiplies), "loop": min(loops),
+            "warned": "warning" in said or "wgmma" in said,  # serialized wgmma, setmaxnreg ignored
+             "hgmma": len(multiplies), "loop": min(loops),
             "shared_bytes": max(int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", "".join(p.read_text() for p in dump.glob("*resources*"))) or [0]),
             "instructions_per_weight": round(min(loops) / (len(multiplies) * WEIGHTS_PER_HGMMA), 2)}
 

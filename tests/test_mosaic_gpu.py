@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import hopper_compile
 import jax
@@ -17,6 +18,7 @@ import pytest
 from gptoss_jax import mxfp4
 from gptoss_jax.kernels import expert_matmul as op
 from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, hopper_layout, mosaic_gpu, reference
+from gptoss_jax.model.moe import Experts
 
 KINDS = [HopperWeight, HopperGateUpWeight]
 needs_new_jax = pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
@@ -62,6 +64,27 @@ def test_the_kernels_decoding_is_exact_for_every_code_and_scale(kind):
     normal = np.repeat(weight.scales, 32, axis=-1) > 2  # under that a CPU may take numbers for zero
     normal = normal if kind is HopperWeight else normal.reshape(16, 4, 8, 2, 64).swapaxes(2, 3).reshape(16, 64, 64)
     np.testing.assert_array_equal(decoded[normal], expected[normal])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_weights_are_valid_ones(kind):
+    weight = hopper_layout.unpack(hopper_layout.random(jax.random.key(0), 2, 128, 64, kind))
+    assert weight.blocks.shape == (2, 128, 2, 16) and (weight.scales == 120).all() and len(np.unique(weight.blocks)) == 256
+
+
+def test_experts_are_rearranged_both_or_not_at_all():
+    gate_up, down = packed(2, 128, 64), packed(2, 64, 64)
+    weights = {"x.gate_up_proj_blocks": gate_up.blocks, "x.gate_up_proj_scales": gate_up.scales, "x.gate_up_proj_bias": jnp.zeros((2, 128)),
+               "x.down_proj_blocks": down.blocks, "x.down_proj_scales": down.scales, "x.down_proj_bias": jnp.zeros((2, 64))}
+    config = types.SimpleNamespace(swiglu_limit=7.0, swiglu_alpha=1.702)
+    experts = Experts(config, "x", weights)
+    experts.rearrange_for_hopper()
+    assert isinstance(experts.matrix("gate_up_proj"), HopperGateUpWeight) and isinstance(experts.matrix("down_proj"), HopperWeight)
+    np.testing.assert_array_equal(hopper_layout.unpack(experts.matrix("down_proj")).blocks, down.blocks)
+    experts = Experts(config, "x", weights | {"x.down_proj_scales": down.scales.at[1, 2, 1].set(200)})
+    with pytest.raises(mxfp4.Mxfp4Error, match="at most 128"):
+        experts.rearrange_for_hopper()
+    assert isinstance(experts.matrix("gate_up_proj"), Mxfp4Weight)
 
 
 def test_what_the_layout_has_no_room_for_is_refused():
@@ -117,7 +140,7 @@ def test_every_unit_of_the_grid_is_planned_within_a_hoppers_limits(kind):
             weight = kind(jax.ShapeDtypeStruct((*groups, 4, 128), jnp.uint32), jax.ShapeDtypeStruct((*groups, 32), jnp.uint32))
             for rows in (8, 32, 64, 512, 4096, 65536):
                 plan = hopper_kernel.plan(rows, weight)
-                assert plan.rows in (8, 16, 32, 64, 128) and plan.stages >= 3
+                assert plan.rows in (8, 16, 32, 64, 128) and plan.stages >= 4
                 assert groups[1] % plan.warpgroups == 0 and groups[2] % plan.groups == 0
                 copying, multiplying = plan.registers
                 assert 128 * (copying + plan.warpgroups * multiplying) <= 65536
@@ -186,6 +209,7 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(reports) == len(hopper_compile.CASES)
     for report in reports:
-        assert report["spilled_bytes"] == 0 and report["hgmma"] == 4 * report["groups"] and not report["serialized"], report
+        assert report["spilled_bytes"] == 0 and report["hgmma"] == 4 * report["groups"] and not report["warned"], report
         assert 0 < report["shared_bytes"] <= 232448 and report["registers_each"] * 128 * (report["warpgroups"] + 1) <= 65536, report
-        assert report["instructions_per_weight"] <= 3.2, report  # 3.03 when written: everything in the loop, over the weights it decodes
+        # 3.03 and 3.56 when written: everything in the loop, over the weights it decodes.
+        assert report["instructions_per_weight"] <= {3: 3.1, 1: 3.6}[report["groups"]], report

@@ -23,7 +23,7 @@ from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, Hop
 
 SMS = 132  # of an H100 or H200 (SXM)
 _SHARED_BYTES = 232448 - 4096  # of a block, less barriers and what the compiler takes
-_MOST_STAGES = 8
+_FEWEST_STAGES, _MOST_STAGES = 4, 8
 
 
 class Plan(NamedTuple):
@@ -47,15 +47,17 @@ class Plan(NamedTuple):
 def plan(num_rows: int, weight) -> Plan:
     """Choose tile, step, ring and split for `num_rows` rows over all experts."""
     E, outs, ins = weight.scales.shape[:3]
-    rows = min(128, max(ALIGNMENT, 1 << (2 * -(-num_rows // E) - 1).bit_length()))
-    warpgroups, groups = (next(n for n in (3, 2, 1) if dim % n == 0) for dim in (outs, ins))
+    # Twice the mean, so that most experts' rows fit one tile; no more than there are.
+    rows = min(128, max(ALIGNMENT, 1 << (2 * -(-num_rows // E) - 1).bit_length()), 1 << num_rows.bit_length() - 1)
+    warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
+    room = _SHARED_BYTES - warpgroups * rows * GROUP * 4  # beside the rows that are on their way out
+    group = warpgroups * (2048 + 128) + rows * 2 * GROUP
+    groups = next(n for n in (3, 2, 1) if ins % n == 0 and (n == 1 or room // (n * group) >= _FEWEST_STAGES))
     units, steps = _most_tiles(num_rows, E, rows) * (outs // warpgroups), ins // groups
     splits = 1
     if isinstance(weight, HopperWeight) and units < SMS:  # few rows: fill the grid with parts of sums
         splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-steps // n))
-    stage = groups * (warpgroups * (2048 + 128) + rows * 2 * GROUP)
-    stages = min(_MOST_STAGES, (_SHARED_BYTES - rows * warpgroups * GROUP * (2 if splits == 1 else 4)) // stage)
-    return Plan(rows, warpgroups, groups, stages, splits)
+    return Plan(rows, warpgroups, groups, min(_MOST_STAGES, room // (groups * group)), splits)
 
 
 def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:

@@ -106,6 +106,14 @@ def unpack(weight) -> Mxfp4Weight:
     return Mxfp4Weight(blocks.reshape(E, n * GROUP, 2 * k, 16), scales.reshape(E, n * GROUP, 2 * k))
 
 
+def random(key, experts: int, outputs: int, inputs: int, kind=HopperWeight):
+    """Make a weight on the device in this layout, to measure without a checkpoint: any codes, in all blocks scale byte 120 (2^-7)."""
+    groups = (experts, outputs // GROUP, inputs // GROUP)
+    factor = 120 + _FACTOR
+    half = factor << 7 | factor >> 1 | (factor & 1) << 15
+    return kind(jax.random.bits(key, (*groups, 4, 128), jnp.uint32), jnp.full((*groups, 32), half << 16 | half, jnp.uint32))
+
+
 def _split_rows(x, kind):
     """[E, out, k, ...] -> [E, n, w, h, r, k, ...]."""
     E, O = x.shape[:2]
