@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu python3 tests/hopper_compile.py [FOLDER for the dumps]
 
 Needs what `pip install -e .[test-gpu]` adds (about 1.2 GB): the CUDA plugin of the installed jax's version, with none of the libraries that a
-program would need to run, and triton for the ptxas and cuobjdump it carries. No driver, no GPU.
+program would need to run, the newest ptxas (triton's own is older than the PTX), and triton for its cuobjdump. No driver, no GPU.
 """
 
 import importlib.util
@@ -43,7 +43,8 @@ def tool(package, pattern):
 
 def missing():
     """Return which of the wheels aren't installed."""
-    found = {"jax-cuda13-plugin": importlib.util.find_spec("jax_cuda13_plugin"), "triton": tool("triton", "bin/cuobjdump")}
+    found = {"jax-cuda13-plugin": importlib.util.find_spec("jax_cuda13_plugin"), "nvidia-cuda-nvcc": tool("nvidia", "bin/ptxas"),
+             "triton": tool("triton", "bin/cuobjdump")}
     return [name for name, where in found.items() if where is None]
 
 
@@ -82,7 +83,7 @@ def main(folder):
 def report(dump):
     """Return what ptxas says of the kernel's PTX, and the instructions of its inner loop, the smallest that holds every HGMMA."""
     (ptx,), cubin = dump.glob("*.ptx"), dump / "kernel.cubin"
-    said = subprocess.run([tool("triton", "bin/ptxas"), "-arch=sm_90a", "-v", ptx, "-o", cubin], capture_output=True, text=True, check=True).stderr
+    said = subprocess.run([tool("nvidia", "bin/ptxas"), "-arch=sm_90a", "-v", ptx, "-o", cubin], capture_output=True, text=True, check=True).stderr
     sass = subprocess.run([tool("triton", "bin/cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*?);", sass, re.MULTILINE)
     index = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
