@@ -38,7 +38,7 @@ def by_hand(x, dense, bias, groups, rows):
 
 @pytest.mark.parametrize("spare", [0, 3])
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"])  # that one: test_mosaic_gpu.py
 def test_each_row_meets_its_own_expert_and_spare_rows_give_zeros(implementation, groups, spare):
     packed, dense, bias = weights()
     rows = sum(groups) + spare

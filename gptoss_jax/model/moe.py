@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, expert_matmul
+from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, expert_matmul, expert_swiglu, pack
 from gptoss_jax.model.linear import Linear
 
 
@@ -33,10 +33,26 @@ class Experts(nnx.Module):
             setattr(self, f"{name}_bias", nnx.Param(weights[f"{prefix}.{name}_bias"]))
 
     def matrix(self, name: str):
-        """Return `gate_up_proj` or `down_proj` as the kernels take it: Mxfp4Weight, or dense [E, in, out]."""
+        """Return `gate_up_proj` or `down_proj` as the kernels take it: Mxfp4Weight, its arrangement for Hopper, or dense [E, in, out]."""
         if hasattr(self, name):
             return getattr(self, name)[...]
+        if hasattr(self, f"{name}_words"):
+            return _FOR_HOPPER[name](getattr(self, f"{name}_words")[...], getattr(self, f"{name}_scales")[...])
         return Mxfp4Weight(getattr(self, f"{name}_blocks")[...], getattr(self, f"{name}_scales")[...])
+
+    def rearrange_for_hopper(self):
+        """Keep packed matrices as the Hopper kernel reads them instead of the checkpoint's arrays: to run on one device, not to save or train.
+
+        Dense ones stay. Raises Mxfp4Error, having changed nothing, where a matrix can't be.
+        """
+        packed = {name: pack(self.matrix(name), kind) for name, kind in _FOR_HOPPER.items() if hasattr(self, f"{name}_blocks")}
+        for name, weight in packed.items():
+            delattr(self, f"{name}_blocks")
+            setattr(self, f"{name}_words", PackedWeight(weight.words))
+            setattr(self, f"{name}_scales", PackedWeight(weight.scales))
+
+
+_FOR_HOPPER = {"gate_up_proj": HopperGateUpWeight, "down_proj": HopperWeight}
 
 
 class MoE(nnx.Module):
@@ -74,7 +90,7 @@ class MoE(nnx.Module):
         order_M = jnp.argsort(expert_M, stable=True)
         group_sizes = jnp.zeros(E + 1, jnp.int32).at[jnp.minimum(expert_M, E)].add(1)[:E]
         x_MD = x_BTD.reshape(-1, D)[order_M // A]
-        h_MF = swiglu(expert_matmul(x_MD, gate_up, gate_up_bias, group_sizes), self.experts.limit, self.experts.alpha)
+        h_MF = expert_swiglu(x_MD, gate_up, gate_up_bias, group_sizes, limit=self.experts.limit, alpha=self.experts.alpha)
         y_MD = expert_matmul(h_MF, down, down_bias, group_sizes)
         back_M = jnp.argsort(order_M, stable=True)
         y_BTAD = y_MD[back_M].reshape(B, T, A, D).astype(jnp.float32)
@@ -108,13 +124,3 @@ class MoE(nnx.Module):
         run = jax.shard_map(body, mesh=mesh, in_specs=(spec, spec, spec, gate_up_spec, weight, down_spec, P(expert, None)),
                             out_specs=spec, check_vma=False)
         return run(x_BTD, indices_BTA, weights_BTA, gate_up, gate_up_bias, down, down_bias)
-
-
-def swiglu(x, limit: float, alpha: float):
-    """Gate and up interleaved in the last dim [..., 2F] -> [..., F]: gate clamped from above, up on both sides, and up + 1.
-
-    Source: openai/gpt-oss `gpt_oss/torch/model.py: swiglu`.
-    """
-    gate, up = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return (gate * jax.nn.sigmoid(alpha * gate) * (up + 1)).astype(x.dtype)

@@ -33,3 +33,13 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E):
     out = jnp.einsum("mi,mio->mo", x_MI, matrices[expert], preferred_element_type=jnp.float32, precision="highest")
     out = out + bias_EO[expert].astype(jnp.float32)
     return jnp.where((rows < ends[-1])[:, None], out, 0).astype(x_MI.dtype)
+
+
+def swiglu(x, limit: float, alpha: float):
+    """Gate and up interleaved in the last dim [..., 2F] -> [..., F]: gate clamped from above, up on both sides, and up + 1.
+
+    Source: openai/gpt-oss `gpt_oss/torch/model.py: swiglu`.
+    """
+    gate, up = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (gate * jax.nn.sigmoid(alpha * gate) * (up + 1)).astype(x.dtype)

@@ -1,0 +1,333 @@
+"""Expert matmul for NVIDIA Hopper GPUs in Pallas Mosaic GPU: packed weights by TMA, decoded in registers, multiplied by wgmma.
+
+The weights are wgmma's operand A, from registers, and the rows its N side, so that one kernel serves decode (8 rows of an expert) and prefill
+(128). A persistent grid walks over units: a tile of at most N rows of one expert, times a block of outputs, times a part of the sum. One
+warpgroup copies the next steps' words, scales and rows into a ring of stages, ahead of unit boundaries too; each of the others decodes and
+multiplies 64 outputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
+
+SMS = 132  # of an H100 or H200 (SXM)
+_SHARED_BYTES = 232448 - 4096  # of a block, less barriers and what the compiler takes
+_FEWEST_STAGES, _MOST_STAGES = 4, 8
+
+
+class Plan(NamedTuple):
+    """What is fixed when the kernel is compiled; tests also set the last two."""
+
+    rows: int  # N: of a tile
+    warpgroups: int  # that multiply: a block is this many times 64 outputs
+    groups: int  # of 64 inputs, in a step
+    stages: int
+    splits: int  # of the sum over inputs
+    blocks: int = SMS  # of the grid
+    interpret: object = None  # plgpu.InterpretGPUParams: what can't be interpreted is computed by jnp instead
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread that copies and of one that multiplies: together no more than the block got at launch."""
+        each = 65536 // (128 * (self.warpgroups + 1)) // 8 * 8
+        return 40, min(240, each + (each - 40) // self.warpgroups // 8 * 8)
+
+
+def plan(num_rows: int, weight) -> Plan:
+    """Choose tile, step, ring and split for `num_rows` rows over all experts."""
+    E, outs, ins = weight.scales.shape[:3]
+    # Twice the mean, so that most experts' rows fit one tile; no more than there are.
+    rows = min(128, max(ALIGNMENT, 1 << (2 * -(-num_rows // E) - 1).bit_length()), 1 << num_rows.bit_length() - 1)
+    warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
+    room = _SHARED_BYTES - warpgroups * rows * GROUP * 4  # beside the rows that are on their way out
+    group = warpgroups * (2048 + 128) + rows * 2 * GROUP
+    groups = next(n for n in (3, 2, 1) if ins % n == 0 and (n == 1 or room // (n * group) >= _FEWEST_STAGES))
+    units, steps = _most_tiles(num_rows, E, rows) * (outs // warpgroups), ins // groups
+    splits = 1
+    if isinstance(weight, HopperWeight) and units < SMS:  # few rows: fill the grid with parts of sums
+        splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-steps // n))
+    return Plan(rows, warpgroups, groups, min(_MOST_STAGES, room // (groups * group)), splits)
+
+
+def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
+    return min(num_rows // ALIGNMENT, num_rows // rows + num_experts + 1)
+
+
+def tiles(group_sizes_E, num_rows: int, rows: int):
+    """Cut rows sorted by expert into tiles: int32 [3, T] of expert, first row, number of rows, the last two in ALIGNMENTs; int32 [1], how many.
+
+    Group sizes and num_rows are multiples of ALIGNMENT. Rows past the groups' sum belong to expert E. T is the most tiles there can be.
+    """
+    E, height = group_sizes_E.shape[0], rows // ALIGNMENT
+    sizes = jnp.append(group_sizes_E, num_rows - group_sizes_E.sum()).astype(jnp.int32) // ALIGNMENT
+    row_end, tile_end = jnp.cumsum(sizes), jnp.cumsum(-(-sizes // height))
+    tile = jnp.arange(_most_tiles(num_rows, E, rows), dtype=jnp.int32)
+    expert = jnp.minimum((tile_end <= tile[:, None]).sum(axis=1, dtype=jnp.int32), E)
+    first = row_end[expert] - sizes[expert] + (tile - tile_end[expert] + -(-sizes[expert] // height)) * height
+    return jnp.stack([expert, first, jnp.clip(row_end[expert] - first, 0, height)]), tile_end[-1:]
+
+
+def matmul(x_MI, weight, bias_EO, group_sizes_E, plan: Plan, *, limit: float = 0.0, alpha: float = 0.0):
+    """Run the kernel: x bfloat16 [M, in], bias bfloat16 or float32 [E, out]; M and group sizes are multiples of ALIGNMENT.
+
+    Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
+    HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16.
+    """
+    gated = isinstance(weight, HopperGateUpWeight)
+    M = x_MI.shape[0]
+    E, outs, ins = weight.scales.shape[:3]
+    wgs, groups, N, stages, splits = plan.warpgroups, plan.groups, plan.rows, plan.stages, plan.splits
+    steps, blocks = ins // groups, outs // wgs
+    out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
+    each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
+    ops = _Interpreted if plan.interpret else _Mosaic
+
+    def body(table, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
+        me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
+        units = count[0] * (blocks * splits)
+        mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
+
+        def unit(i):
+            """Return (tile, block of outputs, part of the sum, its first step, its number of steps) of this block's i-th unit."""
+            at = block + i * plan.blocks
+            tile, part, column = at // (blocks * splits), at // blocks % splits, at % blocks
+            begin, end = part * steps // splits, (part + 1) * steps // splits
+            return tile, column, part, begin, jnp.where(table[0, tile] < E, end - begin, 0)
+
+        @pl.when(me == wgs)
+        def _copy():
+            plgpu.set_max_registers(plan.registers[0], action="decrease")
+
+            def copy_unit(i, done):
+                tile, column, _, begin, length = unit(i)
+                expert, first = table[0, tile], table[1, tile]
+
+                def copy_step(step, _):
+                    at = done + step
+                    slot = jax.lax.rem(at, stages)
+
+                    @pl.when(at >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    outputs, inputs = pl.ds(column * wgs, wgs), pl.ds((begin + step) * groups, groups)
+                    plgpu.copy_gmem_to_smem(words.at[expert, outputs, inputs], words_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(scales.at[expert, outputs, inputs], scales_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(x.at[pl.ds(first * ALIGNMENT, N), pl.ds((begin + step) * groups * GROUP, groups * GROUP)],
+                                            x_smem.at[slot], full.at[slot])
+                    return _
+
+                jax.lax.fori_loop(0, length, copy_step, None)
+                return done + length
+
+            jax.lax.fori_loop(0, mine, copy_unit, jnp.int32(0))
+
+        @pl.when(me < wgs)
+        def _multiply():
+            plgpu.set_max_registers(plan.registers[1], action="increase")
+
+            def compute_unit(i, done):
+                tile, column, part, _, length = unit(i)
+                expert, first, rows = table[0, tile], table[1, tile], table[2, tile]
+
+                def accumulate(acc):
+                    def step(step, _):
+                        slot = jax.lax.rem(done + step, stages)
+                        plgpu.barrier_wait(full.at[slot])
+                        for group in range(groups):
+                            decoded = _decode(words_smem[slot, me, group], scales_smem[slot, me, group], ops)
+                            ops.multiply(acc, decoded, x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
+                        ops.finish()
+                        plgpu.barrier_arrive(empty.at[slot])
+                        return _
+
+                    jax.lax.fori_loop(0, length, step, None)
+                    return acc[...]
+
+                # Loaded ahead of the sum, so as not to be waited for. Rows of no expert get no bias, parts of a sum get it once.
+                keep = jnp.where((expert < E) & (part == 0), jnp.float32(1), jnp.float32(0))
+                outputs = bias.at[jnp.minimum(expert, E - 1), pl.ds((column * wgs + me) * GROUP, GROUP)]
+                added = ops.load_bias(outputs, gated).astype(jnp.float32) * keep
+                product = ops.accumulator(accumulate, acc_smem, me, N)
+                if gated:
+                    gate, up, gate_bias, up_bias = ops.halves(product, added)
+                    y = _swiglu(gate + _across(gate_bias, N), up + _across(up_bias, N), limit, alpha).astype(out_dtype)
+                else:
+                    y = product + _across(added, N)
+                    y = y.astype(out_dtype) if splits == 1 else plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out_smem.at[me].T[...] = y
+                plgpu.commit_smem()
+                _store_rows(out_smem.at[me], out.at[part, :, pl.ds((column * wgs + me) * each, each)], first, rows, N)
+                return done + length
+
+            jax.lax.fori_loop(0, mine, compute_unit, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+    swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    run = plgpu.kernel(
+        body, out_type=jax.ShapeDtypeStruct((splits, M, outs * each), out_dtype),
+        grid=(plan.blocks,), grid_names=("block",), num_threads=wgs + 1, thread_name="warpgroup",
+        scratch_types=[
+            plgpu.SMEM((stages, N, groups * GROUP), jnp.bfloat16, transforms=swizzle),
+            plgpu.SMEM((stages, wgs, groups, 4, 128), jnp.uint32),
+            plgpu.SMEM((stages, wgs, groups, 32), jnp.uint32),
+            plgpu.SMEM((wgs, N, each), out_dtype),
+            plgpu.SMEM((wgs, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        ],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **({"interpret": plan.interpret} if plan.interpret else {}))
+    table, count = tiles(group_sizes_E, M, N)
+    out = run(table, count, x_MI, weight.words, weight.scales, bias_EO)
+    return out[0] if splits == 1 else out
+
+
+def _across(x, rows):
+    return jax.lax.broadcast_in_dim(x, (x.shape[0], rows), (0,))
+
+
+def _swiglu(gate, up, limit, alpha):
+    gate, up = jnp.minimum(gate, limit), jnp.maximum(jnp.minimum(up, limit), -limit)
+    return gate / (1 + jnp.exp(-alpha * gate)) * (up + 1)
+
+
+def _store_rows(smem, gmem, first, rows, most):
+    """Copy the first rows of smem to gmem from row `first`, both in ALIGNMENTs: by powers of two, as a copy's shape is fixed."""
+    done = 0
+    for power in reversed(range((most // ALIGNMENT).bit_length())):
+        size = 1 << power
+
+        @pl.when(rows & size != 0)
+        def _():
+            plgpu.copy_smem_to_gmem(smem.at[pl.ds(done * ALIGNMENT, size * ALIGNMENT)], gmem.at[pl.ds((first + done) * ALIGNMENT, size * ALIGNMENT)])
+
+        done = done + (rows & size)
+
+
+def _decode(words, scales, ops):
+    """Return bfloat16 [64 outputs, 64 inputs] of words uint32 [4, 128] and scales uint32 [32]; hopper_layout describes both."""
+    field, exponent = np.uint32(0x81C081C0), np.uint32(0x7F807F80)
+    pairs = (words & field, words << 3 & field, words << 6 & field,
+             words << 1 & np.uint32(0x80008000) | words >> 5 & np.uint32(0x01000100) | words >> 4 & np.uint32(0x00C000C0))
+    twice = (scales & np.uint32(0xFFFF) | scales << 16, scales >> 16 | scales & np.uint32(0xFFFF0000))
+    factors = tuple(half & exponent for half in twice), tuple((half << 8 | half >> 24) & exponent for half in twice)
+    return ops.scale(pairs, factors)
+
+
+# Layouts: [4, 128] words, 4 a thread; a vector of one number for each pair of wgmma's rows 8 apart; two; a matrix of one row for each pair.
+_WORDS = plgpu.Layout.WG_STRIDED((4, 128), vec_size=4)
+_ONE = plgpu.Layout.TILED(plgpu.Tiling(((32,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
+_TWO = plgpu.Layout.TILED(plgpu.Tiling(((64,), (16,), (2,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
+_HALF = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+class _Mosaic:
+    """What runs on the device and can't be interpreted."""
+
+    @staticmethod
+    def scale(pairs, factors):
+        """Take pairs[j] [4, 128] and factors[block][h] [32], both as two bfloat16 a word, to their products in operand A's layout."""
+        @plgpu.inline_mgpu(arg_types=((_WORDS,) * 4, ((_ONE,) * 2,) * 2),
+                           return_type=plgpu.ShapeDtypeStruct((GROUP, GROUP), jnp.bfloat16, layout=plgpu.Layout.WGMMA))
+        def scaled(_, pairs, factors):
+            two = ir.VectorType.get((2,), ir.BF16Type.get())
+            factor = [[vector.bitcast(two, half.registers.item()) for half in block] for block in factors]
+            products = [arith.mulf(vector.bitcast(two, _part(pairs[j].registers.item(), 2 * v + h)), factor[j // 2][h])
+                        for j, v, h in np.ndindex(4, 2, 2)]
+            return _fragments(np.array(products, object), plgpu.Layout.WGMMA, (GROUP, GROUP))
+
+        return scaled(pairs, factors)
+
+    @staticmethod
+    def load_bias(ref, gated):
+        return plgpu.load(ref, layout=_TWO if gated else None, optimized=False)
+
+    @staticmethod
+    def halves(product, bias):
+        """Take the product [64, N] and a bias of 64 in order apart: gate, up [32, N], their biases [32]."""
+        rows = product.shape[1]
+        matrix, column = (plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout) for shape, layout in (((32, rows), _HALF), ((32,), _ONE)))
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _TWO), return_type=(matrix, matrix, column, column))
+        def apart(_, product, bias):
+            pairs, (two,) = product.registers.reshape(rows // 8, 2), bias.registers.flat
+            biases = (np.array([_part(two, h)], object) for h in range(2))
+            return tuple(_fragments(x, layout, shape) for x, layout, shape in
+                         ((pairs[:, 0], _HALF, (32, rows)), (pairs[:, 1], _HALF, (32, rows)), *((x, _ONE, (32,)) for x in biases)))
+
+        return apart(product, bias)
+
+    @staticmethod
+    def multiply(acc, decoded, x):
+        plgpu.wgmma(acc, decoded, x.T)
+        plgpu.wgmma_wait(1)
+
+    @staticmethod
+    def finish():
+        plgpu.wgmma_wait(0)
+
+    @staticmethod
+    def accumulator(accumulate, _, __, rows):
+        return pl.run_scoped(accumulate, plgpu.ACC((GROUP, rows)))
+
+
+def _part(register, index):
+    """Return one element of a register's vector, as a vector of one."""
+    return vector.extract_strided_slice(ir.VectorType.get((1,), ir.VectorType(register.type).element_type), register, [index], [1], [1])
+
+
+def _fragments(registers, layout, shape):
+    layout = layout.to_mgpu()
+    return mgpu.FragmentedArray(_registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None)
+
+
+class _Interpreted:
+    """The same by jnp."""
+
+    @staticmethod
+    def load_bias(ref, gated):
+        return ref[...]
+
+    @staticmethod
+    def halves(product, bias):
+        product, bias = product.reshape(4, 2, 8, -1), bias.reshape(32, 2)
+        return product[:, 0].reshape(32, -1), product[:, 1].reshape(32, -1), bias[:, 0], bias[:, 1]
+
+    @staticmethod
+    def scale(pairs, factors):
+        def numbers(words):  # [..., 2] float32; e2m1's bits go through float16, as XLA on CPU flushes denormals
+            return jnp.stack([words & 0xFFFF, words >> 16], axis=-1)
+
+        values = []
+        for j, v, h in np.ndindex(4, 2, 2):
+            bits = numbers(pairs[j].reshape(4, 8, 4, 2, 2)[..., v, h])  # [w, r, q, b]
+            code = jax.lax.bitcast_convert_type((bits & 0x8000 | (bits & 0x1C0) << 3).astype(jnp.uint16), jnp.float16).astype(jnp.float32)
+            exponent = (numbers(factors[j // 2][h].reshape(4, 8, 1)) >> 7).astype(jnp.int32)  # times 2^14 for float16's, less 126 for e2m1's
+            values.append(code * 2.0**14 * jnp.exp2((exponent - 253).astype(jnp.float32)))
+        return jnp.stack(values).reshape(4, 2, 2, 4, 8, 4, 2).transpose(3, 2, 4, 0, 1, 5, 6).reshape(GROUP, GROUP).astype(jnp.bfloat16)
+
+    @staticmethod
+    def multiply(acc, decoded, x):
+        acc[...] += jnp.dot(decoded.astype(jnp.float32), x[...].T.astype(jnp.float32), precision="highest")
+
+    @staticmethod
+    def finish():
+        pass
+
+    @staticmethod
+    def accumulator(accumulate, acc_smem, me, _):
+        acc_smem[me] = jnp.zeros(acc_smem.shape[1:], jnp.float32)
+        return accumulate(acc_smem.at[me])
