@@ -57,6 +57,40 @@ def test_nothing_is_compiled_again_for_another_length_or_setting(model):
     assert engine._decode._cache_size() == 1 and engine._prefill._cache_size() == 1 and engine._first._cache_size() == 1
 
 
+def test_tokens_are_the_same_when_a_dispatch_takes_several_steps(engine, oracle, monkeypatch):
+    """One row stops early at a stop id, others at their room; log-probabilities and finish reasons included."""
+    prompts = [oracle["g16.prompt"].tolist(), [1, 2, 3], oracle["g150.prompt"].tolist()]
+    settings = [GREEDY, Sampling(seed=3, top_p=0.9), Sampling(seed=4)]
+    monkeypatch.setattr(engine, "stop_ids", frozenset([oracle["g16.new"].tolist()[5]]))
+    assert engine.steps_per_dispatch == 1  # on CPUs
+    expected = [engine.generate(prompts, settings, max_new_tokens=count) for count in (1, 2, 23)]
+    monkeypatch.setattr(engine, "steps_per_dispatch", 3)
+    before = engine._decode._cache_size()
+    for count, completions in zip((1, 2, 23), expected):
+        ours = engine.generate(prompts, settings, max_new_tokens=count)
+        assert [(c.ids, c.finish) for c in ours] == [(c.ids, c.finish) for c in completions]
+        for a, b in zip(ours, completions):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-6)
+    assert ours[0].finish == "stop" and len(ours[0].ids) <= 6
+    assert engine._decode_many._cache_size() == 1 and engine._decode._cache_size() == before
+
+
+def test_a_dispatch_ends_when_every_row_has(model, oracle):
+    """So that a stop id costs no more than the step it came in, and what is dispatched ahead after it costs nothing."""
+    engine = Engine(model, prefill_chunk=16, steps_per_dispatch=8)
+    cache, _ = engine._prefill_prompts([oracle["g16.prompt"].tolist()], 256)
+    new = oracle["g16.new"].tolist()
+    engine.stop_ids = frozenset([new[3]])
+    stopped = new.index(new[3])
+    _, arrays = stack([GREEDY])
+    state, room = (cache, jnp.asarray(new[:1]), np.array([True])), np.array([100], np.int32)
+    state, (ids, _, done) = engine._decode_many(engine.weights, state, arrays, np.int32(1), np.int32(8), room, kind="greedy")
+    assert done == stopped and ids[: int(done), 0].tolist() == new[1 : stopped + 1] and not state[2].any()
+    assert engine._decode_many(engine.weights, state, arrays, np.int32(9), np.int32(8), room, kind="greedy")[1][2] == 0
+    with pytest.raises(ValueError, match="steps_per_dispatch is 0, expected at least 1"):
+        Engine(model, steps_per_dispatch=0)
+
+
 def test_a_seed_reproduces_its_tokens_in_any_batch(engine):
     prompts = [[1, 2, 3], [7] * 30, [9, 4]]
     settings = [Sampling(seed=s, top_p=0.9, top_k=50) for s in (3, 4, 5)]

@@ -39,11 +39,12 @@ class Attention(nnx.Module):
         q = sharding.constrain(rotate(q, *rope), ("batch", None, "heads", None), mesh)
         k = sharding.constrain(rotate(k, *rope), ("batch", None, "kv_heads", None), mesh)
         if cache is None:
-            key_positions, key_segments = positions_BT, segments_BT
+            key_positions, key_segments, order = positions_BT, segments_BT, "aligned"
         else:
             cache, k, v, key_positions = cache_lib.update(cache, k, v, chunk, self.window is not None, implementation)
             positions_BT, segments_BT, key_segments = chunk.positions, None, None
+            order = "slots" if self.window is None else "ring"
         out = attention(q, k.astype(q.dtype), v.astype(q.dtype), self.sinks[...], q_positions=positions_BT, k_positions=key_positions,
                         q_segments=segments_BT, k_segments=key_segments, window=self.window,
-                        implementation=implementation)
+                        order=order, implementation=implementation)
         return self.o_proj(out.reshape(B, T, -1), mesh=mesh), cache

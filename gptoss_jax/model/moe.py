@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -13,6 +14,8 @@ from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, expert_matmul, expert_swiglu, pack
 from gptoss_jax.model.linear import Linear
+
+_FEW_ROWS = 512  # from here on sorting them is cheaper than comparing each with each
 
 
 class PackedWeight(nnx.Variable):
@@ -69,8 +72,9 @@ class MoE(nnx.Module):
         One softmax, over the chosen logits only.
         """
         logits = self.router(x_BTD, jnp.float32, mesh=mesh)
-        chosen, indices = jax.lax.top_k(logits, self.config.num_experts_per_tok)
-        return logits, indices, jax.nn.softmax(chosen, axis=-1)
+        count = self.config.num_experts_per_tok
+        by_rank, by_sorting = (functools.partial(f, count=count) for f in (_top_by_rank, _top_by_sorting))
+        return logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
 
     def __call__(self, x_BTD, indices_BTA, weights_BTA, real_BT, mesh):
         """Return the weighted sum of the chosen experts' outputs, [B, T, D]. Tokens that aren't real go to no expert."""
@@ -87,12 +91,15 @@ class MoE(nnx.Module):
         B, T, D = x_BTD.shape
         E, A = gate_up_bias.shape[0], indices_BTA.shape[-1]
         expert_M = indices_BTA.reshape(-1)
-        order_M = jnp.argsort(expert_M, stable=True)
-        group_sizes = jnp.zeros(E + 1, jnp.int32).at[jnp.minimum(expert_M, E)].add(1)[:E]
-        x_MD = x_BTD.reshape(-1, D)[order_M // A]
+        by_sorting = functools.partial(_group_by_sorting, experts=E)
+        if B * T * A <= _FEW_ROWS:
+            by_comparing = functools.partial(_group_by_comparing, experts=E)
+            order_M, back_M, group_sizes = jax.lax.platform_dependent(expert_M, cuda=by_comparing, default=by_sorting)
+        else:
+            order_M, back_M, group_sizes = by_sorting(expert_M)
+        x_MD = jnp.broadcast_to(x_BTD[0], (A, D)) if B * T == 1 else x_BTD.reshape(-1, D)[order_M // A]
         h_MF = expert_swiglu(x_MD, gate_up, gate_up_bias, group_sizes, limit=self.experts.limit, alpha=self.experts.alpha)
         y_MD = expert_matmul(h_MF, down, down_bias, group_sizes)
-        back_M = jnp.argsort(order_M, stable=True)
         y_BTAD = y_MD[back_M].reshape(B, T, A, D).astype(jnp.float32)
         return (y_BTAD * weights_BTA[..., None]).sum(axis=2).astype(x_BTD.dtype)
 
@@ -124,3 +131,36 @@ class MoE(nnx.Module):
         run = jax.shard_map(body, mesh=mesh, in_specs=(spec, spec, spec, gate_up_spec, weight, down_spec, P(expert, None)),
                             out_specs=spec, check_vma=False)
         return run(x_BTD, indices_BTA, weights_BTA, gate_up, gate_up_bias, down, down_bias)
+
+
+def _top_by_sorting(logits, *, count: int):
+    """Return (experts int32 [..., count] by descending logit, the lower of equals first; their softmax)."""
+    chosen, indices = jax.lax.top_k(logits, count)
+    return indices, jax.nn.softmax(chosen, axis=-1)
+
+
+def _top_by_rank(logits, *, count: int):
+    """The same in sums and comparisons, which a GPU's compiler fuses into two kernels; a sort is several."""
+    expert = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    other, own = logits[..., None, :], logits[..., :, None]
+    rank = ((other > own) | (other == own) & (expert[None, :] < expert[:, None])).sum(axis=-1, dtype=jnp.int32)
+    place = rank[..., None, :] == jnp.arange(count)[:, None]
+    chosen, indices = jnp.where(place, logits[..., None, :], 0).sum(axis=-1), jnp.where(place, expert, 0).sum(axis=-1)
+    weights = [jnp.exp(chosen[..., i] - chosen[..., 0]) for i in range(count)]
+    return indices, jnp.stack(weights, axis=-1) / sum(weights[1:], weights[0])[..., None]
+
+
+def _group_by_sorting(expert_M, *, experts: int):
+    """Return (which row comes where when sorted by expert, where each row comes, rows of each expert)."""
+    order_M = jnp.argsort(expert_M, stable=True)
+    group_sizes_E = jnp.zeros(experts + 1, jnp.int32).at[jnp.minimum(expert_M, experts)].add(1)[:experts]
+    return order_M, jnp.argsort(order_M, stable=True), group_sizes_E
+
+
+def _group_by_comparing(expert_M, *, experts: int):
+    """The same for few rows, by comparing each with each: no sort and no scatter to launch."""
+    row_M = jnp.arange(expert_M.shape[0], dtype=jnp.int32)
+    earlier = (expert_M[None, :] < expert_M[:, None]) | (expert_M[None, :] == expert_M[:, None]) & (row_M[None, :] < row_M[:, None])
+    place_M = earlier.sum(axis=1, dtype=jnp.int32)
+    order_M = jnp.where(place_M[None, :] == row_M[:, None], row_M, 0).sum(axis=1, dtype=jnp.int32)
+    return order_M, place_M, (expert_M[None, :] == jnp.arange(experts)[:, None]).sum(axis=1, dtype=jnp.int32)

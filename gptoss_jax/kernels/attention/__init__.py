@@ -3,31 +3,98 @@
 from __future__ import annotations
 
 import functools
+import logging
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from gptoss_jax.kernels import cpu_library
-from gptoss_jax.kernels.attention import cpu, reference, xla
+from gptoss_jax.kernels.attention import cpu, cudnn, reference, xla
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "cpu": cpu.attention}
+IMPLEMENTATIONS = ("reference", "xla", "cpu", "cudnn")
+Order = Literal["aligned", "slots", "ring"]
 
-__all__ = ["IMPLEMENTATIONS", "attention"]
+__all__ = ["IMPLEMENTATIONS", "Order", "attention"]
+
+log = logging.getLogger("gptoss_jax")
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_segments=None, k_segments=None, window=None,
-              implementation: str = "auto"):
+              order: Order | None = None, implementation: str = "auto"):
     """Same signature and result as `reference.attention`; differentiable in q, k, v and sinks.
 
+    order: a promise about the keys, for implementations that mask by index, not by tags. "aligned": key t is query t's own, positions count
+    up within each segment, and a segment's tokens lie together. "slots": slot s holds position s or nothing, the queries' own keys included.
+    "ring": with one query, slots that fill in order and lie within the window; with T queries, any such slots, then the queries' own T keys.
+    The real queries of a row lie together and their positions count up. None: nothing is promised.
     implementation: one of IMPLEMENTATIONS, which raises where it can't run, or "auto": the fastest that can.
     """
-    if implementation != "auto" and implementation not in IMPLEMENTATIONS:
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"attention implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     tags = dict(q_positions=q_positions, k_positions=k_positions, q_segments=q_segments, k_segments=k_segments)
-    if implementation == "auto" and not (cpu.unmet(q_BTNH, k_BSKH, v_BSKH, q_segments) is None and cpu_library.available()):
+    arrays = q_BTNH, k_BSKH, v_BSKH, sinks_N
+    if implementation in ("auto", "cudnn"):
+        requirement = cudnn.unmet(q_BTNH, k_BSKH, v_BSKH, q_segments, window, order)
+        if implementation == "cudnn" and requirement is None and jax.default_backend() != "gpu":
+            requirement = f"an NVIDIA GPU (found {jax.default_backend()})"
+        if implementation == "cudnn" and requirement:
+            raise ValueError(f"attention implementation 'cudnn' needs {requirement}")
+        if jax.default_backend() == "gpu":
+            _say_once("attention: cuDNN" if requirement is None else f"attention: XLA, as cuDNN needs {requirement}")
+        if requirement is None:
+            return _cudnn(*arrays, tags, window, order, implementation)
+    return _elsewhere(*arrays, tags, window, implementation)
+
+
+def _elsewhere(q, k, v, sinks, tags, window, implementation):
+    if implementation == "auto" and not (cpu.unmet(q, k, v, tags["q_segments"]) is None and cpu_library.available()):
         implementation = "xla"
     if implementation in ("auto", "cpu"):
-        return _cpu(q_BTNH, k_BSKH, v_BSKH, sinks_N, tags, window, implementation)
-    return IMPLEMENTATIONS[implementation](q_BTNH, k_BSKH, v_BSKH, sinks_N, **tags, window=window)
+        return _cpu(q, k, v, sinks, tags, window, implementation)
+    return {"reference": reference, "xla": xla}[implementation].attention(q, k, v, sinks, **tags, window=window)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _cudnn(q, k, v, sinks, tags, window, order, implementation):
+    return _cudnn_forward(q, k, v, sinks, tags, window, order, implementation)[0]
+
+
+def _cudnn_forward(q, k, v, sinks, tags, window, order, implementation):
+    def here(*arrays):
+        return cudnn.forward(*arrays, window, order)
+
+    def elsewhere(q, k, v, sinks, tags):
+        return _elsewhere(q, k, v, sinks, tags, window, "auto"), jnp.zeros(q.shape[:3], jnp.float32)
+
+    arrays = q, k, v, sinks, tags
+    out, lse = here(*arrays) if implementation == "cudnn" else jax.lax.platform_dependent(*arrays, cuda=here, default=elsewhere)
+    return out, (*arrays, out, lse)
+
+
+def _cudnn_backward(window, order, implementation, residuals, g):
+    def here(q, k, v, sinks, tags, out, lse, g):
+        return cudnn.backward(q, k, v, sinks, tags, out, lse, g, window)
+
+    def elsewhere(q, k, v, sinks, tags, out, lse, g):
+        return jax.vjp(lambda *arrays: xla.attention(*arrays, **tags, window=window), q, k, v, sinks)[1](g)
+
+    if order != "aligned":
+        grads = elsewhere(*residuals, g)
+    elif implementation == "cudnn":
+        grads = here(*residuals, g)
+    else:
+        grads = jax.lax.platform_dependent(*residuals, g, cuda=here, default=elsewhere)
+    return *grads, jax.tree.map(lambda tag: np.zeros(tag.shape, jax.dtypes.float0), residuals[4])
+
+
+_cudnn.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))

@@ -1,0 +1,45 @@
+"""Programs compiled for an H100 without one: few kernels a layer, no buffer that grows with tokens times context, caches in place."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent / "gpu_programs.py"
+
+
+@pytest.fixture(scope="module")
+def programs():
+    if importlib.util.find_spec("jax_cuda13_plugin") is None or importlib.util.find_spec("jax_plugins") is None:
+        pytest.skip("no jax-cuda13-plugin and jax-cuda13-pjrt: pip install --no-deps both in JAX's version (no GPU needed)")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_decode_step_starts_few_kernels_a_layer(programs):
+    """30 of them, an expert matmul by XLA (a loop) counted as one: 37.5 before attention, routing and grouping were made for it."""
+    assert programs["kernels_per_layer"] <= 30
+    assert programs["kernels"][1]["__cudnn$fmhaSoftmax"] == 4  # one a layer
+    assert not {"sort", "scatter", "conditional", "custom-call", "dot"} & set(programs["kernels"][1])
+
+
+def test_the_cache_is_written_in_place(programs):
+    for name in ("decode", "decode_many", "prefill"):
+        assert programs[name]["alias"] >= programs["cache"] > 268e6, name
+
+
+def test_no_buffer_grows_with_the_context(programs):
+    """131,072 tokens of context: the cache of one full layer is 268 MB, the float32 scores of a chunk of 512 tokens would be 17 GB."""
+    assert programs["decode"]["temp"] < 50e6 and programs["decode_many"]["temp"] < 50e6
+    assert programs["prefill"]["temp"] < 150e6 and programs["prefill_kernels"]["__cudnn$fmhaSoftmax"] == 3  # past and chunk of the full layer
+
+
+def test_training_attention_takes_cudnns_backward_pass_and_no_mask(programs):
+    """8,192 tokens packed: T x T of bfloat16 for 64 heads would be 8.6 GB."""
+    assert programs["gradient_kernels"]["__cudnn$fmhaSoftmaxBackward"] == 1 and programs["gradient"]["temp"] < 500e6

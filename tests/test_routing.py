@@ -1,0 +1,39 @@
+"""Routing as GPUs compute it, by comparing, against routing by sorting: the same experts, the same order, the same ties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.model import moe
+
+
+def logits_with_ties(experts):
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((40, experts)).astype(np.float32)
+    rows[1:8] = np.round(rows[1:8]) + 0.0  # many equal, none -0.0, which sorting puts below 0.0
+    rows[8], rows[9, ::2], rows[10] = 3, -1e30, -np.arange(experts)
+    return jnp.asarray(rows.reshape(5, 8, experts))
+
+
+@pytest.mark.parametrize("experts,count", [(7, 3), (32, 4), (5, 5), (4, 1)])
+def test_ranks_choose_what_sorting_chooses_and_the_lower_of_equals_first(experts, count):
+    logits = logits_with_ties(experts)
+    (ours, our_weights), (indices, weights) = (f(logits, count=count) for f in (moe._top_by_rank, moe._top_by_sorting))
+    np.testing.assert_array_equal(ours, indices)
+    np.testing.assert_allclose(our_weights, weights, rtol=3e-7)  # two roundings of float32
+    assert ours.dtype == indices.dtype and (np.asarray(ours[1, 0]) == np.arange(count)).all()
+    gradients = [jax.grad(lambda x: (f(x, count=count)[1] ** 2 * jnp.arange(1.0, count + 1)).sum())(logits)
+                 for f in (moe._top_by_rank, moe._top_by_sorting)]
+    np.testing.assert_allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows,experts", [(1, 3), (4, 128), (24, 5), (96, 32)])
+def test_comparing_groups_rows_as_a_stable_sort_does(rows, experts):
+    random = np.random.default_rng(rows)
+    for high in (1, experts, experts + 1, experts + 7):  # one expert has all; some have none; rows of nobody here come last
+        expert = jnp.asarray(random.integers(0, high, rows).astype(np.int32))
+        ours, expected = (f(expert, experts=experts) for f in (moe._group_by_comparing, moe._group_by_sorting))
+        for a, b in zip(ours, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert a.dtype == b.dtype == jnp.int32
