@@ -9,6 +9,8 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
+GPU_FRACTION = "0.95"  # JAX's own 0.75 would refuse what fits; the rest is for CUDA. As in `devices`
+
 
 class UsageError(ValueError):
     """A flag or an input of a command that can't be used: names it, the value found and what was expected."""
@@ -16,13 +18,15 @@ class UsageError(ValueError):
 
 def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser,
         argv: Sequence[str] | None = None) -> int:
-    """Parse `argv`, call `body(arguments)` and return the exit code; adds `--debug` to the parser.
+    """Parse `argv`, call `body(arguments)` and return the exit code; adds `--debug` to the parser. JAX may take GPU_FRACTION of a GPU.
 
     Our errors are subclasses of ValueError, so these and OSError become one line on stderr and exit code 2, with `--debug` the traceback
     first. A bare ValueError is a bug of ours or of a library: it keeps its traceback.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; --help lists the flags\n")  # without the usage
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_FRACTION)
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help, or the error
