@@ -18,7 +18,7 @@ class UsageError(ValueError):
 
 def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser,
         argv: Sequence[str] | None = None) -> int:
-    """Parse `argv`, call `body(arguments)` and return the exit code; adds `--debug` to the parser. JAX may take GPU_FRACTION of a GPU.
+    """Parse `argv`, call `body(arguments)` and return the exit code; adds `--debug` to the parser.
 
     Our errors are subclasses of ValueError, so these and OSError become one line on stderr and exit code 2, with `--debug` the traceback
     first. A bare ValueError is a bug of ours or of a library: it keeps its traceback.
@@ -27,6 +27,7 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; --help lists the flags\n")  # without the usage
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_FRACTION)
+    use_gpu_memory()
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help, or the error
@@ -46,6 +47,12 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             traceback.print_exc()
         print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def use_gpu_memory() -> None:
+    """Let JAX take GPU_FRACTION of a GPU's memory, unless the environment says another; before JAX has looked at it."""
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_FRACTION)
 
 
 def enable_compilation_cache() -> None:

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from gptoss_jax import command
 from gptoss_jax.config import PRESETS, GptOssConfig
@@ -47,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     memory_plan.check_request(config, args.batch, context)
     count = cost.abstract_mesh(**axes).size
     started = time.perf_counter()
-    facts = {"model": args.model, "device": args.device, "devices": count, "mesh": axes, "batch": args.batch, "context": context, "dtype": args.dtype}
+    facts = {"model": args.model, "device": args.device, "devices": count, "mesh": axes, "batch": args.batch, "context": context,
+             "dtype": args.dtype}
     if args.arithmetic:
         plan = memory_plan.by_arithmetic(config, args.batch, context, dtype=args.dtype, mesh=cost.abstract_mesh(**axes),
                                          memory=devices.kind_named(args.device).memory_bytes)
@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         plan = planner.at(args.batch, context)
         if not args.quick:
             command.Status()("looking for the longest context and the largest batch")
-            facts |= {"longest_context": planner.longest_context(args.batch, plan, context), "largest_batch": planner.largest_batch(context, plan, args.batch)}
+            facts["longest_context"] = planner.longest_context(args.batch, plan, context)
+            facts["largest_batch"] = planner.largest_batch(context, plan, args.batch)
         command.Status().clear()
     facts["seconds"] = round(time.perf_counter() - started, 1)
     if args.json:
@@ -79,7 +80,8 @@ def config_named(name: str) -> GptOssConfig:
     path = checkpoint.resolve(name)
     folders = [folder for folder in (path, path / "original") if (folder / "config.json").exists()]
     if not folders:
-        raise command.UsageError(f"model {name!r}: no such checkpoint directory or preset, expected one with a config.json, or {', '.join(PRESETS)}, tiny")
+        raise command.UsageError(f"model {name!r}: no such checkpoint directory or preset, expected one with a config.json, or "
+                                 f"{', '.join(PRESETS)}, tiny")
     return GptOssConfig.from_file(folders[0] / "config.json")
 
 
@@ -113,7 +115,7 @@ def _lines(facts: dict, plan) -> list[str]:
     lines = [f"{facts['model']} on {several}; batch {facts['batch']}, context {facts['context']:,} tokens, {facts['dtype']}", "on each device:",
              *plan.table(), "it fits" if plan.left >= 0 else "it does not fit"]
     if not plan.temporaries:
-        lines[-1] = "it does not fit" if plan.left < 0 else "weights and cache fit; whether the temporaries do is found by compiling, without --arithmetic"
+        lines[-1] = "it does not fit" if plan.left < 0 else "weights and cache fit; whether temporaries do, too, is found by compiling"
     if "longest_context" in facts:
         longest, largest = facts["longest_context"], facts["largest_batch"]
         lines += [f"longest context at batch {facts['batch']}: " + (f"{longest:,} tokens" if longest else "none fits"),

@@ -76,8 +76,8 @@ def announce(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bf
     if plan.left < 0:
         for line in plan.table():
             write(line)
-        raise PlanError(f"weights and a cache of {batch} x {context:,} tokens take {amount(plan.needed)}, more than the {amount(plan.memory)} free on "
-                        f"{where}")
+        raise PlanError(f"weights and a cache of {batch} x {context:,} tokens take {amount(plan.needed)}, more than the {amount(plan.memory)} "
+                        f"free on {where}")
     write(f"[memory: weights {amount(plan.weights)}, cache {amount(plan.cache)}, of {amount(plan.memory)} free on {where}]")
 
 
