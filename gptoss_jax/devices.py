@@ -80,9 +80,9 @@ KINDS: dict[str, DeviceKind] = {
     "B200": _gpu("NVIDIA B200", "10.0", 191_514_411_008, cores=148, shared=233_472, fpus=128, l2=132_644_864, clock=1.965, bandwidth=7.67e12),
     # TPUs: the capacity that the compiler itself states when a program is too large.
     "v5e": DeviceKind("tpu", int(15.75 * GIB), "v5e", _GRIDS_2D),
-    "v5p": DeviceKind("tpu", int(95.74 * GIB), "v5p", _GRIDS_3D),
-    "v6e": DeviceKind("tpu", int(31.25 * GIB), "v6e", _GRIDS_2D),
-    "7x": DeviceKind("tpu", int(94.75 * GIB), "tpu7x", _GRIDS_3D, devices_per_chip=2),
+    "v5p": DeviceKind("tpu", int(95.73 * GIB), "v5p", _GRIDS_3D),
+    "v6e": DeviceKind("tpu", int(31.24 * GIB), "v6e", _GRIDS_2D),
+    "7x": DeviceKind("tpu", int(94.74 * GIB), "tpu7x", _GRIDS_3D, devices_per_chip=2),
     "cpu": DeviceKind("cpu", 0),  # the memory of this host
 }
 _GPUS_PER_HOST = 8
@@ -169,14 +169,15 @@ def finish(lowered: jax.stages.Lowered) -> CompiledStep:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+[KMGT]?)", str(error))
+        used = _TOO_LARGE.search(str(error))
         needed = int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")) if used else None
-        raise OutOfMemory(used[0] if used else str(error).splitlines()[0], needed) from None
+        raise OutOfMemory(str(error).splitlines()[0], needed) from None
     found = compiled.memory_analysis()
     memory = StepMemory(found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes, found.temp_size_in_bytes)
     return CompiledStep(memory, collectives(compiled.as_text()), compiled)
 
 
+_TOO_LARGE = re.compile(r"(?:Used |\()([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM)")
 _COLLECTIVE = re.compile(r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 

@@ -58,7 +58,7 @@ def test_decode_is_timed_at_its_context_and_its_numbers_agree(model, monkeypatch
 
 def test_every_implementation_that_runs_here_agrees_with_the_reference():
     checked = set()
-    for case in measure.cases(SMALL, 2, 64):
+    for case in measure.cases(SMALL, 2, 64)[::2]:  # one of each op
         assert measure.chosen_implementation(case) in case.implementations
         for how in case.implementations:
             if measure.unmet(case, how) is None:

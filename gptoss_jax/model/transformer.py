@@ -139,7 +139,7 @@ class GptOss(nnx.Module):
         named = {}
         for path, variable in nnx.to_flat_state(nnx.state(self)):
             name = ".".join(str(part) for part in path)
-            named[name if name.startswith("lm_head") else f"model.{name}"] = variable.get_value()
+            named[name if name.startswith("lm_head") else f"model.{name}"] = variable.get_raw_value()  # abstract weights have no [...]
         return named
 
     def replace(self, weights: Mapping[str, jax.Array]) -> GptOss:
