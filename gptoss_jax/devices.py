@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-from jax.experimental import topologies
 
 GIB = 1 << 30
 GPU_FRACTION = 0.95  # of a GPU's memory that JAX may take, by XLA_CLIENT_MEM_FRACTION: the rest is CUDA's own
@@ -103,6 +102,8 @@ def described(name: str, count: int = 1) -> list[jax.Device]:
 
     Raises DeviceError when the compiler's wheels are missing, or for a number of devices that doesn't come.
     """
+    from jax.experimental import topologies  # which commands that compile for what is here don't need
+
     kind = kind_named(name)
     if kind.platform == "cpu":
         if len(jax.devices("cpu")) < count:
