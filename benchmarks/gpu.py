@@ -11,6 +11,7 @@ after each measurement. Weights are random, made on the device; no network and n
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import pathlib
 import shutil
@@ -127,7 +128,8 @@ def kernels(arguments, record) -> None:
             auto = measure.chosen_implementation(case)
             for how in case.implementations:
                 if how != "reference" and measure.unmet(case, how) is None:
-                    in_time(arguments, record, {"auto": auto == how}, lambda: measure.kernel(case, how, limits, repetitions=3, seconds=0.05))
+                    row = {"what": "kernel", "op": case.op, "size": case.size, "implementation": how, "auto": auto == how}
+                    in_time(arguments, record, row, lambda: measure.kernel(case, how, limits, repetitions=3, seconds=0.05))
 
 
 def model(arguments, record) -> None:
@@ -263,14 +265,16 @@ SECTIONS = {"kernels": kernels, "model": model, "load": load, "torch": torch_cei
 
 def show(path: pathlib.Path) -> None:
     """Print what was measured, short, last: the end of an output is what is kept of it."""
+    missing = collections.Counter()
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row.get("what") in ("decode", "prefill") and "tokens_per_second" in row:
             print(f"{row['model']} {row['what']:8} batch {row['batch']:4} context {row['context']:7,}: {row['tokens_per_second']:12,.1f} tokens/s, "
                   f"{row['floor_fraction']:6.1%} of the floor")
         elif "skipped" in row or "failed" in row:
-            print(f"{row['model']} {row['section']} {row.get('what', '')} {row.get('batch', '')} {row.get('context', '')}: "
-                  f"{row.get('skipped') or row.get('failed')}")
+            missing[row["model"], row["section"], row.get("skipped") or row["failed"]] += 1
+    for (model, section, why), count in missing.items():
+        print(f"{model} {section}: {count} x {why}")
 
 
 if __name__ == "__main__":
