@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
                               ("kernels", _kernels, "the ops of a decode step by each implementation that runs here, checked first"),
                               ("train", _train, "training steps of a configuration, on random tokens")):
         mode = modes.add_parser(name, help=about, description=about)
+        mode.error = lambda message: options.error(message)  # as `command.run` shows it
         mode.set_defaults(body=body, mode=name)
         if name == "train":
             mode.add_argument("config", metavar="CONFIG.yaml")

@@ -25,8 +25,6 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; --help lists the flags\n")  # without the usage
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_FRACTION)
     use_gpu_memory()
     try:
         arguments = parser.parse_args(argv)
