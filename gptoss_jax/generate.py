@@ -159,14 +159,17 @@ def load(args: argparse.Namespace, messages: Sequence[dict]):
         raise command.UsageError(f"{path}: the tokenizer lacks {', '.join(missing)}, expected harmony's special tokens")
     started = time.perf_counter()
     from gptoss_jax.inference import memory_plan
-    from gptoss_jax.inference.engine import Engine, cache_length
+    from gptoss_jax.inference.engine import Engine, PromptError, cache_length
     from gptoss_jax.text import harmony
 
-    tokens = args.max_new_tokens + len(harmony.render({"messages": list(messages)}, tokenizer, next_role="assistant"))
+    tokens = len(harmony.render({"messages": list(messages)}, tokenizer, next_role="assistant"))
 
     def admit(config):
         status.clear()
-        memory_plan.announce(config, 1, cache_length(tokens, config.max_position_embeddings), dtype=args.dtype,
+        limit = config.max_position_embeddings
+        if tokens >= limit:
+            raise PromptError(f"the prompt has {tokens} tokens, expected fewer than the context of {limit}")
+        memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype,
                              write=lambda line: print(line, file=sys.stderr))
 
     model = checkpoint.load(path, dtype=args.dtype, admit=admit, progress=lambda done, total: status(
