@@ -53,12 +53,14 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args.prompt)
     opening = opening_messages(args)
     sampling = sampling_of(args)
-    engine, tokenizer = load(args)
-    from gptoss_jax.inference.turn import Turn
     from gptoss_jax.text import harmony
 
+    messages = [*opening, harmony.message("user", prompt)]
+    engine, tokenizer = load(args, messages)
+    from gptoss_jax.inference.turn import Turn
+
     status = command.Status()
-    turn = Turn(engine, tokenizer, [*opening, harmony.message("user", prompt)], sampling, args.max_new_tokens)
+    turn = Turn(engine, tokenizer, messages, sampling, args.max_new_tokens)
     status(f"reading {len(turn.prompt_ids)} tokens (the first run compiles)")
     printer = Printer(tokenizer, raw=args.raw, quiet=args.json, show_analysis=args.show_analysis)
     try:
@@ -138,8 +140,11 @@ def sampling_of(args: argparse.Namespace):
     return Sampling(temperature=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed)
 
 
-def load(args: argparse.Namespace):
-    """Return (engine, tokenizer) for the checkpoint, with a progress line on stderr."""
+def load(args: argparse.Namespace, messages: Sequence[dict]):
+    """Return (engine, tokenizer) for the checkpoint; progress, and the memory that it and an answer to `messages` take, on stderr.
+
+    Raises PlanError, after the table, where that is more than there is.
+    """
     status = command.Status()
     status(f"loading {args.checkpoint}")
     from gptoss_jax import checkpoint
@@ -153,9 +158,21 @@ def load(args: argparse.Namespace):
     if missing:
         raise command.UsageError(f"{path}: the tokenizer lacks {', '.join(missing)}, expected harmony's special tokens")
     started = time.perf_counter()
-    from gptoss_jax.inference.engine import Engine
+    from gptoss_jax.inference import memory_plan
+    from gptoss_jax.inference.engine import Engine, PromptError, cache_length
+    from gptoss_jax.text import harmony
 
-    model = checkpoint.load(path, dtype=args.dtype, progress=lambda done, total: status(
+    tokens = len(harmony.render({"messages": list(messages)}, tokenizer, next_role="assistant"))
+
+    def admit(config):
+        status.clear()
+        limit = config.max_position_embeddings
+        if tokens >= limit:
+            raise PromptError(f"the prompt has {tokens} tokens, expected fewer than the context of {limit}")
+        memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype,
+                             write=lambda line: print(line, file=sys.stderr))
+
+    model = checkpoint.load(path, dtype=args.dtype, admit=admit, progress=lambda done, total: status(
         f"loading {args.checkpoint}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {done / 1e6 / (time.perf_counter() - started):,.0f} MB/s"))
     engine = Engine(model, tokenizer)
     status.clear()

@@ -85,12 +85,18 @@ def shardings(declared: Mapping[str, object], mesh: Mesh) -> dict[str, NamedShar
 
 def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | AbstractMesh | None) -> jax.Array:
     """Ask the compiler to lay out `x` by COMPUTE_RULES, where its dims divide; the identity without a mesh."""
+    placed = computed_sharding(x.shape, axes, mesh)
+    return x if placed is None else jax.lax.with_sharding_constraint(x, placed)
+
+
+def computed_sharding(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh | None) -> NamedSharding | None:
+    """Return the sharding of a computed array by COMPUTE_RULES; None without a mesh, or where a dim doesn't divide."""
     if mesh is None or mesh.size == 1:
-        return x
+        return None
     spec = partition_spec(axes, COMPUTE_RULES, mesh)
-    if any(size % split_of(names, mesh) for size, names in zip(x.shape, spec)):
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    if any(size % split_of(names, mesh) for size, names in zip(shape, spec)):
+        return None
+    return NamedSharding(mesh, spec)
 
 
 def ambient_mesh() -> Mesh | AbstractMesh | None:

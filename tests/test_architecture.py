@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "gptoss_jax"
-COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "config", "mxfp4", "sharding"}
-LAYERS = [COMMANDS, {"serving", "tools"}, {"training", "inference"}, {"checkpoint"}, {"model"}, {"kernels"}, {"sharding", "mxfp4"}, {"config"}]
+COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "config", "devices", "mxfp4", "sharding"}
+LAYERS = [COMMANDS, {"serving", "tools"}, {"training", "inference"}, {"checkpoint"}, {"model"}, {"kernels"}, {"sharding", "mxfp4", "devices"}, {"config"}]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DOORS = {"orbax": "checkpoint", "safetensors": "checkpoint", "grain": "training", "sentencepiece": "text", "tokenizers": "text",
          "tiktoken": "text", "yaml": "training", "pyarrow": "training"}

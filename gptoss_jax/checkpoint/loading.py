@@ -24,9 +24,9 @@ _TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
 
 def load(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.sharding.Mesh | None = None,
-         progress: Callable[[int, int], None] | None = None) -> GptOss:
+         progress: Callable[[int, int], None] | None = None, admit: Callable[[GptOssConfig], None] | None = None) -> GptOss:
     """Load a model from a checkpoint of any layout, or the embedded one with path "tiny"; otherwise as `load_weights`."""
-    config, weights = load_weights(resolve(path), dtype=dtype, mesh=mesh, progress=progress)
+    config, weights = load_weights(resolve(path), dtype=dtype, mesh=mesh, progress=progress, admit=admit)
     return GptOss(config, weights, mesh=mesh)
 
 
@@ -36,11 +36,13 @@ def resolve(path: str | os.PathLike) -> Path:
 
 
 def load_weights(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.sharding.Mesh | None = None,
-                 progress: Callable[[int, int], None] | None = None) -> tuple[GptOssConfig, dict[str, jax.Array]]:
+                 progress: Callable[[int, int], None] | None = None,
+                 admit: Callable[[GptOssConfig], None] | None = None) -> tuple[GptOssConfig, dict[str, jax.Array]]:
     """Load a checkpoint of any layout (see `open_checkpoint`) and return its configuration and weights by Hugging Face name.
 
     dtype: of everything but packed experts, which stay uint8: bfloat16 as stored, or float32. mesh: where `sharding.shardings` puts the
-    weights; None, on the first device. progress: called with (done_bytes, total_bytes) of what this process reads.
+    weights; None, on the first device. progress: called with (done_bytes, total_bytes) of what this process reads. admit: called with the
+    configuration of the verified checkpoint; what it raises ends the loading.
 
     Each process reads only the bytes of its own shards. Host memory beside them: from safetensors 32 MiB on CPU (measured: 20 MB), the two
     largest shards on accelerators, on their way to the device. From Orbax about three times the 256 MiB it is asked for at a time, or
@@ -51,6 +53,8 @@ def load_weights(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype: {dtype!r} found, expected {' or '.join(map(repr, DTYPES))}")
     checkpoint = open_checkpoint(path)
+    if admit is not None:
+        admit(checkpoint.config)
     declared = declare(checkpoint.config, dtype=dtype, packed=checkpoint.config.quantized)
     targets = load_targets(declared, mesh)
     sizes = {name: _owned_bytes(target, checkpoint.weights[name]) for name, target in targets.items()}

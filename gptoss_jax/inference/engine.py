@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptoss_jax import sharding
 from gptoss_jax.inference.sampling import Sampling, sample, stack
 from gptoss_jax.model import GptOss, make_cache
+from gptoss_jax.model.cache import abstract_cache
 
 _SMALLEST_CHUNK = 16
 _SMALLEST_CACHE = 256
@@ -112,7 +113,7 @@ class Engine:
         spare = batch - len(prompts)
         kind, arrays = stack(settings + settings[-1:] * spare)
         arrays = jax.tree.map(jnp.asarray, arrays)
-        cache, hidden = self._prefill_prompts([*prompts, *[()] * spare], min(_power_of_two(max(length, _SMALLEST_CACHE)), self.max_context))
+        cache, hidden = self._prefill_prompts([*prompts, *[()] * spare], cache_length(length, self.max_context))
         ids, logprobs = self._first(self.weights, hidden, arrays, np.zeros(batch, np.int32), kind=kind)
         steps = self._steps(cache, ids, logprobs, arrays, np.asarray(room + [0] * spare, np.int32), kind)
         open_rows = set(range(len(prompts)))
@@ -210,6 +211,22 @@ class Engine:
             lambda carry: (carry[0] < jnp.minimum(most, steps[0])) & carry[3].any(), body, carry)
         return (cache, ids_B, open_B), (all_ids, all_logprobs, done)
 
+    def lower(self, batch: int, length: int) -> dict[str, jax.stages.Lowered]:
+        """Lower the steps, of `batch` rows over a cache of `length` slots, with the sampler that takes most memory. Nothing is allocated or run.
+
+        The model may hold jax.ShapeDtypeStructs, with shardings of devices that aren't here.
+        """
+        abstract = jax.ShapeDtypeStruct
+        home = self.weights["model.embed_tokens.weight"].sharding
+        everywhere = home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        cache = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
+        hidden = abstract((batch, self.config.hidden_size), self.dtype, sharding=everywhere)
+        chunk = min(self.prefill_chunk, max(_SMALLEST_CHUNK, _power_of_two(length)))
+        ids, steps = abstract((batch,), np.int32), abstract((batch,), np.int32)
+        kind, settings = stack([Sampling(top_k=1)] * batch)
+        return {"prefill": self._prefill.lower(self.weights, (cache, hidden), abstract((batch, chunk), np.int32), ids),
+                "decode": self._decode.lower(self.weights, cache, ids, settings, steps, kind=kind)}
+
     def _check(self, prompts) -> None:
         for row, prompt in enumerate(prompts):
             if not len(prompt):
@@ -219,6 +236,11 @@ class Engine:
             for id in prompt:
                 if not 0 <= id < self.config.vocab_size:
                     raise PromptError(f"prompt {row} holds the id {id}, expected 0 to {self.config.vocab_size - 1}")
+
+
+def cache_length(tokens: int, max_context: int) -> int:
+    """Return the slots of the cache that rows of up to `tokens` tokens, answer included, get."""
+    return min(_power_of_two(max(tokens, _SMALLEST_CACHE)), max_context)
 
 
 def _power_of_two(count: int) -> int:

@@ -35,15 +35,33 @@ def make_cache(config: GptOssConfig, batch: int, length: int, dtype="bfloat16", 
 
     Bytes: 2 * batch * K * H * itemsize * (length for each full layer, min(window, length) for each sliding one).
     """
+
+    def zeros(shape):
+        return sharding.constrain(jnp.zeros(shape, dtype), _AXES, mesh)
+
+    return Cache(jnp.zeros(batch, jnp.int32), tuple(LayerCache(zeros(shape), zeros(shape)) for shape in _shapes(config, batch, length)))
+
+
+def abstract_cache(config: GptOssConfig, batch: int, length: int, dtype="bfloat16", *, mesh=None, elsewhere=None) -> Cache:
+    """Return what `make_cache` does as ShapeDtypeStructs; `elsewhere`: the sharding of what isn't split over `mesh`."""
+
+    def abstract(shape):
+        placed = sharding.computed_sharding(shape, _AXES, mesh) or elsewhere
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=elsewhere)
+    return Cache(lengths, tuple(LayerCache(abstract(shape), abstract(shape)) for shape in _shapes(config, batch, length)))
+
+
+_AXES = ("batch", None, "kv_heads", None)
+
+
+def _shapes(config: GptOssConfig, batch: int, length: int) -> list[tuple[int, ...]]:
+    """Return the shape of each layer's keys, which is that of its values."""
     if batch < 1 or length < 1:
         raise ValueError(f"cache of {batch} rows and {length} tokens: both must be at least 1")
-
-    def zeros(slots):
-        shape = (batch, slots, config.num_key_value_heads, config.head_dim)
-        return sharding.constrain(jnp.zeros(shape, dtype), ("batch", None, "kv_heads", None), mesh)
-
     slots = [min(config.sliding_window, length) if kind == SLIDING else length for kind in config.layer_types]
-    return Cache(jnp.zeros(batch, jnp.int32), tuple(LayerCache(zeros(n), zeros(n)) for n in slots))
+    return [(batch, count, config.num_key_value_heads, config.head_dim) for count in slots]
 
 
 class Chunk(NamedTuple):

@@ -1,0 +1,281 @@
+"""Everything worth measuring on one GPU, in under eight minutes: kernels checked and timed, decode, prefill, load, and what else is installed there.
+
+    python benchmarks/gpu.py --out results.jsonl [--seconds 460] [--models gpt-oss-120b gpt-oss-20b]
+
+Each section is a process of its own, so that one that fails, or is out of time, costs only what it had left to do. A line of JSON is written
+after each measurement. Weights are random, made on the device; no network and no checkpoint are needed. Smallest run, also on a CPU:
+
+    python benchmarks/gpu.py --out results.jsonl --models tiny --batches 1 --contexts 128 --prompts 64 --steps 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHARES = {"kernels": 0.18, "model": 0.27, "load": 0.08, "torch": 0.04, "triton": 0.06, "transformers": 0.10}  # of the time; a model's for each
+FIRST = ((1, 128), (1, 8192), (16, 128), (64, 8192), (1, 131_072), (64, 128), (256, 128), (4, 128))  # what matters most is measured first
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON lines are appended to it")
+    parser.add_argument("--seconds", type=float, default=460, help="for everything (default: 460)")
+    parser.add_argument("--models", nargs="+", default=["gpt-oss-120b", "gpt-oss-20b"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 8192, 32_768, 131_072])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[8192, 2048, 32_768, 1024, 4096, 16_384])
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--section", help=argparse.SUPPRESS)  # of this process; without it this one starts the others
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if arguments.section:
+        return run_section(arguments)
+    end, failed = time.monotonic() + arguments.seconds, 0
+    plan = [("kernels", arguments.models[0]), *(("model", model) for model in arguments.models),
+            *((section, arguments.models[-1]) for section in ("load", "torch", "triton", "transformers"))]
+    for section, model in plan:
+        seconds = min(max(SHARES[section] * arguments.seconds, 20), end - time.monotonic())
+        if seconds < 10:
+            write(arguments.out, {"section": section, "model": model, "skipped": "no time left"})
+            continue
+        flags = [part for name in ("batches", "contexts", "prompts") for part in (f"--{name}", *map(str, getattr(arguments, name)))]
+        command = [sys.executable, __file__, "--out", str(arguments.out), "--seconds", str(seconds), "--section", section, "--model", model,
+                   "--steps", str(arguments.steps), *flags]
+        try:
+            failed += subprocess.run(command, timeout=seconds + 10, cwd=ROOT).returncode != 0  # it watches the time itself
+        except subprocess.TimeoutExpired:
+            write(arguments.out, {"section": section, "model": model, "skipped": f"stopped after {seconds:.0f} s"})
+    show(arguments.out)
+    return 1 if failed else 0
+
+
+def run_section(arguments) -> int:
+    """Run one section; what goes wrong is written where results go."""
+    def record(**row):
+        write(arguments.out, {"section": arguments.section, "model": arguments.model} | row)
+
+    arguments.end = time.monotonic() + arguments.seconds
+    try:
+        SECTIONS[arguments.section](arguments, record)
+    except ImportError as error:
+        record(skipped=f"not installed: {error.name}")
+    except Exception as error:  # the sections after this one are still worth their time
+        traceback.print_exc()
+        record(failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+        return 1
+    return 0
+
+
+def write(path: pathlib.Path, row: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def in_time(arguments, record, row: dict, measure) -> None:
+    """Record a measurement, or why there is none; out of memory or not possible here, the next may be."""
+    if time.monotonic() > arguments.end:
+        return record(**row, skipped="no time left")
+    try:
+        record(**(row | measure()))
+    except Exception as error:
+        record(**row, failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+
+
+def begin(arguments, record):
+    """Return (configuration, ceilings), recorded with what the numbers depend on."""
+    import jax
+
+    from gptoss_jax import bench, command
+    from gptoss_jax.inference import measure
+    from gptoss_jax.plan import config_named
+
+    command.use_gpu_memory()
+    device = jax.devices()[0]
+    limits = measure.ceilings()
+    git = shutil.which("git")
+    commit = git and subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    record(what="ceilings", device=device.device_kind, jax=jax.__version__, commit=commit or None, date=time.strftime("%Y-%m-%d"),
+           gb_per_second=limits.bandwidth / 1e9, tflop_per_second=limits.matmul / 1e12)
+    return bench.RANDOM.get(arguments.model) or config_named(arguments.model), limits
+
+
+def kernels(arguments, record) -> None:
+    """Check every implementation of every op against the reference, then time it at the model's shapes."""
+    config, limits = begin(arguments, record)
+    from gptoss_jax.inference import measure
+
+    context = min(8192, config.max_position_embeddings, max(arguments.contexts))
+    for case in measure.cases(config, 4, min(context, 1024), experts=min(8, config.num_local_experts)):
+        for how in case.implementations:
+            reason = measure.unmet(case, how)
+            row = {"what": "check", "op": case.op, "size": case.size, "implementation": how}
+            record(**row, not_here=reason) if reason else in_time(arguments, record, row, lambda: {"error": measure.compare(case, how)})
+    for batch in arguments.batches:
+        for case in measure.cases(config, batch, context if batch <= 16 else min(context, 1024)):
+            auto = measure.chosen_implementation(case)
+            for how in case.implementations:
+                if how != "reference" and measure.unmet(case, how) is None:
+                    row = {"what": "kernel", "op": case.op, "size": case.size, "implementation": how, "auto": auto == how}
+                    in_time(arguments, record, row, lambda: measure.kernel(case, how, limits, repetitions=3, seconds=0.05))
+
+
+def model(arguments, record) -> None:
+    """Decode and prefill with random weights, what matters most first; points that can't fit are left out."""
+    config, limits = begin(arguments, record)
+    import jax
+
+    from gptoss_jax import devices
+    from gptoss_jax.inference import measure, memory_plan
+    from gptoss_jax.model import GptOss
+
+    memory = devices.usable_bytes()
+    start = time.monotonic()
+    model = GptOss(config, jax.block_until_ready(measure.random_weights(config)))
+    record(what="weights", seconds=time.monotonic() - start)
+    grid = [(batch, context) for batch in arguments.batches for context in arguments.contexts if context <= config.max_position_embeddings]
+    points = [("decode", *point) for point in sorted(grid, key=lambda point: FIRST.index(point) if point in FIRST else len(FIRST))]
+    prompts = [("prefill", 1, min(tokens, config.max_position_embeddings - 1)) for tokens in arguments.prompts]
+    for what, batch, context in [*points[:3], *prompts[:2], *points[3:], *prompts[2:]]:
+        row = {"what": what, "batch": batch, "context": context}
+        if memory_plan.by_arithmetic(config, batch, context, memory=memory).left < 0.02 * memory:  # temporaries
+            record(**row, skipped="does not fit")
+        elif what == "decode":
+            in_time(arguments, record, row, lambda: measure.decode(model, batch, context, limits, steps=arguments.steps, repetitions=3))
+        else:
+            in_time(arguments, record, row, lambda: measure.prefill(model, batch, context, limits, repetitions=3))
+    record(what="memory", **{name: size for name, size in (jax.devices()[0].memory_stats() or {}).items() if "bytes" in name})
+
+
+def load(arguments, record) -> None:
+    """Time the loading of a checkpoint of four layers, written here first."""
+    config, _ = begin(arguments, record)
+    import jax
+
+    import gptoss_jax
+    from gptoss_jax.checkpoint import save_huggingface
+    from gptoss_jax.inference import measure
+    from gptoss_jax.model import cost
+
+    config = config.replace(num_hidden_layers=4)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "checkpoint"
+        save_huggingface(path, config, measure.random_weights(config))
+        for cache in ("written a moment ago", "page cache", "page cache"):
+            start = time.perf_counter()
+            jax.block_until_ready(gptoss_jax.load(path).weights())
+            seconds = time.perf_counter() - start
+            record(what="load", read_from=cache, seconds=seconds, gb_per_second=cost.weight_bytes(config) / seconds / 1e9)
+
+
+def torch_ceilings(arguments, record) -> None:
+    """What the same device gives PyTorch: a copy, and a bfloat16 matrix product."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return record(skipped="PyTorch finds no GPU")
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    data, copy = (torch.empty(1 << 32, dtype=torch.uint8, device="cuda") for _ in range(2))
+    record(what="torch copy", gb_per_second=2 * data.numel() / gpu_seconds(torch, lambda: copy.copy_(data)) / 1e9)
+    record(what="torch matmul", tflop_per_second=2 * 8192**3 / gpu_seconds(torch, lambda: a @ b) / 1e12)
+
+
+def gpu_seconds(torch, run, repetitions: int = 10) -> float:
+    """Return the median seconds of a call, by events."""
+    run()
+    times = []
+    for _ in range(repetitions):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times)
+
+
+def triton_rival(arguments, record) -> None:
+    """The experts' first product through Triton's tl.dot_scaled, for kernels.expert_matmul to be held against: 4 experts, few rows each."""
+    import torch
+    import triton  # noqa: F401
+
+    if not torch.cuda.is_available():
+        return record(skipped="PyTorch finds no GPU")
+    from triton_dot_scaled import mxfp4_matmul  # beside this file: Triton reads its kernels' source
+
+    experts, out, inputs, rows = 128, 5760, 2880, 16
+    blocks = torch.randint(0, 256, (experts, out, inputs // 2), dtype=torch.uint8, device="cuda")
+    scales = torch.randint(118, 121, (experts, out, inputs // 32), dtype=torch.uint8, device="cuda")
+    x = torch.randn(4, rows, inputs, dtype=torch.bfloat16, device="cuda")
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], device="cuda")
+    chosen = torch.randperm(experts, device="cuda")[:4]
+    picked = blocks[chosen]
+    codes = torch.stack([picked & 15, picked >> 4], -1).flatten(-2).long()
+    dense = values[codes] * torch.exp2(scales[chosen].float() - 127).repeat_interleave(32, -1)
+    expected = torch.einsum("eri,eoi->ero", x.float(), dense)
+    error = ((mxfp4_matmul(x, blocks, scales, chosen).float() - expected).norm() / expected.norm()).item()
+    choices = [torch.randperm(experts, device="cuda")[:4] for _ in range(8)]  # others each time: the cache holds four
+    seconds = gpu_seconds(torch, lambda: [mxfp4_matmul(x, blocks, scales, chosen) for chosen in choices]) / len(choices)
+    record(what="triton dot_scaled", rows=rows, experts=4, error=error, seconds=seconds, gb_per_second=4 * out * inputs * 17 / 32 / seconds / 1e9)
+
+
+def transformers_rival(arguments, record) -> None:
+    """Batch-1 decode of the smaller model by transformers, bfloat16 experts, random weights, as large as the time allows."""
+    import torch
+    import transformers
+
+    if not torch.cuda.is_available():
+        return record(skipped="PyTorch finds no GPU")
+    config = transformers.GptOssConfig(num_hidden_layers=24, num_local_experts=32, torch_dtype="bfloat16")
+    with torch.device("meta"):
+        model = transformers.GptOssForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cuda").eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.02)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config, device="cuda")
+        ids = torch.randint(0, config.vocab_size, (1, 112), device="cuda")
+        for count in (4, 16):  # the first to warm up
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model.generate(ids, max_new_tokens=count + 1, min_new_tokens=count + 1, do_sample=False)
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+        first = time.perf_counter()
+        model.generate(ids, max_new_tokens=1, do_sample=False)
+        torch.cuda.synchronize()
+        seconds -= time.perf_counter() - first
+    record(what="transformers decode", version=transformers.__version__, batch=1, context=128, dtype="bfloat16", tokens_per_second=16 / seconds)
+
+
+SECTIONS = {"kernels": kernels, "model": model, "load": load, "torch": torch_ceilings, "triton": triton_rival, "transformers": transformers_rival}
+
+
+def show(path: pathlib.Path) -> None:
+    """Print what was measured, short, last: the end of an output is what is kept of it."""
+    missing = collections.Counter()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("what") in ("decode", "prefill") and "tokens_per_second" in row:
+            print(f"{row['model']} {row['what']:8} batch {row['batch']:4} context {row['context']:7,}: {row['tokens_per_second']:12,.1f} tokens/s, "
+                  f"{row['floor_fraction']:6.1%} of the floor")
+        elif "skipped" in row or "failed" in row:
+            missing[row["model"], row["section"], row.get("skipped") or row["failed"]] += 1
+    for (model, section, why), count in missing.items():
+        print(f"{model} {section}: {count} x {why}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

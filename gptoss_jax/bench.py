@@ -1,0 +1,274 @@
+"""Measure on this machine: `python -m gptoss_jax.bench decode --random-weights gpt-oss-20b --batch 1 16 --context 128 8192`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import functools
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+from gptoss_jax import command
+from gptoss_jax.config import PRESETS, GptOssConfig
+
+RANDOM = PRESETS | {"four-layer-20b": PRESETS["gpt-oss-20b"].replace(num_hidden_layers=4)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return command.run(_run, parser(), argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="python -m gptoss_jax.bench", description=__doc__)
+    modes = options.add_subparsers(required=True, metavar="decode|prefill|load|kernels|train")
+    for name, body, about in (("decode", _steps, "decode steps as the engine runs them, contexts filled with random keys and values"),
+                              ("prefill", _steps, "prompts, from the call to the first token"), ("load", _load, "loading a checkpoint"),
+                              ("kernels", _kernels, "the ops of a decode step by each implementation that runs here, checked first"),
+                              ("train", _train, "training steps of a configuration, on random tokens")):
+        mode = modes.add_parser(name, help=about, description=about)
+        mode.error = lambda message: options.error(message)  # as `command.run` shows it
+        mode.set_defaults(body=body, mode=name)
+        if name == "train":
+            mode.add_argument("config", metavar="CONFIG.yaml")
+        else:
+            source = mode.add_mutually_exclusive_group(required=True)
+            source.add_argument("--checkpoint", metavar="DIR", help="a checkpoint directory, or tiny")
+            if name != "load":
+                source.add_argument("--random-weights", metavar="NAME", help=f"made on the device: {', '.join(RANDOM)} or tiny")
+            mode.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+        if name in ("decode", "prefill", "kernels"):
+            mode.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N")
+            mode.add_argument("--context", type=int, nargs="+", default=[512 if name == "prefill" else 128], metavar="TOKENS",
+                              help="tokens of each prompt" if name == "prefill" else "where the measured steps end")
+        if name in ("decode", "train"):
+            mode.add_argument("--steps", type=int, default=32 if name == "decode" else 5, metavar="N", help="in a repetition")
+        mode.add_argument("--repetitions", type=int, default=5, metavar="N")
+        mode.add_argument("--json", metavar="FILE", help="append a line for each measurement")
+        mode.add_argument("--profile", metavar="DIR", help="write a trace of the timed repetitions, for TensorBoard or Perfetto")
+    return options
+
+
+def _run(args: argparse.Namespace) -> None:
+    for flag in ("repetitions", "steps"):
+        if getattr(args, flag, 1) < 1:
+            raise command.UsageError(f"--{flag} is {getattr(args, flag)}, expected at least 1")
+    args.body(args)
+
+
+def _steps(args: argparse.Namespace) -> None:
+    """Measure decode or prefill for each batch and context, the largest of which has to fit."""
+    config, out = _opened(args)
+    import jax
+
+    from gptoss_jax.inference import measure, memory_plan
+    from gptoss_jax.inference.engine import cache_length
+
+    for batch in args.batch:
+        for context in args.context:
+            memory_plan.check_request(config, batch, context)
+    longest = cache_length(max(args.context) + 1, config.max_position_embeddings)
+    memory_plan.announce(config, max(args.batch), longest, dtype=args.dtype, write=_tell)
+    limits = _limits(out, args.dtype)
+    model = _model(args, config)
+    for batch in args.batch:
+        small = measure.cases(config, batch, min(args.context), args.dtype, experts=config.num_experts_per_tok)
+        ran = {case.op: measure.chosen_implementation(case) for case in small}
+        out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
+        for context in args.context:
+            run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
+            row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args))
+            out.add(row | {"implementations": ran} | _peak(jax))
+    out.show(("batch", "batch", str), ("context", "context", "{:,}".format), *_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format),
+             ("GB read", "read_bytes", lambda size: f"{size / 1e9:.3f}"), ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR,
+             ("first run s", "first_run_seconds", "{:.1f}".format))
+
+
+def _load(args: argparse.Namespace) -> None:
+    import jax
+
+    from gptoss_jax import checkpoint
+    from gptoss_jax.inference import memory_plan
+    from gptoss_jax.model import cost
+
+    out = _Output(args)
+    seconds, config = [], None
+    for repetition in range(args.repetitions):
+        start = time.perf_counter()
+        with _trace(args)() if args.profile else contextlib.nullcontext():
+            model = checkpoint.load(args.checkpoint, dtype=args.dtype, admit=None if repetition else lambda config: memory_plan.announce(
+                config, 1, 256, dtype=args.dtype, write=_tell))
+            jax.block_until_ready(model.weights())
+        seconds.append(time.perf_counter() - start)
+        config = model.config
+        del model
+    size = cost.weight_bytes(config, args.dtype)
+    row = {"what": "load", "seconds": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds), "first_run_seconds": seconds[0],
+           "weights_bytes": size, "gb_per_second": size / statistics.median(seconds) / 1e9}
+    out.add(row | _peak(jax))
+    out.show(*_TIMES, ("first s", "first_run_seconds", "{:.2f}".format), ("GB/s", "gb_per_second", "{:.2f}".format),
+             ("host peak MB", "host_peak_bytes", lambda size: f"{size / 1e6:,.0f}"))
+
+
+def _kernels(args: argparse.Namespace) -> None:
+    config, out = _opened(args)
+    from gptoss_jax.inference import measure
+
+    limits = _limits(out, args.dtype)
+    for batch in args.batch:
+        for context in args.context:
+            few = measure.cases(config, min(batch, 4), context, args.dtype, experts=min(8, config.num_local_experts))  # the reference decodes all
+            for case, small in zip(measure.cases(config, batch, context, args.dtype), few):
+                auto = measure.chosen_implementation(case)
+                for implementation in case.implementations:
+                    facts = {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "auto": auto == implementation}
+                    if reason := measure.unmet(small, implementation):
+                        out.add(facts | {"not_here": reason})
+                        continue
+                    facts["error"] = measure.compare(small, implementation)
+                    if implementation != "reference":
+                        facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)
+                    out.add(facts)
+    out.show(("op", "op", str), ("size", "size", str), ("by", "implementation", str), ("auto", "auto", lambda is_auto: "*" if is_auto else ""),
+             ("error", "error", "{:.1e}".format), ("us", "seconds", _micro), ("lowest", "lowest", _micro), ("highest", "highest", _micro),
+             ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR, ("", "not_here", str))
+
+
+def _train(args: argparse.Namespace) -> None:
+    """Time the step that finetune would run: its compiled memory beside what the device says it reached."""
+    import jax
+    import numpy as np
+
+    from gptoss_jax import devices
+    from gptoss_jax.inference import measure
+    from gptoss_jax.training import loop, step
+    from gptoss_jax.training.config import load_config
+    from gptoss_jax.training.optimizer import make_optimizer
+
+    config, out = load_config(args.config, []), _Output(args)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    loss_fn = functools.partial(step.forward_loss, config.model, quantize=config.run.quantize, compute_dtype=config.run.compute_dtype,
+                                balance_coefficient=config.run.balance_coefficient)
+    state = loop.initial_state(config, optimizer)
+    shape = (config.data.batch_size, config.data.row_tokens)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    batch = step.Batch(tokens, np.roll(tokens, -1, axis=1), np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
+    start = time.perf_counter()
+    compiled = devices.compile_step(step.make_train_step(loss_fn, optimizer), state, batch)
+    compile_seconds = time.perf_counter() - start
+
+    def once() -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            state, metrics = compiled.compiled(state, batch)
+        jax.block_until_ready(metrics)
+        return (time.perf_counter() - start) / args.steps
+
+    row = {"what": "train", "config": args.config} | measure.timed(once, args.repetitions, _trace(args), tokens=tokens.size)
+    out.add(row | {"compile_seconds": compile_seconds, "compiled_peak_bytes": compiled.memory.peak_bytes} | _peak(jax))
+    out.show(*_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format), ("compile s", "compile_seconds", "{:.1f}".format),
+             ("compiled peak GB", "compiled_peak_bytes", lambda size: f"{size / 1e9:.2f}"))
+
+
+def _milli(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f}"
+
+
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f}"
+
+
+_TIMES = (("ms", "seconds", _milli), ("lowest", "lowest", _milli), ("highest", "highest", _milli))
+_FLOOR = ("of the floor", "floor_fraction", "{:.1%}".format)
+
+
+class _Output:
+    """Measurements: each appended to --json as soon as it is there, all of them as a table at the end."""
+
+    def __init__(self, args: argparse.Namespace):
+        import jax
+
+        import gptoss_jax
+
+        command.enable_compilation_cache()
+        self.rows: list[dict] = []
+        self._file, self._bar = args.json, command.Status()
+        device = jax.local_devices()[0]
+        source = {name: value for name in ("checkpoint", "random_weights", "dtype") if (value := getattr(args, name, None))}
+        self._facts = {"date": datetime.date.today().isoformat(), "version": gptoss_jax.__version__, "jax": jax.__version__,
+                       "device": device.device_kind} | source
+        self.note(", ".join(f"{name} {value}" for name, value in self._facts.items()))
+
+    def note(self, line: str) -> None:
+        self._bar.clear()
+        print(line, flush=True)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        if self._file:
+            with open(self._file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(self._facts | row) + "\n")
+        self._bar(" ".join(str(row[key]) for key in ("what", "op", "size", "implementation", "batch", "context") if key in row))
+
+    def show(self, *columns) -> None:
+        from gptoss_jax.inference.measure import table
+
+        self.note("\n".join(table(self.rows, columns)))
+
+
+def _opened(args: argparse.Namespace) -> tuple[GptOssConfig, _Output]:
+    from gptoss_jax.plan import config_named
+
+    if args.checkpoint is None and args.random_weights not in (*RANDOM, "tiny"):
+        raise command.UsageError(f"--random-weights {args.random_weights!r}: no such model, expected one of {', '.join(RANDOM)}, tiny")
+    name = args.checkpoint or args.random_weights
+    return RANDOM[name] if args.checkpoint is None and name in RANDOM else config_named(name), _Output(args)
+
+
+def _limits(out: _Output, dtype: str):
+    from gptoss_jax.inference import measure
+
+    limits = measure.ceilings(dtype)
+    out.add({"what": "ceilings", "gb_per_second": limits.bandwidth / 1e9, "tflop_per_second": limits.matmul / 1e12})
+    out.rows.clear()
+    out.note(f"this device reaches {limits.bandwidth / 1e9:,.1f} GB/s and {limits.matmul / 1e12:,.2f} TFLOP/s in {dtype}")
+    return limits
+
+
+def _model(args: argparse.Namespace, config: GptOssConfig):
+    from gptoss_jax import checkpoint
+    from gptoss_jax.inference import measure
+    from gptoss_jax.model import GptOss
+
+    if args.checkpoint:
+        return checkpoint.load(args.checkpoint, dtype=args.dtype)
+    return GptOss(config, measure.random_weights(config, args.dtype))
+
+
+def _trace(args: argparse.Namespace):
+    import jax
+
+    return functools.partial(jax.profiler.trace, args.profile) if args.profile else None
+
+
+def _peak(jax) -> dict:
+    """Return the largest memory use of the process so far, and of its device where that counts."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    device = {"device_peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+    return {"host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit} | device
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

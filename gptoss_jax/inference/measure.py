@@ -1,0 +1,293 @@
+"""Timing the engine and the kernels, against what this device's memory and matrix units reach in the same run.
+
+Every measurement is a dict with plain values: medians of `repetitions`, `lowest` and `highest` beside them, compilation apart.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import math
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.inference.engine import Engine
+from gptoss_jax.inference.sampling import Sampling
+from gptoss_jax.kernels import attention, expert_matmul
+from gptoss_jax.kernels.cache_write import cache_write
+from gptoss_jax.kernels.dense_matmul import dense_matmul
+from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, mosaic_gpu
+from gptoss_jax.model import GptOss, cost
+from gptoss_jax.model.cache import abstract_cache
+
+GREEDY = Sampling(temperature=0)
+_WARM_STEPS = 8
+
+
+class Ceilings(NamedTuple):
+    """What this device reaches: bytes per second (the better of reading, and copying with both directions counted) and FLOP per second."""
+
+    bandwidth: float
+    matmul: float
+
+
+def ceilings(dtype: str = "bfloat16") -> Ceilings:
+    """Measure a large read and copy (on CPUs a read), and a large matrix product on random numbers in `dtype`."""
+    small = jax.local_devices()[0].platform == "cpu"
+    bandwidth = _host_bandwidth() if small else _device_bandwidth()
+    side = 1024 if small else 8192
+    a, b = (jax.random.normal(key, (side, side), dtype) for key in jax.random.split(jax.random.key(1, impl="rbg")))
+    multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype))
+    return Ceilings(bandwidth, 2 * side**3 / min(_batches(lambda: multiply(a, b), 3, 4)))
+
+
+def _device_bandwidth() -> float:
+    data = jax.random.bits(jax.random.key(0, impl="rbg"), (1 << 28,), jnp.uint32)
+    copy, read = jax.jit(lambda x: x ^ jnp.uint32(1)), jax.jit(lambda x: x.max())
+    return max(2 * data.nbytes / min(_batches(lambda: copy(data), 3, 4)), data.nbytes / min(_batches(lambda: read(data), 3, 4)))
+
+
+def _host_bandwidth() -> float:
+    """Return bytes per second of reading with a thread a core, by numpy: XLA's loops on CPUs reach a third of it."""
+    threads, data = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), np.ones(1 << 25)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return data.nbytes / min(_batches(lambda: list(pool.map(np.max, np.array_split(data, threads))), 5, 1))
+
+
+def random_weights(config: GptOssConfig, dtype: str = "bfloat16", *, seed: int = 0, mesh=None) -> dict[str, jax.Array]:
+    """Make weights on the device itself: random bits and numbers, scaled so that activations neither vanish nor overflow."""
+    targets = cost.abstract_weights(config, dtype, mesh, None if mesh is not None else jax.local_devices()[0])
+    key = jax.random.key(seed, impl="rbg")
+    makers: dict[tuple, Callable] = {}
+    weights = {}
+    for index, (name, target) in enumerate(targets.items()):
+        kind = _kind(name)
+        what = (kind, target.shape, target.dtype, target.sharding)
+        if what not in makers:
+            makers[what] = jax.jit(functools.partial(_draw, *what[:3]), out_shardings=target.sharding)
+        weights[name] = makers[what](jax.random.fold_in(key, index))
+    return weights
+
+
+def _kind(name: str) -> str:
+    for ending in ("_blocks", "_scales", "norm.weight", "bias", "sinks", "embed_tokens.weight", "experts.gate_up_proj", "experts.down_proj"):
+        if name.endswith(ending):
+            return ending
+    return "matrix"
+
+
+def _draw(kind: str, shape, dtype, key):
+    if kind == "_blocks":
+        return jax.random.bits(key, shape, jnp.uint8)
+    if kind == "_scales":  # the mean square of all e2m1 codes is 8.56
+        middle = 127 - round(math.log2(8.56**0.5 * (shape[-1] * 32) ** 0.5))
+        return jnp.uint8(middle - 1) + jax.random.bits(key, shape, jnp.uint8) % jnp.uint8(3)
+    if kind == "norm.weight":
+        return jnp.ones(shape, dtype)
+    inputs = shape[1] if kind.startswith("experts.") else shape[-1]
+    scale = {"bias": 0.02, "sinks": 1.0, "embed_tokens.weight": 1.0}.get(kind, inputs**-0.5)
+    return (jax.random.normal(key, shape) * scale).astype(dtype)
+
+
+class _Primed(Engine):
+    """An engine that finds its prompts computed: random keys and values, so that decoding a long context needs no prefill of it."""
+
+    def _prefill_prompts(self, prompts, length: int):
+        batch = len(prompts)
+        everywhere = None if self.mesh is None else jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        abstract = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
+        key = jax.random.key(0, impl="rbg")
+        fill = {shape: jax.jit(functools.partial(jax.random.normal, shape=shape, dtype=self.dtype), out_shardings=target.sharding)
+                for target in jax.tree.leaves(abstract.layers) for shape in [target.shape]}
+        layers = jax.tree.map(lambda target: fill[target.shape](key), abstract.layers)
+        cache = abstract._replace(lengths=jnp.asarray([len(prompt) for prompt in prompts], jnp.int32), layers=layers)
+        hidden = jax.random.normal(key, (batch, self.config.hidden_size), self.dtype)
+        return jax.device_put((cache, hidden), self._place(cache, hidden))
+
+
+def decode(model: GptOss, batch: int, context: int, limits: Ceilings, *, steps: int = 32, repetitions: int = 5, trace=None) -> dict:
+    """Time decode steps of `batch` rows whose contexts end at `context` tokens, as `Engine.stream` runs them, the tokens read by the host."""
+    count = _WARM_STEPS + steps + 1
+    engine = _Primed(model, max_context=min(model.config.max_position_embeddings, max(context, count + 1)))
+    engine.stop_ids = frozenset()
+    prompts = [[0] * max(min(context, engine.max_context) - count, 1)] * batch
+
+    def once() -> float:
+        times = [time.perf_counter() for token in engine.stream(prompts, GREEDY, max_new_tokens=count) if token.row == batch - 1]
+        return (times[-1] - times[_WARM_STEPS]) / (len(times) - 1 - _WARM_STEPS)
+
+    dtype = str(engine.dtype)
+    needed = cost.decode_bytes(model.config, batch, context, dtype)
+    return {"what": "decode", "batch": batch, "context": context} | timed(once, repetitions, trace, tokens=batch, floor=needed / limits.bandwidth,
+                                                                      read_bytes=needed)
+
+
+def prefill(model: GptOss, batch: int, tokens: int, limits: Ceilings, *, repetitions: int = 5, trace=None) -> dict:
+    """Time `batch` prompts of `tokens` random tokens, from the call to the first token of each."""
+    engine = Engine(model, max_context=min(model.config.max_position_embeddings, tokens + 1))
+    tokens = min(tokens, engine.max_context - 1)
+    prompts = np.random.default_rng(0).integers(0, engine.sampleable, (batch, tokens)).tolist()
+
+    def once() -> float:
+        start = time.perf_counter()
+        for _ in engine.stream(prompts, GREEDY, max_new_tokens=1):
+            pass
+        return time.perf_counter() - start
+
+    flops = cost.prefill_flops(model.config, batch, tokens)
+    weights = cost.decode_bytes(model.config, batch * tokens, 0, str(engine.dtype))  # all of them once
+    floor = max(flops / limits.matmul, weights / limits.bandwidth)
+    return {"what": "prefill", "batch": batch, "context": tokens} | timed(once, repetitions, trace, tokens=batch * tokens, floor=floor,
+                                                                         read_bytes=weights, flops=flops)
+
+
+def timed(once: Callable[[], float], repetitions: int, trace=None, *, tokens: int, floor: float | None = None, **facts) -> dict:
+    """Call `once`, which returns seconds, a first time and `repetitions` more. trace: opens the context that those run in."""
+    start = time.perf_counter()
+    once()
+    first = time.perf_counter() - start
+    with trace() if trace else contextlib.nullcontext():
+        seconds = sorted(once() for _ in range(repetitions))
+    median = statistics.median(seconds)
+    found = {"seconds": median, "lowest": seconds[0], "highest": seconds[-1], "first_run_seconds": first, "tokens_per_second": tokens / median}
+    found |= facts
+    if "read_bytes" in facts:
+        found["gb_per_second"] = facts["read_bytes"] / median / 1e9
+    return found if floor is None else found | {"floor_seconds": floor, "floor_fraction": floor / median}
+
+
+class Case(NamedTuple):
+    """One op at one size. run: (implementation, carry, *arrays) -> output; carry: the operand that changes from call to call."""
+
+    op: str
+    size: str
+    implementations: tuple[str, ...]
+    run: Callable
+    carry: jax.Array
+    arrays: tuple
+    read_bytes: int
+    flops: int
+
+
+def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16", *, experts: int | None = None) -> list[Case]:
+    """Return the ops of a decode step at the model's shapes, on random numbers. experts: how many, instead of the model's."""
+    c = config if experts is None else config.replace(num_local_experts=experts)
+    keys = iter(jax.random.split(jax.random.key(2, impl="rbg"), 32))
+    E, A, D, F, H, K = c.num_local_experts, c.num_experts_per_tok, c.hidden_size, c.intermediate_size, c.head_dim, c.num_key_value_heads
+    N = c.num_attention_heads
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape, dtype)
+
+    def packed(out, inputs):
+        shape = (E, out, inputs // 32)
+        return Mxfp4Weight(_draw("_blocks", (*shape, 16), None, next(keys)), _draw("_scales", shape, None, next(keys)))
+
+    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(E), (batch, 1)), axis=1)[:, :A]
+    sizes = jnp.asarray(np.bincount(chosen.ravel(), minlength=E), jnp.int32)
+    used, item = int((sizes > 0).sum()), jnp.dtype(dtype).itemsize
+    found = []
+    for name, out, inputs in (("gate_up", 2 * F, D), ("down", D, F)):
+        found.append(Case("expert_matmul", f"{name} {batch * A} rows", tuple(expert_matmul.IMPLEMENTATIONS),
+                          lambda how, x, weight, bias, sizes: expert_matmul.expert_matmul(x, weight, bias, sizes, implementation=how),
+                          normal(batch * A, inputs), (packed(out, inputs), normal(E, out), sizes),
+                          used * out * inputs * 17 // 32, 2 * batch * A * out * inputs))
+    positions = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), (batch, context))
+    for window in (None, c.sliding_window):
+        slots = context if window is None else min(window, context)
+        kept = positions[:, context - slots :]
+        found.append(Case("attention", f"{batch} x {slots} keys{'' if window is None else ' of a ring'}", tuple(attention.IMPLEMENTATIONS),
+                          lambda how, q, k, v, sinks, last, kept, window=window: attention.attention(
+                              q, k, v, sinks, q_positions=last, k_positions=kept, window=window, implementation=how),
+                          normal(batch, 1, N, H), (normal(batch, slots, K, H), normal(batch, slots, K, H), normal(N), positions[:, -1:], kept),
+                          2 * batch * slots * K * H * item, 4 * batch * slots * N * H))
+    for name, out, inputs in (("q_proj", N * H, D), ("lm_head", c.vocab_size, D)):
+        found.append(Case("dense_matmul", f"{name} {batch} rows", ("xla", "cpu"),
+                          lambda how, x, weight: dense_matmul(x, weight, implementation=how), normal(batch, inputs), (normal(out, inputs),),
+                          out * inputs * item, 2 * batch * out * inputs))
+    found.append(Case("cache_write", f"{batch} x {context} slots", ("xla", "cpu"),
+                      lambda how, old, new, slots: cache_write(old, new, slots, implementation=how),
+                      normal(batch, context, K, H), (normal(batch, 1, K, H), positions[:, -1:]), 2 * batch * K * H * item, 0))
+    return found
+
+
+def chosen_implementation(case: Case) -> str:
+    """Return what "auto" comes to on this device, read off the compiled program's calls."""
+    text = jax.jit(functools.partial(case.run, "auto")).lower(case.carry, *_arranged(case, "auto")).compile().as_text()
+    calls = " ".join(re.findall(r'custom_call_target="([^"]*)"', text))
+    return next((name for part, name in (("gptoss_jax_", "cpu"), ("mosaic_gpu", "mosaic_gpu"), ("cudnn", "cudnn")) if part in calls), "xla")
+
+
+def _arranged(case: Case, implementation: str) -> tuple:
+    """Return the arrays as a model on this device keeps them: experts rearranged for Hopper where its kernel is what runs."""
+    if case.op == "expert_matmul" and implementation in ("auto", "mosaic_gpu") and mosaic_gpu.device_unmet() is None:
+        return (expert_matmul.pack(case.arrays[0]), *case.arrays[1:])
+    return case.arrays
+
+
+def compare(case: Case, implementation: str) -> float:
+    """Return the relative error (norm of the difference over the norm) against the reference; cache_write's reference is "xla"."""
+    reference = "reference" if "reference" in case.implementations else "xla"
+    expected, found = (np.asarray(jax.jit(functools.partial(case.run, how))(case.carry, *case.arrays), np.float32)
+                       for how in (reference, implementation))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: int = 5, seconds: float = 0.1) -> dict:
+    """Time one op by a loop on the device, each call fed from the one before; experts change from call to call, so that no cache keeps them."""
+
+    @jax.jit
+    def loop(count, carry, arrays):
+        def body(index, carry):
+            turned = (*arrays[:2], jnp.roll(arrays[2], index * 5)) if case.op == "expert_matmul" else arrays
+            out = case.run(implementation, carry, *turned)
+            return out if case.op == "cache_write" else carry + (out.ravel()[0] * 0).astype(carry.dtype)
+
+        return jax.lax.fori_loop(0, count, body, carry)
+
+    arrays = _arranged(case, implementation)
+    once = min(_batches(lambda: loop(1, case.carry, arrays), 2, 1))
+    count = int(min(max(seconds / once, 1), 1000))
+    times = sorted(time / count for time in _batches(lambda: loop(count, case.carry, arrays), repetitions, 1))
+    median = statistics.median(times)
+    floor = max(case.read_bytes / limits.bandwidth, case.flops / limits.matmul)
+    return {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "seconds": median, "lowest": times[0],
+            "highest": times[-1], "read_bytes": case.read_bytes, "gb_per_second": case.read_bytes / median / 1e9, "floor_fraction": floor / median}
+
+
+def _batches(run: Callable, repetitions: int, calls: int) -> list[float]:
+    """Return seconds a call of `repetitions` runs of `calls` calls that don't wait for each other, after one untimed."""
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        jax.block_until_ready([run() for _ in range(calls)])
+        seconds.append((time.perf_counter() - start) / calls)
+    return seconds
+
+
+def unmet(case: Case, implementation: str) -> str | None:
+    """Return why an implementation can't run this case here, None if it can."""
+    try:
+        jax.jit(functools.partial(case.run, implementation)).lower(case.carry, *case.arrays).compile()
+    except Exception as error:  # whatever refuses, a kernel or a compiler: it is reported, and the others are measured
+        return str(error).strip().splitlines()[0][:200]
+    return None
+
+
+def table(rows: Sequence[dict], columns: Sequence[tuple[str, str, Callable]]) -> list[str]:
+    """Return aligned lines: columns are (heading, key, how to show the value); what a row lacks is left blank."""
+    cells = [[heading for heading, _, _ in columns]]
+    cells += [[show(row[key]) if key in row else "" for _, key, show in columns] for row in rows]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]

@@ -1,0 +1,162 @@
+"""Whether a model fits: weights and cache by arithmetic, temporaries by compiling the engine's own steps for the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from gptoss_jax import devices, sharding
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.inference.engine import Engine
+from gptoss_jax.model import GptOss, cost
+
+_CONTEXT_STEP = 1024
+_TRIES = 4
+
+
+class PlanError(ValueError):
+    """A plan that can't be made, or that doesn't fit; names what, the value and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes of one device. temporaries: of each compiled step; empty where nothing was compiled. padding: what the device's layouts add to
+    weights and cache, and small inputs. collectives: of each step, as `devices.collectives`."""
+
+    memory: int
+    weights: int
+    cache: int
+    padding: int = 0
+    temporaries: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    collectives: Mapping[str, Mapping[str, tuple[int, int]]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def needed(self) -> int:
+        return self.weights + self.cache + self.padding + max(self.temporaries.values(), default=0)
+
+    @property
+    def left(self) -> int:
+        return self.memory - self.needed
+
+    def table(self) -> list[str]:
+        """Return the lines to print: bytes of one device."""
+        rows = [("weights", self.weights), ("cache", self.cache)]
+        rows += [("padding, small inputs", self.padding)] * (self.padding > 1e6)
+        rows += [(f"temporaries of {step}", size) for step, size in self.temporaries.items()] or [("temporaries", None)]
+        rows += [("sum, with the largest", self.needed), ("of", self.memory), ("left", self.left)]
+        return [f"  {name:<28}" + (f"{amount(size):>12}" if size is not None else "     unknown: not compiled") for name, size in rows]
+
+
+def amount(size: int) -> str:
+    """Spell a number of bytes."""
+    unit, name = (1e9, "GB") if abs(size) >= 1e8 else (1e6, "MB")
+    return f"{size / unit:,.2f} {name}"
+
+
+def check_request(config: GptOssConfig, batch: int, context: int) -> None:
+    """Raise PlanError for a batch or a context that the engine doesn't take."""
+    if batch < 1 or batch & (batch - 1):
+        raise PlanError(f"batch is {batch}, expected a power of two: the engine rounds up to one")
+    if not 1 < context <= config.max_position_embeddings:
+        raise PlanError(f"context is {context}, expected 2 to the model's maximum of {config.max_position_embeddings}")
+
+
+def by_arithmetic(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bfloat16", mesh=None, memory: int) -> Plan:
+    """Return the plan of weights and cache alone: exact, and temporaries unknown. Raises ShardingError."""
+    return Plan(memory, cost.weight_bytes(config, dtype, mesh), cost.cache_bytes(config, batch, context, dtype, mesh))
+
+
+def announce(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bfloat16", mesh=None, write: Callable[[str], None]) -> None:
+    """Write a line of what weights and cache will take of this process's first device. Raises PlanError, the table written, where it has less."""
+    device = jax.local_devices()[0]
+    where = "this host" if device.platform == "cpu" else device.device_kind
+    plan = by_arithmetic(config, batch, context, dtype=dtype, mesh=mesh, memory=devices.usable_bytes(device))
+    if plan.left < 0:
+        for line in plan.table():
+            write(line)
+        raise PlanError(f"weights and a cache of {batch} x {context:,} tokens take {amount(plan.needed)}, more than the {amount(plan.memory)} "
+                        f"free on {where}")
+    write(f"[memory: weights {amount(plan.weights)}, cache {amount(plan.cache)}, of {amount(plan.memory)} free on {where}]")
+
+
+class Planner:
+    """Compiles the engine's steps of one model for one device kind and mesh.
+
+    kind: of `devices.KINDS`; axes: mesh axes of more than one device. Raises DeviceError, ShardingError.
+    """
+
+    def __init__(self, config: GptOssConfig, kind: str, axes: Mapping[str, int] = {}, *, dtype: str = "bfloat16", prefill_chunk: int = 512):
+        self.config, self.dtype, self.prefill_chunk = config, dtype, prefill_chunk
+        count = cost.abstract_mesh(**axes).size
+        kind_found = devices.kind_named(kind)
+        self.memory = kind_found.memory_bytes // (count if kind_found.platform == "cpu" else 1)
+        cost.weight_bytes(config, dtype, cost.abstract_mesh(**axes))  # finds what doesn't divide, before a compiler is asked for
+        self.devices = devices.described(kind, count)
+        self.mesh = sharding.make_mesh(**axes, devices=self.devices) if count > 1 else None
+        self._seen: dict[tuple, Plan] = {}
+
+    def at(self, batch: int, context: int) -> Plan:
+        """Return the plan of the whole model, its steps compiled. Raises PlanError for what the engine doesn't take."""
+        check_request(self.config, batch, context)
+        return self._compile(self.config, batch, context)
+
+    def longest_context(self, batch: int, known: Plan, context: int) -> int | None:
+        """Return the longest context that fits, to 1,024 tokens, None for none. known: the plan at (batch, context)."""
+        limit = self.config.max_position_embeddings
+        candidates = [*range(_CONTEXT_STEP, limit, _CONTEXT_STEP), limit]
+        return self._largest(candidates, context, known, lambda length: (batch, length))
+
+    def largest_batch(self, context: int, known: Plan, batch: int) -> int | None:
+        """Return the largest batch that fits, a power of two up to 4,096, None for none. known: the plan at (batch, context)."""
+        return self._largest([1 << power for power in range(13)], batch, known, lambda rows: (rows, context))
+
+    def _largest(self, candidates: Sequence[int], at: int, known: Plan, point: Callable[[int], tuple[int, int]]) -> int | None:
+        """Guess by arithmetic, compile, guess again with the temporaries found, taken as proportional between refused guesses.
+
+        Compiled is a model with one layer of each kind: temporaries hardly depend on the number of layers, by a constant that `known` tells.
+        """
+        kinds = tuple(dict.fromkeys(self.config.layer_types))
+        shallow = self.config.replace(num_hidden_layers=len(kinds), layer_types=kinds)
+
+        def extra(plan: Plan) -> int:
+            return plan.needed - plan.weights - plan.cache
+
+        found, constant = extra(known), extra(known) - extra(self._compile(shallow, *point(at)))
+        refused = None
+        for _ in range(_TRIES):
+            fitting = [value for value in candidates if (refused is None or value < refused) and known.weights + self._cache(*point(value))
+                       + found * (1 if refused is None else value / refused) <= self.memory]
+            if not fitting:
+                return None
+            guess = fitting[-1]
+            found = extra(self._compile(shallow, *point(guess))) + constant
+            if known.weights + self._cache(*point(guess)) + found <= self.memory:
+                return guess
+            refused = guess
+        return None
+
+    def _cache(self, batch: int, context: int) -> int:
+        return cost.cache_bytes(self.config, batch, context, self.dtype, self.mesh)
+
+    def _compile(self, config: GptOssConfig, batch: int, context: int) -> Plan:
+        key = (config, batch, context)
+        if key not in self._seen:
+            weights = cost.abstract_weights(config, self.dtype, self.mesh, self.devices[0])
+            engine = Engine(GptOss(config, weights, mesh=self.mesh), max_context=context, prefill_chunk=self.prefill_chunk)
+            exact = by_arithmetic(config, batch, context, dtype=self.dtype, mesh=self.mesh, memory=self.memory)
+            padding, temporaries, collectives = 0, {}, {}
+            for name, lowered in engine.lower(batch, context).items():
+                try:
+                    step = devices.finish(lowered)
+                except devices.OutOfMemory as error:
+                    temporaries[name] = (error.needed_bytes or self.memory + 1) - exact.weights - exact.cache
+                    continue
+                memory = step.memory
+                if name == "decode":  # which takes every weight
+                    padding = max(memory.arguments_bytes - exact.weights - exact.cache, 0)
+                temporaries[name] = memory.temporaries_bytes + memory.outputs_bytes
+                collectives[name] = step.collectives
+            self._seen[key] = dataclasses.replace(exact, padding=padding, temporaries=temporaries, collectives=collectives)
+        return self._seen[key]

@@ -1,0 +1,76 @@
+"""What a model weighs, holds and moves, by arithmetic from its configuration: nothing is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from gptoss_jax import sharding
+from gptoss_jax.config import SLIDING, GptOssConfig
+from gptoss_jax.model.cache import abstract_cache
+from gptoss_jax.model.weights import declare
+
+
+def abstract_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> AbstractMesh:
+    """Return the mesh of `sharding.make_mesh` without devices, enough to divide shapes by."""
+    return AbstractMesh((data, fsdp, expert, tensor), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES))
+
+
+def abstract_weights(config: GptOssConfig, dtype: str = "bfloat16", mesh=None, device: jax.Device | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return every weight as stored, with its sharding over `mesh` or on `device`. Raises ShardingError."""
+    declared = declare(config, dtype=dtype, packed=config.quantized)
+    single = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    places = dict.fromkeys(declared, single) if mesh is None else sharding.shardings(declared, mesh)
+    return {name: jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=places[name]) for name, weight in declared.items()}
+
+
+def weight_bytes(config: GptOssConfig, dtype: str = "bfloat16", mesh=None) -> int:
+    """Return the bytes of all weights, or of one device's share on `mesh`; packed experts take the same in every dtype. Raises ShardingError."""
+    return shard_bytes(abstract_weights(config, dtype, mesh).values())
+
+
+def cache_bytes(config: GptOssConfig, batch: int, length: int, dtype: str = "bfloat16", mesh=None) -> int:
+    """Return the bytes of a cache's keys and values (`make_cache`), or of one device's share on `mesh`."""
+    return shard_bytes(jax.tree.leaves(abstract_cache(config, batch, length, dtype, mesh=mesh).layers))
+
+
+def decode_bytes(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16") -> int:
+    """Return what one decode step has to read: dense weights, the experts that `batch` tokens choose, the unembedding, keys and values seen.
+
+    Experts are counted as if chosen evenly and independently: E * (1 - (1 - A / E)^batch) of them, A for one token. Embedding rows,
+    norms and biases, and what is written, are left out: below a thousandth.
+    """
+    c = config
+    item = jax.numpy.dtype(dtype).itemsize
+    width, query, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    touched = c.num_local_experts * (1 - (1 - c.num_experts_per_tok / c.num_local_experts) ** batch)
+    matrices = 3 * width * c.intermediate_size * (17 / 32 if c.quantized else item)
+    layer = item * width * (2 * query + 2 * kv + c.num_local_experts) + touched * matrices
+    seen = sum(min(context, c.sliding_window) if kind == SLIDING else context for kind in c.layer_types)
+    return round(c.num_hidden_layers * layer + item * c.vocab_size * width + 2 * batch * kv * item * seen)
+
+
+def prefill_flops(config: GptOssConfig, batch: int, tokens: int) -> int:
+    """Return the floating-point operations of prefilling: matrix products with weights, scores and values; the unembedding of one token a row."""
+    c = config
+    width, query, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = width * (2 * query + 2 * kv + c.num_local_experts) + c.num_experts_per_tok * 3 * width * c.intermediate_size
+
+    def pairs(window: int) -> int:  # of a query and a key it sees
+        return tokens * window - window * (window - 1) // 2 if tokens > window else tokens * (tokens + 1) // 2
+
+    seen = sum(pairs(c.sliding_window if kind == SLIDING else tokens) for kind in c.layer_types)
+    return 2 * batch * (tokens * c.num_hidden_layers * layer + 2 * query * seen + c.vocab_size * width)
+
+
+def shard_bytes(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
+    """Return the bytes of abstract arrays on one device of their shardings."""
+
+    def one(array):
+        shape = array.sharding.shard_shape(array.shape) if isinstance(array.sharding, NamedSharding) else array.shape
+        return math.prod(shape) * jax.numpy.dtype(array.dtype).itemsize
+
+    return sum(map(one, arrays))

@@ -1,0 +1,165 @@
+"""The benchmark: what it makes up is usable, what it reports follows from what it timed, wrong kernels and bad input are told."""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from gptoss_jax import bench
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.inference import measure
+from gptoss_jax.model import GptOss, cost
+
+SMALL = GptOssConfig(vocab_size=640, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2,
+                     num_attention_heads=8, num_key_value_heads=4, head_dim=16, sliding_window=32, max_position_embeddings=512)
+LIMITS = measure.Ceilings(bandwidth=1e9, matmul=1e12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GptOss(SMALL, measure.random_weights(SMALL))
+
+
+def test_random_weights_are_all_different_and_give_ordinary_logits(model):
+    weights = model.weights()
+    assert {name: (w.shape, str(w.dtype)) for name, w in weights.items()} == {
+        name: (w.shape, str(w.dtype)) for name, w in cost.abstract_weights(SMALL).items()}
+    blocks = np.asarray(weights["model.layers.0.mlp.experts.down_proj_blocks"])
+    assert np.bincount(np.concatenate([blocks & 15, blocks >> 4]).ravel(), minlength=16).min() > 0.8 * blocks.size * 2 / 16
+    assert not np.array_equal(blocks, weights["model.layers.1.mlp.experts.down_proj_blocks"])
+    logits = np.asarray(jax.jit(lambda m, t: m(t))(model, jnp.arange(60)[None]))
+    assert np.isfinite(logits).all() and 0.3 < logits.std() < 3
+    dense = measure.random_weights(SMALL.replace(quantized=False), "float32")["model.layers.0.mlp.experts.gate_up_proj"]
+    assert dense.shape == (8, 96, 128) and abs(float(dense.std()) * 96**0.5 - 1) < 0.05
+
+
+def test_decode_is_timed_at_its_context_and_its_numbers_agree(model, monkeypatch):
+    lengths = []
+    primed = measure._Primed._prefill_prompts
+
+    def spied(self, prompts, length):
+        cache, hidden = primed(self, prompts, length)
+        lengths.append((len(prompts), int(cache.lengths[0]), length, float(jnp.abs(cache.layers[1].keys.astype(jnp.float32)).mean())))
+        return cache, hidden
+
+    monkeypatch.setattr(measure._Primed, "_prefill_prompts", spied)
+    row = measure.decode(model, 2, 300, LIMITS, steps=4, repetitions=2)
+    assert len(lengths) == 3 and lengths[0][:3] == (2, 300 - 13, 300) and 0.5 < lengths[0][3] < 1.1  # random, not zeros
+    assert row["read_bytes"] == cost.decode_bytes(SMALL, 2, 300) and row["lowest"] <= row["seconds"] <= row["highest"] < row["first_run_seconds"]
+    assert row["tokens_per_second"] == pytest.approx(2 / row["seconds"])
+    assert row["floor_fraction"] == pytest.approx(row["read_bytes"] / 1e9 / row["seconds"])
+
+
+def test_every_implementation_that_runs_here_agrees_with_the_reference():
+    checked = set()
+    for case in measure.cases(SMALL, 2, 64)[::2]:  # one of each op
+        assert measure.chosen_implementation(case) in case.implementations
+        for how in case.implementations:
+            if measure.unmet(case, how) is None:
+                assert measure.compare(case, how) < 0.02, (case.op, case.size, how)  # bfloat16
+                checked.add((case.op, how))
+    assert {("expert_matmul", "xla"), ("attention", "xla"), ("dense_matmul", "xla"), ("cache_write", "xla")} <= checked
+
+
+def test_a_wrong_kernel_is_told_and_one_that_cannot_run_says_why():
+    case = next(case for case in measure.cases(SMALL, 1, 64) if case.op == "expert_matmul")
+    right = case.run
+    wrong = case._replace(run=lambda how, *arrays: right(how, *arrays) * (1.1 if how == "xla" else 1))
+    assert 0.05 < measure.compare(wrong, "xla") < 0.2
+    assert "expected 'auto' or one of" in measure.unmet(case, "no_such")
+
+
+def test_a_kernel_is_timed_with_its_bytes(monkeypatch):
+    case = next(case for case in measure.cases(SMALL, 1, 64) if case.op == "expert_matmul")
+    row = measure.kernel(case, "xla", LIMITS, repetitions=2, seconds=0.005)
+    assert row["read_bytes"] == 2 * 128 * 96 * 17 // 32 and 0 < row["lowest"] <= row["seconds"] <= row["highest"]
+    assert row["gb_per_second"] == pytest.approx(row["read_bytes"] / row["seconds"] / 1e9)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "ceilings", lambda dtype="bfloat16": LIMITS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(bench.RANDOM, "small", SMALL)
+    cache = jax.config.jax_compilation_cache_dir
+    yield tmp_path / "rows.jsonl"
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def run(capsys, *argv):
+    code = bench.main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
+    code, out, err = run(capsys, "prefill", "--random-weights", "small", "--context", "20", "--repetitions", "1", "--json", str(quick))
+    assert code == 0 and "[memory: weights" in err and "ran expert_matmul" in out and "of the floor" in out
+    rows = [json.loads(line) for line in quick.read_text().splitlines()]
+    assert [row["what"] for row in rows] == ["ceilings", "prefill"] and rows[1]["context"] == 20 and rows[1]["jax"] == jax.__version__
+    assert set(rows[1]["implementations"]) == {"expert_matmul", "attention", "dense_matmul", "cache_write"}
+
+
+def test_load_is_timed(capsys, quick):
+    code, out, _ = run(capsys, "load", "--checkpoint", "tiny", "--repetitions", "1", "--json", str(quick))
+    row = json.loads(quick.read_text())
+    assert code == 0 and row["what"] == "load" and row["weights_bytes"] > 2e6 and "GB/s" in out
+
+
+def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path):
+    model = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"model": model, "data": {"row_tokens": 16, "batch_size": 2}}))
+    code, out, err = run(capsys, "train", str(file), "--steps", "1", "--repetitions", "1", "--json", str(quick))
+    assert code == 0, err
+    row = json.loads(quick.read_text())
+    assert row["what"] == "train" and row["tokens_per_second"] == pytest.approx(32 / row["seconds"]) and row["compiled_peak_bytes"] > 1e5
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["decode", "--random-weights", "gpt-oss-200b"], "--random-weights 'gpt-oss-200b': no such model, expected one of gpt-oss-20b, gpt-oss-120b"),
+    (["decode", "--random-weights", "tiny", "--context", "5000"], "context is 5000, expected 2 to the model's maximum of 4096"),
+    (["decode", "--random-weights", "tiny", "--batch", "3"], "batch is 3, expected a power of two"),
+    (["prefill", "--checkpoint", "/no/such/place"], "model '/no/such/place': no such checkpoint directory"),
+    (["kernels", "--random-weights", "tiny", "--repetitions", "0"], "--repetitions is 0, expected at least 1"),
+    (["load"], "one of the arguments --checkpoint is required"),
+    (["train", "/no/such.yaml"], "/no/such.yaml"),
+])
+def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, quick, argv, said):
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_what_does_not_fit_is_refused_with_the_table(capsys, quick, monkeypatch):
+    from gptoss_jax import devices
+
+    monkeypatch.setattr(devices, "usable_bytes", lambda device=None: 1000)
+    code, _, err = run(capsys, "decode", "--random-weights", "small")
+    assert code == 2 and "  left" in err and "more than the 0.00 MB free on this host" in err
+
+
+def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(tmp_path):
+    spec = importlib.util.spec_from_file_location("gpu", pathlib.Path(__file__).parents[1] / "benchmarks" / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    arguments = argparse.Namespace(out=tmp_path / "rows.jsonl", section="torch", model="tiny", seconds=60.0)
+
+    def section(arguments, record):
+        gpu.in_time(arguments, record, {"what": "a"}, lambda: 1 / 0)
+        gpu.in_time(arguments, record, {"what": "b"}, lambda: {"seconds": 2})
+        arguments.end = 0
+        gpu.in_time(arguments, record, {"what": "c"}, lambda: {"seconds": 2})
+        raise RuntimeError("out of luck\nand more")
+
+    gpu.SECTIONS["torch"] = section
+    assert gpu.run_section(arguments) == 1
+    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+    assert [row.get("failed") or row.get("skipped") or row["seconds"] for row in rows] == [
+        "ZeroDivisionError: division by zero", 2, "no time left", "RuntimeError: out of luck"]

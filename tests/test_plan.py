@@ -1,0 +1,206 @@
+"""The memory plan: bytes against hand arithmetic and against compiled programs, the search, what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gptoss_jax import command, devices, generate, plan, sharding
+from gptoss_jax.config import FULL, PRESETS, SLIDING, GptOssConfig
+from gptoss_jax.inference import memory_plan
+from gptoss_jax.inference.memory_plan import Plan, Planner
+from gptoss_jax.model import cost
+
+SMALL = GptOssConfig(vocab_size=512, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2,
+                     num_attention_heads=8, num_key_value_heads=4, head_dim=16, sliding_window=32, max_position_embeddings=512)
+
+
+def experts_by_hand(experts):
+    """Bytes of one layer's experts of the published shapes: 17 bytes for 32 weights, 90 such blocks a row, and bfloat16 biases."""
+    return experts * (5760 + 2880) * (90 * 17 + 2)
+
+
+def weights_by_hand(layers, experts, expert_shards=1):
+    attention = 2 * (2880 * (64 + 8 + 8) * 64 + (64 + 8 + 8) * 64 + 64 * 64 * 2880 + 2880 + 64)
+    rest = 2 * (2 * 2880 + experts * 2880 + experts)
+    return layers * (attention + rest + experts_by_hand(experts) // expert_shards) + 2 * (2 * 201_088 * 2880 + 2880)
+
+
+@pytest.mark.parametrize("name, layers, experts, published", [("gpt-oss-20b", 24, 32, 13_761_264_768), ("gpt-oss-120b", 36, 128, 65_248_815_744)])
+def test_weights_are_what_hand_arithmetic_and_the_published_files_say(name, layers, experts, published):
+    assert cost.weight_bytes(PRESETS[name]) == weights_by_hand(layers, experts) == published
+    assert cost.weight_bytes(PRESETS[name], mesh=cost.abstract_mesh(expert=8)) == weights_by_hand(layers, experts, 8)
+
+
+def test_the_cache_grows_on_full_layers_only():
+    config = PRESETS["gpt-oss-120b"]
+    slot = 2 * 8 * 64 * 2  # keys and values of a token in a layer, bfloat16
+    assert cost.cache_bytes(config, 1, 131_072) == slot * 18 * (131_072 + 128) == 4_836_556_800
+    assert cost.cache_bytes(config, 16, 64) == 16 * slot * 36 * 64
+    assert cost.cache_bytes(config, 16, 1024, mesh=cost.abstract_mesh(data=4, tensor=2)) == slot * 18 * (1024 + 128) * 16 // 8
+
+
+def test_decode_reads_what_hand_arithmetic_says():
+    attention, router = 2 * 2880 * (64 + 8 + 8 + 64) * 64, 2 * 2880 * 128
+    experts = (5760 + 2880) * 90 * 17
+    fixed = 36 * (attention + router) + 2 * 201_088 * 2880
+    cache = 2 * 8 * 64 * 2 * 18 * (1000 + 128)
+    assert cost.decode_bytes(PRESETS["gpt-oss-120b"], 1, 1000) == fixed + 36 * 4 * experts + cache
+    every_expert = cost.decode_bytes(PRESETS["gpt-oss-120b"], 4096, 1) - 4096 * 2 * 8 * 64 * 2 * 36
+    assert every_expert == fixed + 36 * 128 * experts
+
+
+def test_prefill_counts_the_keys_each_query_sees():
+    config = SMALL.replace(sliding_window=3)
+    per_token = 96 * (2 * 128 + 2 * 64 + 8) + 2 * 3 * 96 * 64
+    seen = (1 + 2 + 3 + 3 + 3) + (1 + 2 + 3 + 4 + 5)
+    assert cost.prefill_flops(config, 2, 5) == 2 * 2 * (5 * 2 * per_token + 2 * 128 * seen + 512 * 96)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return Planner(SMALL, "cpu").at(2, 256)
+
+
+def test_the_compiled_step_holds_weights_and_cache_and_little_else(planned):
+    assert planned.weights == cost.weight_bytes(SMALL) and planned.cache == cost.cache_bytes(SMALL, 2, 256)
+    assert planned.padding < 1000  # token ids, lengths, settings
+    assert set(planned.temporaries) == {"prefill", "decode"} and all(0 < size < 1e8 for size in planned.temporaries.values())
+    assert planned.needed == planned.weights + planned.cache + planned.padding + max(planned.temporaries.values())
+    assert planned.collectives == {"prefill": {}, "decode": {}}
+
+
+def test_a_mesh_divides_the_weights_and_shows_its_collectives():
+    config = SMALL.replace(num_hidden_layers=1)
+    found = Planner(config, "cpu", {"expert": 4}).at(1, 64)
+    assert found.weights == cost.weight_bytes(config, mesh=cost.abstract_mesh(expert=4)) < cost.weight_bytes(config)
+    count, size = found.collectives["decode"]["all-reduce"]
+    assert count >= 1 and size >= 96 * 2  # of the layer's output
+
+
+def test_collectives_are_counted_with_the_bytes_of_their_results():
+    mesh = sharding.make_mesh(expert=8)
+    place = jax.NamedSharding(mesh, P("expert"))
+    total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "expert"), mesh=mesh, in_specs=P("expert"), out_specs=P()))
+    step = devices.compile_step(total, jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=place))
+    assert step.collectives == {"all-reduce": (1, 2 * 3 * 4)}
+    assert step.memory.arguments_bytes == 24 and step.memory.peak_bytes >= 48
+    text = """
+      %a = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%x), dimensions={0}
+      %b = bf16[32,8]{1,0} all-gather-done(%a)
+      %c = (f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%y)
+      %d = (u8[7]{0}, pred[5]{0}) all-to-all(%z, %w)
+    """
+    assert devices.collectives(text) == {"all-gather": (1, 512), "collective-permute": (1, 40), "all-to-all": (1, 12)}
+
+
+@pytest.mark.parametrize("temporaries, memory", [(lambda batch, context: 10_000, 2_000_000), (lambda batch, context: 300 * batch * context, 3_000_000),
+                                                 (lambda batch, context: 50_000 + 40 * batch * context, 2_000_000)], ids=["even", "steep", "both"])
+def test_the_longest_context_and_largest_batch_fit_and_the_next_ones_hardly_would(monkeypatch, temporaries, memory):
+    config = SMALL.replace(max_position_embeddings=1 << 20)
+    weights = cost.weight_bytes(config)
+    planner = Planner(config, "cpu")
+    planner.memory = weights + 40 * memory
+
+    def compiled(config, batch, context):
+        return Plan(planner.memory, weights, cost.cache_bytes(config, batch, context), temporaries={"decode": temporaries(batch, context)})
+
+    def needs(batch, context):
+        return weights + cost.cache_bytes(config, batch, context) + temporaries(batch, context)
+
+    monkeypatch.setattr(planner, "_compile", compiled)
+    known = planner.at(2, 2048)
+    longest, largest = planner.longest_context(2, known, 2048), planner.largest_batch(2048, known, 2)
+    assert needs(2, longest) <= planner.memory < needs(2, int(longest * 1.1) + 1024)
+    assert needs(largest, 2048) <= planner.memory < needs(4 * largest, 2048)
+    planner.memory = weights
+    assert planner.longest_context(2, known, 2048) is None
+
+
+def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(capsys):
+    assert plan.main(["gpt-oss-120b", "--arithmetic", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["weights_bytes"], facts["cache_bytes"], facts["context"]) == (65_248_815_744, 4_836_556_800, 131_072)
+    assert facts["left_bytes"] == int(0.95 * 84_942_979_072) - 65_248_815_744 - 4_836_556_800 and facts["temporaries_bytes"] == {}
+    assert plan.main(["gpt-oss-120b", "--arithmetic", "--device", "v5e", "--mesh", "expert=2"]) == 1
+    out = capsys.readouterr().out
+    assert "it does not fit" in out and "unknown: not compiled" in out and "2 x v5e: expert 2" in out
+    assert plan.main(["tiny", "--arithmetic", "--device", "cpu", "--context", "100"]) == 0
+    assert "context 100 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["gpt-oss-12b"], "model 'gpt-oss-12b': no such checkpoint directory or preset"),
+    (["gpt-oss-20b", "--device", "h10"], "device 'h10': no such kind, expected one of A100, H100, H200, B200, v5e, v5p, v6e, 7x, cpu; did you mean"),
+    (["gpt-oss-20b", "--context", "0"], "context is 0, expected 2 to the model's maximum of 131072"),
+    (["gpt-oss-20b", "--context", "131073"], "context is 131073, expected"),
+    (["gpt-oss-20b", "--batch", "3"], "batch is 3, expected a power of two"),
+    (["gpt-oss-20b", "--mesh", "experts=8"], "--mesh 'experts=8': 'experts=8' found, expected each of data, fsdp, expert, tensor"),
+    (["gpt-oss-20b", "--mesh", "expert=5"], "mesh axes expert 5 don't divide"),
+    (["tiny", "--device", "cpu", "--mesh", "data=16"], "device cpu: 8 here, expected 16"),
+])
+def test_unusable_requests_are_one_line_and_exit_code_2(capsys, argv, said):
+    assert plan.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("device, wheels", [("H100", f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"), ("v5p", "libtpu")])
+def test_a_missing_compiler_is_named_with_the_command_that_installs_it(capsys, monkeypatch, device, wheels):
+    monkeypatch.setattr(devices, "_importable", lambda module: False)
+    assert plan.main(["gpt-oss-20b", "--device", device]) == 2
+    err = capsys.readouterr().err
+    assert f"pip install --no-deps {wheels}" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("device, module, axes", [("H100", "jax_plugins.xla_cuda13", {}), ("B200", "jax_plugins.xla_cuda13", {"expert": 2}),
+                                                  ("v5e", "libtpu", {"expert": 4})], ids=str)
+def test_steps_compile_for_a_device_that_is_not_here(device, module, axes):
+    if not devices._importable(module):
+        pytest.skip(f"compiling for {device} needs the wheel of {module}")
+    found = Planner(SMALL, device, axes).at(1, 256)
+    assert found.memory > 14e9 and found.left > 0 and found.weights == cost.weight_bytes(SMALL, mesh=cost.abstract_mesh(**axes))
+    assert ("all-reduce" in found.collectives["decode"]) == bool(axes)
+
+
+def test_a_program_that_its_compiler_refuses_for_its_size_says_how_much_it_needs():
+    class Refused:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.message)
+
+    for message, needed in (("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (240.00G) exceeds "
+                             "available HBM (15.75G).", 240 << 30), ("RESOURCE_EXHAUSTED: Used 17.50M of 15.75M hbm", 35 << 19),
+                            ("RESOURCE_EXHAUSTED: no more", None)):
+        Refused.message = message
+        with pytest.raises(devices.OutOfMemory) as caught:
+            devices.finish(Refused())
+        assert caught.value.needed_bytes == needed
+
+
+def test_generate_says_what_it_will_take_and_refuses_what_does_not_fit(capfd, monkeypatch):
+    monkeypatch.setattr(devices, "usable_bytes", lambda device=None: 3_000_000)
+    assert generate.main(["What is 17 + 25?"]) == 2
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    assert out == "" and [line.split()[0] for line in lines[:6]] == ["weights", "cache", "temporaries", "sum,", "of", "left"] and "-" in lines[5]
+    assert len(lines) == 7 and "weights and a cache of 1 x 2,048 tokens take" in lines[6] and "more than the 3.00 MB free" in lines[6]
+    said = []
+    monkeypatch.undo()
+    memory_plan.announce(SMALL, 1, 64, write=said.append)
+    assert len(said) == 1 and said[0].startswith("[memory: weights 0.") and "free on this host]" in said[0]
+
+
+def test_the_share_of_a_gpu_is_stated_once_and_leaves_the_users_own_alone(monkeypatch):
+    assert float(command.GPU_FRACTION) == devices.GPU_FRACTION
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    command.use_gpu_memory()
+    assert "XLA_CLIENT_MEM_FRACTION" not in command.os.environ  # JAX refuses both
+
+
+def test_layers_of_one_kind_only_are_planned_too():
+    for kind in (SLIDING, FULL):
+        config = SMALL.replace(layer_types=(kind, kind))
+        assert memory_plan.by_arithmetic(config, 1, 512, memory=0).cache == 2 * 2 * 4 * 16 * 2 * (32 if kind == SLIDING else 512)
