@@ -22,6 +22,7 @@ class TrainingConfigError(ValueError):
 
 
 CHANNELS = ("analysis", "commentary", "final")
+LORA_TARGETS = ("attention", "experts", "router", "unembedding")
 
 
 def _field(default: Any, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
@@ -77,6 +78,46 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where the weights come from: a checkpoint of any layout ("tiny" is the embedded one), or random where none is named."""
+
+    checkpoint: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What is trained, and how a step is computed.
+
+    mode: full trains every weight, float32 masters of what is computed in `compute_dtype`; qat does so on the grid that the export holds
+    (experts MXFP4, all else bfloat16); lora trains low-rank adapters of `targets` above the frozen checkpoint, experts packed.
+    The adapters' product counts alpha / rank times.
+    """
+
+    mode: str = _field("full", choices=("full", "qat", "lora"))
+    rank: int = _field(8, low=1)
+    alpha: float = _field(16.0, low=0)
+    targets: tuple[str, ...] = _field(("attention", "experts"), choices=LORA_TARGETS)
+    compute_dtype: str = _field("float32", choices=("float32", "bfloat16"))
+    remat: str = _field("layer", choices=("none", "dots", "layer"))  # kept for the backward pass: all, matrix products, layers' inputs
+    microbatches: int = _field(1, low=1)  # a batch is computed in so many parts, one after the other
+    loss_chunk_tokens: int = _field(1024, low=1)  # whose logits exist at a time
+    balance_coefficient: float = _field(0.0, low=0)  # of the router's load-balancing loss
+    z_coefficient: float = _field(0.0, low=0)  # of the router's z-loss
+    expert_transport: str = _field("gather", choices=("gather", "all_to_all"))  # of tokens to experts on other devices
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices along each mesh axis; see `sharding`. All one: the first device."""
+
+    data: int = _field(1, low=1)
+    fsdp: int = _field(1, low=1)
+    expert: int = _field(1, low=1)
+    tensor: int = _field(1, low=1)
+    context: int = _field(1, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The update rule, and a learning rate that warms up, stays, and decays to zero over the last `decay_fraction` of the steps."""
 
@@ -93,13 +134,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How long, in what arithmetic, and what is written when. Steps count optimizer updates."""
+    """How long, and what is written when. Steps count optimizer updates."""
 
     steps: int = _field(1000, low=1)
     seed: int = 0  # of the initial weights
-    quantize: bool = True  # train on the MXFP4 grid
-    compute_dtype: str = _field("float32", choices=("float32", "bfloat16"))
-    balance_coefficient: float = _field(0.0, low=0)  # of the router's load-balancing loss
     log_every_steps: int = _field(20, low=1)
     eval_every_steps: int = _field(200, low=1)
     eval_batches: int = _field(4, low=1)
@@ -116,9 +154,12 @@ class OutputConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """One training run from random weights."""
+    """One training run. model: only without `init.checkpoint`, which has its own; `state.resolve` fills it in."""
 
-    model: GptOssConfig
+    model: GptOssConfig | None = None
+    init: InitConfig = InitConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
