@@ -1,7 +1,8 @@
 """Meshes and shardings: two tables say how logical axes lie on mesh axes, one for stored weights, one for computed arrays.
 
-Mesh axes: `data` and `fsdp` split the batch (and `fsdp` the weights too, gathered when used), `expert` splits the experts, `tensor`
-splits heads, expert hidden width and vocabulary. An axis of size one costs nothing, so every mesh has all four.
+Mesh axes: `data`, `fsdp` and `expert` split the batch; `fsdp` the weights too, which are gathered when used, and `expert` the experts, to
+which tokens travel. `tensor` splits heads, expert hidden width and vocabulary, `context` the tokens of a row. An axis of size one costs
+nothing, so every mesh has all five.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 STORAGE_RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
@@ -25,7 +26,8 @@ STORAGE_RULES: dict[str, tuple[str, ...]] = {
     "expert_hidden": ("tensor",),
 }
 COMPUTE_RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    "tokens": ("context",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -38,11 +40,11 @@ class ShardingError(ValueError):
     """A mesh that doesn't fit: names the array, the dim, its size, the mesh axes and their sizes."""
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1,
+def make_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, context: int = 1,
               devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh of the four axes over `devices` (default: all), axis types Auto. Raises ShardingError when the sizes don't multiply
+    """Return a mesh of the five axes over `devices` (default: all), axis types Auto. Raises ShardingError when the sizes don't multiply
     to the number of devices."""
-    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor, "context": context}
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes.values()) != len(devices):
         stated = " x ".join(f"{name} {size}" for name, size in sizes.items())
@@ -83,14 +85,22 @@ def shardings(declared: Mapping[str, object], mesh: Mesh) -> dict[str, NamedShar
     return {name: named_sharding(name, weight.shape, weight.axes, mesh) for name, weight in declared.items()}
 
 
+def compute_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Return how COMPUTE_RULES lay out an array; a dim is split by as many of its mesh axes, from the first on, as divide it."""
+    dims = []
+    for size, names in zip(shape, partition_spec(axes, COMPUTE_RULES, mesh)):
+        names = (names,) if isinstance(names, str) else names or ()
+        while size % split_of(names, mesh):
+            names = names[:-1]
+        dims.append(names if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*dims)
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | AbstractMesh | None) -> jax.Array:
-    """Ask the compiler to lay out `x` by COMPUTE_RULES, where its dims divide; the identity without a mesh."""
+    """Ask the compiler to lay out `x` by COMPUTE_RULES, see `compute_spec`; the identity without a mesh."""
     if mesh is None or mesh.size == 1:
         return x
-    spec = partition_spec(axes, COMPUTE_RULES, mesh)
-    if any(size % split_of(names, mesh) for size, names in zip(x.shape, spec)):
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, compute_spec(x.shape, axes, mesh)))
 
 
 def ambient_mesh() -> Mesh | AbstractMesh | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from gptoss_jax import sharding
 from gptoss_jax.config import SLIDING, GptOssConfig
@@ -36,14 +37,34 @@ class Attention(nnx.Module):
         q = self.q_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_attention_heads, c.head_dim)
         k = self.k_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_key_value_heads, c.head_dim)
         v = self.v_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_key_value_heads, c.head_dim)
-        q = sharding.constrain(rotate(q, *rope), ("batch", None, "heads", None), mesh)
-        k = sharding.constrain(rotate(k, *rope), ("batch", None, "kv_heads", None), mesh)
+        q = sharding.constrain(rotate(q, *rope), ("batch", "tokens", "heads", None), mesh)
+        k = sharding.constrain(rotate(k, *rope), ("batch", "tokens", "kv_heads", None), mesh)
         if cache is None:
             key_positions, key_segments = positions_BT, segments_BT
         else:
             cache, k, v, key_positions = cache_lib.update(cache, k, v, chunk, self.window is not None, implementation)
             positions_BT, segments_BT, key_segments = chunk.positions, None, None
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), self.sinks[...], q_positions=positions_BT, k_positions=key_positions,
-                        q_segments=segments_BT, k_segments=key_segments, window=self.window,
-                        implementation=implementation)
+        tags = (positions_BT, key_positions, segments_BT, key_segments)
+        out = self._attend(q, k.astype(q.dtype), v.astype(q.dtype), self.sinks[...], *tags, mesh=mesh, cached=cache is not None)
         return self.o_proj(out.reshape(B, T, -1), mesh=mesh), cache
+
+    def _attend(self, q, k, v, sinks, *tags, mesh, cached):
+        """Attend, each device for its rows and heads; where `context` splits the rows' tokens, to the keys of all devices of a row.
+
+        tags: positions of queries and of keys, segments of both or None.
+        """
+
+        def local(q, k, v, sinks, *tags):
+            if context is not None:
+                k, v, *key_tags = (None if x is None else jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v, *tags[1::2]))
+                tags = (tags[0], key_tags[0], tags[2], key_tags[1])
+            names = ("q_positions", "k_positions", "q_segments", "k_segments")
+            return attention(q, k, v, sinks, **dict(zip(names, tags)), window=self.window)
+
+        context = None
+        if mesh is None or mesh.size == 1:
+            return local(q, k, v, sinks, *tags)
+        rows, context, heads, _ = sharding.compute_spec(k.shape, ("batch", None if cached else "tokens", "kv_heads", None), mesh)
+        wide, narrow = P(rows, context, heads), P(rows, context)
+        run = jax.shard_map(local, mesh=mesh, in_specs=(wide, wide, wide, P(heads), *(narrow,) * 4), out_specs=wide, check_vma=False)
+        return run(q, k, v, sinks, *tags)

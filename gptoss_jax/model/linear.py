@@ -12,17 +12,23 @@ from gptoss_jax.kernels.dense_matmul import dense_matmul
 
 
 class Linear(nnx.Module):
-    """x [..., in] -> [..., out] with `name.weight` [out, in] and, where there is one, `name.bias` [out]."""
+    """x [..., in] -> [..., out] with `name.weight` [out, in] and, where there are some, `name.bias` [out] and a low-rank adapter
+    `name.lora_A` [r, in], `name.lora_B` [out, r] (Hu et al. 2021, "LoRA"), whose scale is in `lora_B`."""
 
     def __init__(self, weights: Mapping[str, jax.Array], name: str):
         self.weight = nnx.Param(weights[f"{name}.weight"])
-        self.bias = nnx.Param(weights[f"{name}.bias"]) if f"{name}.bias" in weights else None
+        for part in ("bias", "lora_A", "lora_B"):
+            setattr(self, part, nnx.Param(weights[f"{name}.{part}"]) if f"{name}.{part}" in weights else None)
 
     def __call__(self, x, dtype=None, *, mesh=None):
         """Sum in float32; return `dtype`, default x's. mesh: where the weights lie, if on several devices: then XLA divides the work."""
         bias = None if self.bias is None else self.bias[...]
         implementation = "auto" if mesh is None or mesh.size == 1 else "xla"
-        return dense_matmul(x, self.weight[...], bias, dtype, implementation=implementation)
+        y = dense_matmul(x, self.weight[...], bias, dtype, implementation=implementation)
+        if self.lora_A is None:
+            return y
+        low = dense_matmul(x, self.lora_A[...], implementation=implementation)
+        return y + dense_matmul(low, self.lora_B[...], None, y.dtype, implementation=implementation)
 
 
 class RMSNorm(nnx.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, expert_matmul
+from gptoss_jax.model.exchange import Exchange
 from gptoss_jax.model.linear import Linear
 
 
@@ -19,8 +21,25 @@ class PackedWeight(nnx.Variable):
     """MXFP4 bytes: not a parameter, so that filters for `nnx.Param` (gradients, optimizers) leave it alone."""
 
 
+class ExpertLinear(NamedTuple):
+    """x [M, in] -> [M, out] by each row's expert: matrix (Mxfp4Weight or [E, in, out]), bias [E, out] and, where there is a low-rank
+    adapter, lora_A [E, in, r] and lora_B [E, r, out]; or a PartitionSpec of each."""
+
+    matrix: Mxfp4Weight | jax.Array | P
+    bias: jax.Array | P
+    lora_A: jax.Array | P | None
+    lora_B: jax.Array | P | None
+
+    def __call__(self, x_MI, group_sizes_E):
+        y = expert_matmul(x_MI, self.matrix, self.bias, group_sizes_E)
+        if self.lora_A is None:
+            return y
+        none_ER, none_EO = (jnp.zeros(part.shape[::2], part.dtype) for part in (self.lora_A, self.lora_B))
+        return y + expert_matmul(expert_matmul(x_MI, self.lora_A, none_ER, group_sizes_E), self.lora_B, none_EO, group_sizes_E)
+
+
 class Experts(nnx.Module):
-    """The matrices of all experts of a layer, packed or dense, under the checkpoint's names."""
+    """The matrices of all experts of a layer, packed or dense, under the checkpoint's names, and their adapters if there are some."""
 
     def __init__(self, config: GptOssConfig, prefix: str, weights: Mapping[str, jax.Array]):
         self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
@@ -31,12 +50,18 @@ class Experts(nnx.Module):
                 setattr(self, f"{name}_blocks", PackedWeight(weights[f"{prefix}.{name}_blocks"]))
                 setattr(self, f"{name}_scales", PackedWeight(weights[f"{prefix}.{name}_scales"]))
             setattr(self, f"{name}_bias", nnx.Param(weights[f"{prefix}.{name}_bias"]))
+            for part in ("lora_A", "lora_B"):
+                full = f"{prefix}.{name}_{part}"
+                setattr(self, f"{name}_{part}", nnx.Param(weights[full]) if full in weights else None)
 
-    def matrix(self, name: str):
-        """Return `gate_up_proj` or `down_proj` as the kernels take it: Mxfp4Weight, or dense [E, in, out]."""
+    def linear(self, name: str) -> ExpertLinear:
+        """Return `gate_up_proj` or `down_proj` as it is applied."""
         if hasattr(self, name):
-            return getattr(self, name)[...]
-        return Mxfp4Weight(getattr(self, f"{name}_blocks")[...], getattr(self, f"{name}_scales")[...])
+            matrix = getattr(self, name)[...]
+        else:
+            matrix = Mxfp4Weight(getattr(self, f"{name}_blocks")[...], getattr(self, f"{name}_scales")[...])
+        low_rank = (getattr(self, f"{name}_{part}") for part in ("lora_A", "lora_B"))
+        return ExpertLinear(matrix, getattr(self, f"{name}_bias")[...], *(None if part is None else part[...] for part in low_rank))
 
 
 class MoE(nnx.Module):
@@ -56,58 +81,82 @@ class MoE(nnx.Module):
         chosen, indices = jax.lax.top_k(logits, self.config.num_experts_per_tok)
         return logits, indices, jax.nn.softmax(chosen, axis=-1)
 
-    def __call__(self, x_BTD, indices_BTA, weights_BTA, real_BT, mesh):
-        """Return the weighted sum of the chosen experts' outputs, [B, T, D]. Tokens that aren't real go to no expert."""
-        experts = self.experts
-        matrices = (experts.matrix("gate_up_proj"), experts.gate_up_proj_bias[...], experts.matrix("down_proj"), experts.down_proj_bias[...])
+    def __call__(self, x_BTD, indices_BTA, weights_BTA, real_BT, mesh, transport="gather"):
+        """Return the weighted sum of the chosen experts' outputs, [B, T, D]. Tokens that aren't real go to no expert.
+
+        transport: how tokens get to experts on other devices, "gather" or "all_to_all".
+        """
+        experts = (self.experts.linear("gate_up_proj"), self.experts.linear("down_proj"))
         if real_BT is not None:
             indices_BTA = jnp.where(real_BT[..., None], indices_BTA, self.config.num_local_experts)
         if mesh is None or mesh.size == 1:
-            return self._local(x_BTD, indices_BTA, weights_BTA, *matrices)
-        return self._sharded(x_BTD, indices_BTA, weights_BTA, *matrices, mesh=mesh)
+            return self._local(x_BTD, indices_BTA, weights_BTA, *experts).astype(x_BTD.dtype)
+        return self._sharded(x_BTD, indices_BTA, weights_BTA, *experts, mesh=mesh, transport=transport)
 
-    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up, gate_up_bias, down, down_bias):
-        """Compute the experts whose matrices are here; an index of E or more is somebody else's and adds nothing."""
+    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear):
+        """Compute the experts whose matrices are here, float32 [B, T, D]; an index of E or more is somebody else's and adds nothing."""
         B, T, D = x_BTD.shape
-        E, A = gate_up_bias.shape[0], indices_BTA.shape[-1]
+        E, A = gate_up.bias.shape[0], indices_BTA.shape[-1]
         expert_M = indices_BTA.reshape(-1)
         order_M = jnp.argsort(expert_M, stable=True)
         group_sizes = jnp.zeros(E + 1, jnp.int32).at[jnp.minimum(expert_M, E)].add(1)[:E]
         x_MD = x_BTD.reshape(-1, D)[order_M // A]
-        h_MF = swiglu(expert_matmul(x_MD, gate_up, gate_up_bias, group_sizes), self.experts.limit, self.experts.alpha)
-        y_MD = expert_matmul(h_MF, down, down_bias, group_sizes)
+        y_MD = down(swiglu(gate_up(x_MD, group_sizes), self.experts.limit, self.experts.alpha), group_sizes)
         back_M = jnp.argsort(order_M, stable=True)
         y_BTAD = y_MD[back_M].reshape(B, T, A, D).astype(jnp.float32)
-        return (y_BTAD * weights_BTA[..., None]).sum(axis=2).astype(x_BTD.dtype)
+        return (y_BTAD * weights_BTA[..., None]).sum(axis=2)
 
-    def _sharded(self, x_BTD, indices_BTA, weights_BTA, gate_up, gate_up_bias, down, down_bias, *, mesh):
-        """Expert and tensor parallelism: every device computes its experts' share for its rows of the batch, then all are summed.
+    def _sharded(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, *, mesh, transport):
+        """Expert and tensor parallelism: tokens travel to the devices that hold their experts, and the results back to the tokens.
 
+        With "gather" the devices that share the experts gather all their tokens, and each adds its experts' share to the sum: best where
+        there are about as many active experts as devices, or more. With "all_to_all" a token goes only to its experts.
         No token is ever dropped: each device loops over as many rows as the routing gives it.
         """
-        spec = sharding.partition_spec(("batch", None, None), sharding.COMPUTE_RULES, mesh)
-        if x_BTD.shape[0] % sharding.split_of(spec[0], mesh):
-            spec = P(None, None, None)  # a batch that doesn't divide is computed by every device
-        weight = sharding.partition_spec(("expert", "expert_hidden"), sharding.COMPUTE_RULES, mesh)
-        expert, hidden = weight
-        packed = isinstance(gate_up, Mxfp4Weight)
-        gate_up_spec = Mxfp4Weight(P(expert, hidden), P(expert, hidden)) if packed else P(expert, None, hidden)
-        down_spec = Mxfp4Weight(P(expert, None, hidden), P(expert, None, hidden)) if packed else P(expert, hidden)
-        reduced = tuple(axis for axis in (expert, hidden) if axis is not None)
+        rows = sharding.compute_spec(x_BTD.shape, ("batch", "tokens", None), mesh)
+        expert, hidden = sharding.partition_spec(("expert", "expert_hidden"), sharding.COMPUTE_RULES, mesh)
+        split_rows = expert is not None and expert in ((rows[0],) if isinstance(rows[0], str) else rows[0] or ())
 
-        def body(x, indices, weights, gate_up, gate_up_bias, down, down_bias):
-            local = gate_up_bias.shape[0]
+        def compute(x, indices, weights, gate_up, down):
+            if hidden is not None:  # each shard holds part of the sum: the bias belongs to one of them
+                down = down._replace(bias=jnp.where(jax.lax.axis_index(hidden) == 0, down.bias, 0))
+            out = self._local(x, indices, weights, gate_up, down)
+            return out if hidden is None else jax.lax.psum(out, hidden)
+
+        def gather(x, indices, weights, gate_up, down):
+            if split_rows:
+                x, indices, weights = (jax.lax.all_gather(part, expert, axis=0, tiled=True) for part in (x, indices, weights))
             if expert is not None:
+                local = gate_up.bias.shape[0]
                 mine = indices - jax.lax.axis_index(expert) * local
                 indices = jnp.where((mine >= 0) & (mine < local), mine, local)
-            if hidden is not None:  # each shard holds part of the sum: the bias belongs to one of them
-                down_bias = jnp.where(jax.lax.axis_index(hidden) == 0, down_bias, 0)
-            out = self._local(x, indices, weights, gate_up, gate_up_bias, down, down_bias)
-            return jax.lax.psum(out.astype(jnp.float32), reduced).astype(out.dtype) if reduced else out
+            out = compute(x, indices, weights, gate_up, down)
+            if split_rows:
+                out = jax.lax.psum_scatter(out, expert, scatter_dimension=0, tiled=True)
+            elif expert is not None:
+                out = jax.lax.psum(out, expert)
+            return out.astype(x.dtype)
 
-        run = jax.shard_map(body, mesh=mesh, in_specs=(spec, spec, spec, gate_up_spec, weight, down_spec, P(expert, None)),
-                            out_specs=spec, check_vma=False)
-        return run(x_BTD, indices_BTA, weights_BTA, gate_up, gate_up_bias, down, down_bias)
+        def all_to_all(x, indices, weights, gate_up, down):
+            A, D = indices.shape[-1], x.shape[-1]
+            order_M = jnp.argsort(indices.reshape(-1), stable=True)
+            exchange = Exchange(indices.reshape(-1)[order_M], gate_up.bias.shape[0], expert)
+            received = exchange.send(x.reshape(-1, D)[order_M // A])
+            out = compute(received[None], exchange.local_experts[None, :, None], jnp.ones((1, len(received), 1)), gate_up, down)
+            y_MD = exchange.send_back(out[0].astype(x.dtype))[jnp.argsort(order_M, stable=True)]
+            return (y_MD.reshape(*indices.shape, D).astype(jnp.float32) * weights[..., None]).sum(axis=2).astype(x.dtype)
+
+        run = jax.shard_map(all_to_all if transport == "all_to_all" and split_rows else gather, mesh=mesh, out_specs=rows, check_vma=False,
+                            in_specs=(rows, rows, rows, _spec(gate_up, expert, None, hidden), _spec(down, expert, hidden, None)))
+        return run(x_BTD, indices_BTA, weights_BTA, gate_up, down)
+
+
+def _spec(linear: ExpertLinear, expert, in_axis, out_axis) -> ExpertLinear:
+    """Return how a linear map of all experts lies on the mesh."""
+    packed = isinstance(linear.matrix, Mxfp4Weight)
+    matrix = Mxfp4Weight(*(P(expert, out_axis, in_axis),) * 2) if packed else P(expert, in_axis, out_axis)
+    low_rank = (None, None) if linear.lora_A is None else (P(expert, in_axis), P(expert, None, out_axis))
+    return ExpertLinear(matrix, P(expert, out_axis), *low_rank)
 
 
 def swiglu(x, limit: float, alpha: float):

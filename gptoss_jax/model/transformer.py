@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,10 @@ from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.linear import Linear, RMSNorm
 from gptoss_jax.model.moe import MoE
 from gptoss_jax.model.rope import rope_tables
+
+
+REMAT_POLICIES = {"none": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+                  "layer": jax.checkpoint_policies.nothing_saveable}
 
 
 class Capture:
@@ -51,7 +55,8 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(weights, f"{prefix}.post_attention_layernorm", config.rms_norm_eps)
         self.mlp = MoE(config, index, weights)
 
-    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, capture: Capture):
+    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, capture: Capture,
+                 transport: str = "gather"):
         def keep(name, value):
             return capture(f"{self.name}.{name}", value)
 
@@ -63,9 +68,9 @@ class Layer(nnx.Module):
             normed = keep("mlp_norm", self.post_attention_layernorm(x_BTD))
             logits, indices, weights = self.mlp.route(normed, mesh)
             keep("router_logits", logits)
-            out = self.mlp(normed, keep("router_indices", indices), keep("router_weights", weights), real, mesh)
+            out = self.mlp(normed, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport)
             x_BTD = x_BTD + keep("mlp_out", out)
-        return keep("hidden", sharding.constrain(x_BTD, ("batch", None, None), mesh)), cache
+        return keep("hidden", sharding.constrain(x_BTD, ("batch", "tokens", None), mesh)), cache
 
 
 class GptOss(nnx.Module):
@@ -103,8 +108,14 @@ class GptOss(nnx.Module):
             outputs += (recorder.values,)
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def hidden_states(self, tokens, *, positions=None, segment_ids=None, cache=None, capture: Capture | None = None):
-        """Return (what `unembed` takes, [B, T, D]; the new cache or None), for callers that need logits of few positions only."""
+    def hidden_states(self, tokens, *, positions=None, segment_ids=None, cache=None, capture: Capture | None = None, dtype=None,
+                      prepare: Callable[[str, jax.Array], jax.Array] | None = None, remat: str = "none", expert_transport: str = "gather"):
+        """Return (what `unembed` takes, [B, T, D]; the new cache or None), for callers that need logits of few positions only.
+
+        dtype: of activations, by default the embedding's. For training: prepare(name, weight) gives each weight of a layer as it is used,
+        where it is used; remat is one of REMAT_POLICIES: what is kept for the backward pass, the rest being computed again;
+        expert_transport: see `MoE`.
+        """
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens: {tokens.dtype}{list(tokens.shape)} found, expected integers [batch, tokens]")
         for name, array in (("positions", positions), ("segment_ids", segment_ids)):
@@ -117,14 +128,24 @@ class GptOss(nnx.Module):
             positions = _positions(tokens.shape, segment_ids, None if cache is None else cache.lengths)
         chunk = None if cache is None else cache_lib.locate(jnp.ones(tokens.shape, bool) if real is None else real, positions)
         rope = rope_tables(self.config, positions)
-        x = capture("embed", self.embed_tokens.weight[...][tokens])
-        x = sharding.constrain(x, ("batch", None, None), mesh)
+        x = capture("embed", self.embed_tokens.weight[...][tokens].astype(dtype or self.embed_tokens.weight[...].dtype))
+        x = sharding.constrain(x, ("batch", "tokens", None), mesh)
+
+        def run(layer, x, layer_cache):
+            own = Capture(capture.patterns)  # what is captured has to leave a rematerialised function as a result
+            layer = layer if prepare is None else _mapped(layer, f"model.{layer.name}", prepare)
+            x, layer_cache = layer(x, rope, positions, segment_ids, real, layer_cache, chunk, mesh, own, expert_transport)
+            capture.names += own.names
+            return x, layer_cache, own.values
+
+        if remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
         layer_caches = []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{index}"):
-                layer_cache = None if cache is None else cache.layers[index]
-                x, layer_cache = layer(x, rope, positions, segment_ids, real, layer_cache, chunk, mesh, capture)
+                x, layer_cache, values = run(layer, x, None if cache is None else cache.layers[index])
                 layer_caches.append(layer_cache)
+                capture.values |= values
         if cache is not None:
             lengths = jnp.where(chunk.end > chunk.start, chunk.end, cache.lengths)
             cache = cache_lib.Cache(lengths, tuple(layer_caches))
@@ -151,6 +172,14 @@ class GptOss(nnx.Module):
             if value.shape != named[name].shape:
                 raise ValueError(f"{name}: shape {value.shape} found, expected {named[name].shape}")
         return GptOss(self.config, named | dict(weights), mesh=self.mesh)
+
+
+def _mapped(module: nnx.Module, prefix: str, function: Callable[[str, jax.Array], jax.Array]) -> nnx.Module:
+    """Return the module with every array replaced by function(name, array)."""
+    graph, state = nnx.split(module)
+    flat = [(path, variable.replace(function(".".join((prefix, *map(str, path))), variable[...])))
+            for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def _positions(shape, segment_ids, lengths_B):

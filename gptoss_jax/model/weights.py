@@ -79,13 +79,9 @@ def initialize(declared: dict[str, Weight], seed: int = 0, *, stddev: float = 0.
 
     residual_stddev: of the matrices that write to the residual stream (o_proj, down_proj); None takes `stddev`.
     """
-    key = jax.random.key(seed)
-
     def normal(name: str, weight: Weight) -> jax.Array:
         writes_residual = "o_proj" in name or "down_proj" in name
-        scale = residual_stddev if writes_residual and residual_stddev is not None else stddev
-        named_key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # independent of the order and number of weights
-        return (jax.random.normal(named_key, weight.shape) * scale).astype(weight.dtype)
+        return random_matrix(name, weight, seed, residual_stddev if writes_residual and residual_stddev is not None else stddev)
 
     values = {}
     for name, weight in declared.items():
@@ -95,6 +91,12 @@ def initialize(declared: dict[str, Weight], seed: int = 0, *, stddev: float = 0.
                           "matrix": normal}[_kind(name)]
         values[name] = make(name, weight)
     return values
+
+
+def random_matrix(name: str, weight: Weight, seed: int, stddev: float) -> jax.Array:
+    """Return a normal matrix, the same whatever other weights there are."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return (jax.random.normal(key, weight.shape) * stddev).astype(weight.dtype)
 
 
 def _kind(name: str) -> str:

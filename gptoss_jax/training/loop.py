@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import time
@@ -10,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.checkpoint import save_huggingface
 from gptoss_jax.checkpoint.training_state import StateStore
-from gptoss_jax.model.weights import declare, initialize
 from gptoss_jax.text.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.training import data, vocabulary
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
 from gptoss_jax.training.optimizer import make_optimizer, schedule
-from gptoss_jax.training.step import TrainState, forward_loss, make_train_step
+from gptoss_jax.training.state import abstract_state, initial_state, load_frozen, place_batch, resolve, training_mesh
+from gptoss_jax.training.step import TrainState, make_eval_step, make_train_step
 
 TOKENIZER_FILE = "tokenizer.model"
 _MAY_CHANGE = ("workers",)  # of the sections that a resumed run has to have in common with its checkpoint
@@ -32,38 +30,35 @@ class TrainingError(ValueError):
 
 def train(config: TrainingConfig) -> Path:
     """Run a training to its end, from its newest checkpoint if there is one, and return the exported Hugging Face directory."""
+    config = resolve(config)
     directory = Path(config.output.directory)
     tokenizer = load_vocabulary(config, directory)
     source = data.open_data(config.data, tokenizer)  # before anything is allocated: it finds out what can't be trained on
     batches, held_out = source.batches(), source.held_out(config.run.eval_batches)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    state = initial_state(config, optimizer)
+    mesh = training_mesh(config)
     store = StateStore(directory / "checkpoints", keep=config.run.keep_checkpoints)
     try:
         step = store.latest_step()
-        if step is not None:
-            state, record = store.restore(step, state)
+        if step is None:
+            state, frozen = initial_state(config, optimizer, mesh)
+        else:
+            state, record = store.restore(step, abstract_state(config, optimizer, mesh)[0])
+            frozen = load_frozen(config, mesh)
             _check_same_run(record["config"], config)
             batches.set_state(record["data"])
             print(f"resumed from step {step}", file=sys.stderr)
-        state = _run(config, state, batches, held_out, optimizer, store, directory)
+        state = _run(config, state, frozen, batches, held_out, optimizer, mesh, store, directory)
     finally:
         batches.close()
         store.close()
     return export(config, state, directory)
 
 
-def initial_state(config: TrainingConfig, optimizer) -> TrainState:
-    """Return random weights (float32, experts as matrices) with an empty optimizer state, at step 0."""
-    weights = initialize(declare(config.model, dtype="float32", packed=False), config.run.seed, stddev=0.05,
-                         residual_stddev=0.05 / (2 * config.model.num_hidden_layers) ** 0.5)
-    return TrainState(jnp.int32(0), weights, optimizer.init(weights))
-
-
 def export(config: TrainingConfig, state: TrainState, directory: Path) -> Path:
     """Write the weights as a Hugging Face directory with MXFP4 experts and the tokenizer; return its path."""
     destination = directory / "export"
-    save_huggingface(destination, config.model, state.weights, overwrite=True)
+    save_huggingface(destination, config.model, state.trained, overwrite=True)
     (destination / TOKENIZER_FILE).write_bytes((directory / TOKENIZER_FILE).read_bytes())
     generation = {"bos_token_id": config.model.bos_token_id, "pad_token_id": config.model.pad_token_id, "do_sample": False,
                   "eos_token_id": [config.model.eos_token_id, vocabulary.token_id("<|call|>"), vocabulary.token_id("<|endoftext|>")]}
@@ -71,11 +66,9 @@ def export(config: TrainingConfig, state: TrainState, directory: Path) -> Path:
     return destination
 
 
-def _run(config, state, batches, held_out, optimizer, store, directory) -> TrainState:
+def _run(config, state, frozen, batches, held_out, optimizer, mesh, store, directory) -> TrainState:
     run = config.run
-    loss_fn = functools.partial(forward_loss, config.model, quantize=run.quantize, compute_dtype=run.compute_dtype,
-                                balance_coefficient=run.balance_coefficient)
-    train_step, evaluate = make_train_step(loss_fn, optimizer), jax.jit(lambda weights, batch: loss_fn(weights, batch)[1]["loss"])
+    train_step, evaluate = make_train_step(config, optimizer, mesh), make_eval_step(config, mesh)
     learning_rate = schedule(config.optimizer, run.steps)
     reporter = _Reporter(run.steps, config.data.batch_size * config.data.row_tokens, directory / "metrics.jsonl")
     recent = []
@@ -84,7 +77,7 @@ def _run(config, state, batches, held_out, optimizer, store, directory) -> Train
         if rows is None:
             raise TrainingError(f"data.epochs: {config.data.epochs} found, and the data ends after {step - 1} batches; expected enough for "
                                 f"run.steps, {run.steps}")
-        state, metrics = train_step(state, data.to_batch(rows))
+        state, metrics = train_step(state, frozen, place_batch(data.to_batch(rows), mesh))
         recent.append(metrics)
         if step % run.log_every_steps == 0 or step == run.steps:
             values = jax.tree.map(lambda *steps: np.mean(steps, axis=0), *jax.device_get(recent))
@@ -96,7 +89,7 @@ def _run(config, state, batches, held_out, optimizer, store, directory) -> Train
                       "balance_loss": values["balance_loss"], "largest_expert_share": values["expert_load"].max(),
                       "smallest_expert_share": values["expert_load"].min()}
             if held_out and (step % run.eval_every_steps == 0 or step == run.steps):
-                report["eval_loss"] = np.mean([evaluate(state.weights, batch) for batch in held_out])
+                report["eval_loss"] = np.mean([evaluate(state.trained, frozen, place_batch(batch, mesh))["loss"] for batch in held_out])
             reporter(step, {name: float(value) for name, value in report.items()})
         if step % run.save_every_steps == 0 or step == run.steps:
             store.save(step, state, {"config": config.to_dict(), "data": batches.get_state()})

@@ -1,7 +1,12 @@
-"""One training step: loss, gradients, update. Pure functions of a state that `jax.jit` donates."""
+"""One training step: loss, gradients, update. Pure functions of a state that `jax.jit` donates.
+
+One step for all modes: what is differentiated is `trained`, what is not is `frozen`, and `_prepare` makes of both the weights that the model
+computes with, a layer at a time.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptoss_jax import mxfp4
-from gptoss_jax.config import GptOssConfig
-from gptoss_jax.model.transformer import GptOss
+from gptoss_jax import mxfp4, sharding
+from gptoss_jax.model import lora
+from gptoss_jax.model.transformer import Capture, GptOss
+from gptoss_jax.model.weights import declare
 from gptoss_jax.training import loss
+from gptoss_jax.training.config import TrainConfig, TrainingConfig
 
 Weights = dict[str, jax.Array]
 _EXPERT_MATRIX = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
@@ -21,10 +28,10 @@ _ROUTING = ("layers.*.router_logits", "layers.*.router_indices")
 
 
 class TrainState(NamedTuple):
-    """step int32; weights: float32 masters by Hugging Face name, experts dense [E, in, out]; opt_state: optax's."""
+    """step int32; trained: float32 by Hugging Face name, every weight (experts dense [E, in, out]) or the adapters; opt_state: optax's."""
 
     step: jax.Array
-    weights: Weights
+    trained: Weights
     opt_state: Any
 
 
@@ -38,46 +45,101 @@ class Batch(NamedTuple):
     positions: jax.Array
 
 
-def on_grid(weights: Mapping[str, jax.Array]) -> Weights:
-    """Round expert matrices to the MXFP4 grid (straight-through gradients) and all else to bfloat16: what an export will hold."""
-    return {name: mxfp4.fake_quantize(value, 1) if _EXPERT_MATRIX.search(name) else _round_bfloat16(value)
-            for name, value in weights.items()}
+def make_train_step(config: TrainingConfig, optimizer: optax.GradientTransformation,
+                    mesh: jax.sharding.Mesh | None = None) -> Callable[[TrainState, Weights, Batch], tuple[TrainState, dict]]:
+    """Return the jitted step (state, frozen, batch) -> (new state, metrics); the old state's buffers are given away.
 
-
-def forward_loss(config: GptOssConfig, weights: Mapping[str, jax.Array], batch: Batch, *, quantize: bool, compute_dtype: str,
-                 balance_coefficient: float = 0.0) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return (what is minimised, metrics) of one batch.
-
-    metrics: loss (masked mean cross-entropy), tokens (whose loss counts), expert_load float32 [layers, E], balance_loss.
+    metrics: those of `forward_loss`, and grad_norm. A batch is computed in `microbatches` parts whose gradients are summed in float32:
+    the same step, but for the router losses, which are means over the parts' own.
     """
-    weights = on_grid(weights) if quantize else dict(weights)
-    embedding = "model.embed_tokens.weight"  # activations take its dtype
-    weights[embedding] = weights[embedding].astype(compute_dtype)
-    model = GptOss(config, weights)
-    logits, routing = model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, capture=_ROUTING)
-    total, count = loss.cross_entropy(logits, batch.targets, batch.loss_weights)
-    real = batch.segment_ids != 0
-    loads, balance = [], jnp.float32(0)
-    for layer in range(config.num_hidden_layers):
-        loads.append(loss.expert_load(routing[f"layers.{layer}.router_indices"], real, config.num_local_experts))
-        balance += loss.balance_loss(routing[f"layers.{layer}.router_logits"], loads[-1], real) / config.num_hidden_layers
-    mean = total / jnp.maximum(count, 1)
-    metrics = {"loss": mean, "tokens": count, "expert_load": jnp.stack(loads), "balance_loss": balance}
-    return mean + balance_coefficient * balance, metrics
+    parts = config.train.microbatches
 
+    def gradients_of(trained: Weights, frozen: Weights, batch: Batch) -> tuple[dict, Weights]:
+        count = batch.loss_weights.sum(dtype=jnp.float32)
+        differentiate = jax.value_and_grad(functools.partial(forward_loss, config, mesh=mesh, count=count, parts=parts), has_aux=True)
+        if parts == 1:
+            (_, metrics), gradients = differentiate(trained, frozen, batch)
+            return metrics, gradients
 
-def make_train_step(loss_fn: Callable[[Weights, Batch], tuple[jax.Array, dict]],
-                    optimizer: optax.GradientTransformation) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """Return the jitted step (state, batch) -> (new state, metrics); the old state's buffers are given away."""
+        def add(sums, part):
+            (_, metrics), gradients = differentiate(trained, frozen, part)
+            return jax.tree.map(jnp.add, sums, (metrics, gradients)), None
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.weights, batch)
+        # Part i takes rows i, i + parts, ...: of every device's rows, so that none moves.
+        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+        shapes = jax.eval_shape(differentiate, trained, frozen, jax.tree.map(lambda x: x[0], split))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+        return jax.lax.scan(add, zeros, split)[0]
+
+    def train_step(state: TrainState, frozen: Weights, batch: Batch) -> tuple[TrainState, dict]:
+        metrics, gradients = gradients_of(state.trained, frozen, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
         metrics["grad_norm"] = optax.tree.norm(gradients)
-        return TrainState(state.step + 1, optax.apply_updates(state.weights, updates), opt_state), metrics
+        return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: TrainingConfig, mesh: jax.sharding.Mesh | None = None) -> Callable[[Weights, Weights, Batch], dict]:
+    """Return the jitted (trained, frozen, batch) -> metrics."""
+    return jax.jit(lambda trained, frozen, batch: forward_loss(config, trained, frozen, batch, mesh=mesh)[1])
+
+
+def forward_loss(config: TrainingConfig, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], batch: Batch, *,
+                 mesh: jax.sharding.Mesh | None = None, count=None, parts: int = 1) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return (what is minimised, metrics) of one batch, or of one of the `parts` of a batch with loss weights that sum to `count`.
+
+    metrics: loss (masked mean cross-entropy), tokens (the sum of loss weights), expert_load float32 [layers, E], balance_loss, z_loss; those
+    of the parts sum to those of the batch.
+    """
+    train, model_config = config.train, config.model
+    prepare = functools.partial(_prepare, train, _gathered_axes(config, mesh), mesh)
+    weights = {name: value if name.startswith("model.layers.") else prepare(name, value) for name, value in (frozen | trained).items()}
+    model = GptOss(model_config, weights, mesh=mesh)
+    capture = Capture(_ROUTING)
+    x, _ = model.hidden_states(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, capture=capture,
+                               dtype=train.compute_dtype, prepare=prepare, remat=train.remat, expert_transport=train.expert_transport)
+    total, tokens = loss.chunked_cross_entropy(model.unembed, x, batch.targets, batch.loss_weights, train.loss_chunk_tokens)
+    real = batch.segment_ids != 0
+    loads, balance, z = [], jnp.float32(0), jnp.float32(0)
+    share = 1 / (model_config.num_hidden_layers * parts)
+    for layer in range(model_config.num_hidden_layers):
+        logits, indices = (capture.values[f"layers.{layer}.router_{part}"] for part in ("logits", "indices"))
+        loads.append(loss.expert_load(indices, real, model_config.num_local_experts))
+        balance += loss.balance_loss(logits, loads[-1], real) * share
+        z += loss.z_loss(logits, real) * share
+    mean = total / jnp.maximum(tokens if count is None else count, 1)
+    metrics = {"loss": mean, "tokens": tokens, "expert_load": jnp.stack(loads) / parts, "balance_loss": balance, "z_loss": z}
+    return mean + train.balance_coefficient * balance + train.z_coefficient * z, metrics
+
+
+def model_weights(config: TrainingConfig, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> Weights:
+    """Return the weights of the model that the forward pass computes with, by name: for evaluation and sampled generations."""
+    return {name: _prepare(config.train, {}, None, name, value) for name, value in (frozen | trained).items()}
+
+
+def _prepare(train: TrainConfig, gathered: Mapping[str, tuple], mesh, name: str, value: jax.Array) -> jax.Array:
+    """Return a stored weight as it is computed with.
+
+    On the grid: experts rounded to MXFP4 and all else to bfloat16, what an export will hold, with straight-through gradients. What `fsdp`
+    splits is gathered here, in the dtype it is computed in.
+    """
+    if name.endswith("lora_B"):
+        value = value * (train.alpha / train.rank)
+    if train.mode == "qat":
+        value = mxfp4.fake_quantize(value, 1) if _EXPERT_MATRIX.search(name) else _round_bfloat16(value)
+    if name in gathered:
+        value = sharding.constrain(value.astype(train.compute_dtype), gathered[name], mesh)
+    return value
+
+
+def _gathered_axes(config: TrainingConfig, mesh) -> dict[str, tuple[str | None, ...]]:
+    """Return the logical axes of the weights that are split over `fsdp` by their width; the experts' are gathered by `model.moe`."""
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return {}
+    declared = declare(config.model, packed=False) | lora.declare_adapters(config.model, config.train.rank, config.train.targets)
+    return {name: weight.axes for name, weight in declared.items() if "embed" in weight.axes}
 
 
 @jax.custom_vjp
