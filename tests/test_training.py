@@ -194,10 +194,10 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, tokeniz
     def step_then_die(*arguments):
         step = make_train_step(*arguments)
 
-        def train_step(state, batch):
+        def train_step(state, *rest):
             if state.step == 5:
                 raise Killed
-            return step(state, batch)
+            return step(state, *rest)
 
         return train_step
 

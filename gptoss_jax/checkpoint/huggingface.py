@@ -54,6 +54,21 @@ def export(source: str | os.PathLike, destination: str | os.PathLike, *, format:
           max_shard_bytes, progress)
 
 
+def save_retrained(path: str | os.PathLike, source: str | os.PathLike, trained: Mapping[str, Callable], *, overwrite: bool = False,
+                   max_shard_bytes: int = MAX_SHARD_BYTES, progress: Callable[[int, int], None] | None = None) -> None:
+    """Write the checkpoint `source`, whose experts are packed, with what was trained since, as a Hugging Face directory with MXFP4 experts.
+
+    trained: by name in `declare(config, packed=False)` a function from the source's numbers, float32, to the trained ones: of a weight
+    (numbers) -> numbers, of an expert matrix (numbers [in, out], expert) -> numbers. Weights that aren't named keep their bytes, and so does
+    every block of 32 numbers that training left as they were. Raises CheckpointError, or Mxfp4Error for numbers MXFP4 can't hold.
+    """
+    checkpoint = open_checkpoint(source)
+    if not checkpoint.config.quantized:
+        raise CheckpointError(f"{source}: bfloat16 experts found, expected MXFP4")
+    _save(Path(path), checkpoint.config, _Retrained(checkpoint, trained), checkpoint.sidecars, checkpoint.path, "mxfp4", overwrite,
+          max_shard_bytes, progress)
+
+
 class _Stored(Mapping):
     """The weights of a checkpoint, read when looked up."""
 
@@ -72,6 +87,36 @@ class _Stored(Mapping):
 
     def __contains__(self, name) -> bool:  # Mapping's own would read the weight
         return name in self._targets
+
+
+class _Retrained(_Stored):
+    """The same, with what was trained since."""
+
+    def __init__(self, checkpoint: Checkpoint, trained: Mapping[str, Callable]):
+        super().__init__(checkpoint)
+        self._trained = trained
+        self._scales: dict[str, np.ndarray] = {}  # made with the blocks, looked up after them
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        stem = name.removesuffix("_blocks")
+        if name in self._scales:
+            return self._scales.pop(name)
+        if name in self._trained:
+            return np.asarray(self._trained[name](super().__getitem__(name).astype(np.float32))).astype(safetensors.NUMPY_DTYPES["bfloat16"])
+        if name == stem or stem not in self._trained:
+            return super().__getitem__(name)
+        blocks, scales = (super(_Retrained, self).__getitem__(f"{stem}_{part}").copy() for part in ("blocks", "scales"))
+        for expert in range(len(blocks)):
+            before = np.asarray(_decode(blocks[expert], scales[expert], "float32"))
+            after = np.asarray(self._trained[stem](before, expert))
+            if not np.isfinite(after).all():
+                raise mxfp4.Mxfp4Error(f"{stem}: an infinity or NaN found in expert {expert}, expected finite numbers")
+            # [in, out] -> [out, in/32]: encoded anew, a block could get another scale for the same numbers.
+            changed = (after != before).T.reshape(*scales[expert].shape, mxfp4.BLOCK).any(axis=-1)
+            new_blocks, new_scales = map(np.asarray, _encode(after))
+            blocks[expert][changed], scales[expert][changed] = new_blocks[changed], new_scales[changed]
+        self._scales[f"{stem}_scales"] = scales
+        return blocks
 
 
 def _save(path, config, weights, sidecars, source, format, overwrite, max_shard_bytes, progress) -> None:

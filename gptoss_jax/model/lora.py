@@ -59,10 +59,11 @@ def initialize_adapters(declared: Mapping[str, Weight], seed: int = 0) -> dict[s
     return {name: first(name, weight) for name, weight in declared.items()}
 
 
-def delta(weight: str, adapters: Mapping[str, jax.Array], scale: float) -> jax.Array | None:
-    """Return what the adapter of a weight adds to it, float32 in the weight's shape ([out, in], or [E, in, out]); None without one."""
-    first, second = names_of(weight)
-    if first not in adapters:
+def delta(weight: str, adapters: Mapping[str, jax.Array], scale: float, expert: int | None = None) -> jax.Array | None:
+    """Return what the adapter of a weight adds to it, float32 in the weight's shape ([out, in]; [E, in, out], or [in, out] of one expert); None
+    without one."""
+    names = names_of(weight)
+    if names[0] not in adapters:
         return None
-    order = (adapters[second], adapters[first]) if weight.endswith(".weight") else (adapters[first], adapters[second])
-    return scale * jnp.matmul(*order, precision="highest")
+    a, b = (jnp.asarray(adapters[name] if expert is None else adapters[name][expert]) for name in names)
+    return scale * (jnp.matmul(b, a, precision="highest") if weight.endswith(".weight") else jnp.matmul(a, b, precision="highest"))

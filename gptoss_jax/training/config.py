@@ -244,6 +244,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return _decode(hint, value, name)
     if isinstance(hint, types.UnionType):
         options = typing.get_args(hint)
+        section = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        if section is not None and value is not None:
+            return _decode(section, value, name)
         for option in options:
             if option is type(None):
                 if value is None:

@@ -21,7 +21,7 @@ from gptoss_jax.training import synthetic
 from gptoss_jax.training.config import DataConfig
 from gptoss_jax.training.examples import Encoded, Encoder
 from gptoss_jax.training.records import DataError, Records
-from gptoss_jax.training.step import Batch
+from gptoss_jax.training.state import Batch
 
 _PACKING_ROWS = 64  # filled side by side; more rows, less padding
 _PACKING_TOKENS = 1 << 21  # in long rows, fewer of them

@@ -17,8 +17,8 @@ from gptoss_jax.text.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.training import data, vocabulary
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
 from gptoss_jax.training.optimizer import make_optimizer, schedule
-from gptoss_jax.training.state import abstract_state, initial_state, load_frozen, place_batch, resolve, training_mesh
-from gptoss_jax.training.step import TrainState, make_eval_step, make_train_step
+from gptoss_jax.training.state import TrainState, abstract_state, initial_state, load_frozen, place_batch, resolve, training_mesh
+from gptoss_jax.training.step import make_eval_step, make_train_step
 
 TOKENIZER_FILE = "tokenizer.model"
 _MAY_CHANGE = ("workers",)  # of the sections that a resumed run has to have in common with its checkpoint

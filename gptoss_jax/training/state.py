@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,26 @@ from gptoss_jax.checkpoint.opening import open_checkpoint
 from gptoss_jax.model import lora
 from gptoss_jax.model.weights import Weight, declare, initialize
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
-from gptoss_jax.training.step import Batch, TrainState, Weights
+
+Weights = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """step int32; trained: float32 by Hugging Face name, every weight (experts dense [E, in, out]) or the adapters; opt_state: optax's."""
+
+    step: jax.Array
+    trained: Weights
+    opt_state: Any
+
+
+class Batch(NamedTuple):
+    """Packed rows [B, T]: tokens int32; targets int32, the next token; loss_weights float32; segment_ids int32, 0 is padding."""
+
+    tokens: jax.Array
+    targets: jax.Array
+    loss_weights: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
 
 
 def resolve(config: TrainingConfig) -> TrainingConfig:

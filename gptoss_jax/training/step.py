@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptoss_jax import mxfp4, sharding
 from gptoss_jax.model import lora
@@ -21,28 +21,10 @@ from gptoss_jax.model.transformer import Capture, GptOss
 from gptoss_jax.model.weights import declare
 from gptoss_jax.training import loss
 from gptoss_jax.training.config import TrainConfig, TrainingConfig
+from gptoss_jax.training.state import Batch, TrainState, Weights, abstract_state
 
-Weights = dict[str, jax.Array]
 _EXPERT_MATRIX = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 _ROUTING = ("layers.*.router_logits", "layers.*.router_indices")
-
-
-class TrainState(NamedTuple):
-    """step int32; trained: float32 by Hugging Face name, every weight (experts dense [E, in, out]) or the adapters; opt_state: optax's."""
-
-    step: jax.Array
-    trained: Weights
-    opt_state: Any
-
-
-class Batch(NamedTuple):
-    """Packed rows [B, T]: tokens int32; targets int32, the next token; loss_weights float32; segment_ids int32, 0 is padding."""
-
-    tokens: jax.Array
-    targets: jax.Array
-    loss_weights: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
 
 
 def make_train_step(config: TrainingConfig, optimizer: optax.GradientTransformation,
@@ -78,12 +60,16 @@ def make_train_step(config: TrainingConfig, optimizer: optax.GradientTransformat
         metrics["grad_norm"] = optax.tree.norm(gradients)
         return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(train_step, donate_argnums=0)
+    places = jax.tree.map(lambda array: array.sharding, abstract_state(config, optimizer, mesh)[0])
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, PartitionSpec())))
 
 
 def make_eval_step(config: TrainingConfig, mesh: jax.sharding.Mesh | None = None) -> Callable[[Weights, Weights, Batch], dict]:
     """Return the jitted (trained, frozen, batch) -> metrics."""
-    return jax.jit(lambda trained, frozen, batch: forward_loss(config, trained, frozen, batch, mesh=mesh)[1])
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda trained, frozen, batch: forward_loss(config, trained, frozen, batch, mesh=mesh)[1], out_shardings=everywhere)
 
 
 def forward_loss(config: TrainingConfig, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array], batch: Batch, *,
