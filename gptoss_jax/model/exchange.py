@@ -1,7 +1,7 @@
 """Rows sent to the devices that hold their experts, and back: the all-to-all transport of expert parallelism, inside `jax.shard_map`.
 
-Each device has room for all rows of all devices, [devices * M], so that none is ever dropped; what is sent are the rows that there are, where
-the platform has a ragged all-to-all, and on CPU whole buffers.
+Each device has room for all rows of all devices, [devices * M], so that none is ever dropped; what is sent are the rows that there are,
+where the platform has a ragged all-to-all, and on CPU whole buffers.
 """
 
 from __future__ import annotations

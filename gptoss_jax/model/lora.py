@@ -60,8 +60,7 @@ def initialize_adapters(declared: Mapping[str, Weight], seed: int = 0) -> dict[s
 
 
 def delta(weight: str, adapters: Mapping[str, jax.Array], scale: float, expert: int | None = None) -> jax.Array | None:
-    """Return what the adapter of a weight adds to it, float32 in the weight's shape ([out, in]; [E, in, out], or [in, out] of one expert); None
-    without one."""
+    """Return what the adapter of a weight adds to it, float32 in its shape ([out, in]; [E, in, out], of one expert [in, out]), or None."""
     names = names_of(weight)
     if names[0] not in adapters:
         return None

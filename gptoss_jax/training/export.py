@@ -23,8 +23,8 @@ def export(config: TrainingConfig, trained: Mapping[str, jax.Array], path: str |
            overwrite: bool = True) -> None:
     """Write what was trained as a Hugging Face directory that generate, transformers and other engines load.
 
-    Adapters are added to the weights of `init.checkpoint`, whose other files (tokenizer, ...) are copied; experts are encoded as MXFP4 where they
-    were trained, and keep their bytes where they weren't. adapters: write a PEFT adapter directory instead.
+    Adapters are added to the weights of `init.checkpoint`, whose other files (tokenizer, ...) are copied; experts are encoded as MXFP4
+    where they were trained, and keep their bytes where they weren't. adapters: write a PEFT adapter directory instead.
     Every process has to call it, the first one writes. Raises CheckpointError, or Mxfp4Error for numbers MXFP4 can't hold.
     """
     trained = {name: _whole(value) for name, value in trained.items()}

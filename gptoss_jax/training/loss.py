@@ -26,7 +26,9 @@ def chunked_cross_entropy(unembed: Callable[[jax.Array], jax.Array], x_BTD, targ
     and backward: in the backward pass they are computed again.
     """
     B, T = targets_BT.shape
-    length = min(T, max(1, chunk_tokens // B))
+    length = max(1, chunk_tokens // B)
+    if length >= T:
+        return cross_entropy(unembed(x_BTD), targets_BT, weights_BT)
     count = -(-T // length)
 
     def chunked(x):  # [chunks, B, length, ...]: a chunk takes every so many tokens, which leaves rows split over devices as they are

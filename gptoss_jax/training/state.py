@@ -59,7 +59,7 @@ def resolve(config: TrainingConfig) -> TrainingConfig:
         if not train.targets:
             raise TrainingConfigError("train.targets: none found, expected what the adapters are of")
         if not config.model.quantized:
-            raise TrainingConfigError(f"init.checkpoint: {path!r} has bfloat16 experts, expected MXFP4 with train.mode lora (export encodes them)")
+            raise TrainingConfigError(f"init.checkpoint: {path!r} has bfloat16 experts, expected MXFP4 with train.mode lora")
     rows, context = config.data.batch_size, config.mesh.context
     split = config.mesh.data * config.mesh.fsdp * config.mesh.expert
     if rows % (train.microbatches * split):
@@ -96,7 +96,8 @@ def abstract_state(config: TrainingConfig, optimizer: optax.GradientTransformati
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # An optimizer's array of a weight's name and shape lies where the weight does.
         like = trained.get(getattr(path[-1], "key", None)) if path else None
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding if like is not None and like.shape == leaf.shape else place)
+        at = like.sharding if like is not None and like.shape == leaf.shape else place
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
     opt_state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, trained))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=place), trained, opt_state)
@@ -125,23 +126,36 @@ def load_frozen(config: TrainingConfig, mesh: Mesh | None = None) -> Weights:
     return load_weights(resolve_path(config.init.checkpoint), dtype=config.train.compute_dtype, mesh=mesh)[1]
 
 
+def process_part(mesh: Mesh | None = None) -> tuple[int, int]:
+    """Return (index, count): the devices of this process compute part `index` of `count` equal parts of a batch's rows, one after the other.
+
+    Processes that share rows, because `tensor` or `context` goes across them, are given the same part.
+    """
+    if mesh is None:
+        return 0, 1
+    rows = math.prod(mesh.shape[axis] for axis in sharding.COMPUTE_RULES["batch"])
+    place = NamedSharding(mesh, sharding.compute_spec((rows,), ("batch",), mesh))
+    bounds = [part.indices(rows) for part, in place.addressable_devices_indices_map((rows,)).values()]
+    first, last = min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds)
+    return first // (last - first), rows // (last - first)
+
+
 def place_batch(batch: Batch, mesh: Mesh | None = None) -> Batch:
-    """Return this process's rows of a batch as parts of global arrays on the mesh; without a mesh, as it is."""
+    """Return this process's part of a batch's rows, see `process_part`, in global arrays on the mesh; without a mesh, as it is."""
     if mesh is None:
         return batch
+    index, count = process_part(mesh)
 
     def place(rows: Any) -> jax.Array:
         rows = np.asarray(rows)
-        first = jax.process_index() * len(rows)
-        shape = (len(rows) * jax.process_count(), *rows.shape[1:])
-        spec = sharding.compute_spec(shape, ("batch", "tokens"), mesh)
+        shape, first = (len(rows) * count, *rows.shape[1:]), len(rows) * index
+        place = NamedSharding(mesh, sharding.compute_spec(shape, ("batch", "tokens"), mesh))
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(shape[0])
-            assert first <= start and stop <= first + len(rows), "a process holds other rows than its devices compute"
-            return rows[start - first : stop - first, index[1]]
+        def part(bounds: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = bounds[0].indices(shape[0])
+            return rows[start - first : stop - first, bounds[1]]
 
-        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+        return jax.make_array_from_callback(shape, place, part)
 
     return jax.tree.map(place, batch)
 
