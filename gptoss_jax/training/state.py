@@ -126,36 +126,38 @@ def load_frozen(config: TrainingConfig, mesh: Mesh | None = None) -> Weights:
     return load_weights(resolve_path(config.init.checkpoint), dtype=config.train.compute_dtype, mesh=mesh)[1]
 
 
-def process_part(mesh: Mesh | None = None) -> tuple[int, int]:
-    """Return (index, count): the devices of this process compute part `index` of `count` equal parts of a batch's rows, one after the other.
-
-    Processes that share rows, because `tensor` or `context` goes across them, are given the same part.
-    """
+def data_part(mesh: Mesh | None) -> tuple[int, int]:
+    """Return (index, count): of so many equal parts of a batch's rows, the one that this process's devices compute."""
     if mesh is None:
         return 0, 1
-    rows = math.prod(mesh.shape[axis] for axis in sharding.COMPUTE_RULES["batch"])
-    place = NamedSharding(mesh, sharding.compute_spec((rows,), ("batch",), mesh))
-    bounds = [part.indices(rows) for part, in place.addressable_devices_indices_map((rows,)).values()]
-    first, last = min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds)
-    return first // (last - first), rows // (last - first)
+    axes = sharding.COMPUTE_RULES["batch"]
+    devices = np.moveaxis(mesh.devices, [mesh.axis_names.index(axis) for axis in axes], range(len(axes)))
+    split = math.prod(devices.shape[: len(axes)])
+    owners = np.vectorize(lambda device: device.process_index)(devices.reshape(split, -1))
+    mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
+    first, size = int(mine[0]), len(mine)
+    whole = size == mine[-1] - first + 1 and first % size == 0 and split % size == 0
+    return (first // size, split // size) if whole else (0, 1)  # rows that don't lie together: all of them
 
 
 def place_batch(batch: Batch, mesh: Mesh | None = None) -> Batch:
-    """Return this process's part of a batch's rows, see `process_part`, in global arrays on the mesh; without a mesh, as it is."""
+    """Return this process's rows of a batch as parts of global arrays on the mesh; without a mesh, as it is."""
     if mesh is None:
         return batch
-    index, count = process_part(mesh)
+    which, count = data_part(mesh)
 
     def place(rows: Any) -> jax.Array:
         rows = np.asarray(rows)
-        shape, first = (len(rows) * count, *rows.shape[1:]), len(rows) * index
-        place = NamedSharding(mesh, sharding.compute_spec(shape, ("batch", "tokens"), mesh))
+        first = which * len(rows)
+        shape = (len(rows) * count, *rows.shape[1:])
+        spec = sharding.compute_spec(shape, ("batch", "tokens"), mesh)
 
-        def part(bounds: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = bounds[0].indices(shape[0])
-            return rows[start - first : stop - first, bounds[1]]
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            assert first <= start and stop <= first + len(rows), "a process holds other rows than its devices compute"
+            return rows[start - first : stop - first, index[1]]
 
-        return jax.make_array_from_callback(shape, place, part)
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
 
     return jax.tree.map(place, batch)
 
