@@ -13,7 +13,7 @@ from gptoss_jax.model import GptOss
 from gptoss_jax.model.weights import declare, initialize
 from gptoss_jax.training import loss
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.training.config import DataConfig, InitConfig, TrainConfig, TrainingConfig
+from gptoss_jax.training.config import DataConfig, InitConfig, TrainConfig, TrainingConfig, TrainingConfigError
 from gptoss_jax.training.export import export
 from gptoss_jax.training.state import Batch, initial_state, resolve
 from gptoss_jax.training.step import forward_loss, make_eval_step, make_train_step, model_weights
@@ -179,3 +179,15 @@ def test_gradients_pass_straight_through_the_grid():
     state, _ = initial_state(config, optax.sgd(1.0))
     gradient = jax.grad(lambda trained: sum((value * 3).sum() for value in model_weights(config, trained, {}).values()))(state.trained)
     assert all((value == 3).all() for value in gradient.values())
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (TrainingConfig(), "model: missing, expected the section or init.checkpoint"),
+    (TrainingConfig(model=SMALL, init=InitConfig("tiny")), "model: a section found with init.checkpoint 'tiny', expected none"),
+    (TrainingConfig(model=SMALL, train=TrainConfig(mode="lora")), "init.checkpoint: none found, expected one with train.mode lora"),
+    (TrainingConfig(init=InitConfig("tiny"), train=TrainConfig(mode="lora", targets=())), "train.targets: none found"),
+    (TrainingConfig(model=SMALL, train=TrainConfig(microbatches=3)), "data.batch_size: 16 found, expected a multiple of 3: train.microbatches 3"),
+])
+def test_settings_that_do_not_fit_together_are_refused_before_anything_is_loaded(config, message):
+    with pytest.raises(TrainingConfigError, match=message):
+        resolve(config)
