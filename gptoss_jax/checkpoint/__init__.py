@@ -5,7 +5,8 @@
     original.py      OpenAI's tensor names
     store.py         Orbax
     loading.py       load, load_weights, load_tokenizer
-    huggingface.py   save_huggingface
+    huggingface.py   save_huggingface; a checkpoint with what was trained since
+    peft.py          adapters alone
     conversion.py    any layout to Orbax
     destination.py   a directory that appears complete or not at all
     errors.py        CheckpointError and the list of what doesn't fit
