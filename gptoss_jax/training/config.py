@@ -169,6 +169,7 @@ class OutputConfig:
 
     directory: str = "runs/pretrain"
     export: str = _field("last", choices=("last", "best"))
+    adapters: bool = False  # with train.mode lora: export them in PEFT's format instead of merged into the checkpoint
     tensorboard: bool = True  # where tensorboardX is installed
     wandb_project: str = ""  # empty: nothing is sent
 
@@ -185,6 +186,17 @@ class TrainingConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
     output: OutputConfig = OutputConfig()
+
+    def __post_init__(self):
+        if self.output.export == "best" and not self.run.keep_best:
+            raise TrainingConfigError("run.keep_best: 0 found with output.export best, expected at least 1")
+        held_aside = not self.data.sources or self.data.eval_sources or self.data.eval_fraction
+        for name in ("keep_best", "answer_every_steps"):
+            if getattr(self.run, name) and not held_aside:
+                raise TrainingConfigError(f"run.{name}: {getattr(self.run, name)} found without data.eval_fraction or data.eval_sources, "
+                                          "expected one of them")
+        if self.output.adapters and self.train.mode != "lora":
+            raise TrainingConfigError(f"output.adapters: true found with train.mode {self.train.mode}, expected lora")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved configuration, as it is saved with every checkpoint."""
