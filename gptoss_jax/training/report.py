@@ -146,13 +146,16 @@ def draw(history: list[dict[str, Any]], expert_load: np.ndarray | None, file: Pa
         points = [(line["step"], line[name]) for line in history if name in line]
         if points:
             losses.plot(*zip(*points), label=label, marker="o" if name == "eval_loss" else None, markersize=3)
+    losses.xaxis.get_major_locator().set_params(integer=True)
     losses.set(xlabel="step", ylabel="loss", title="loss of a token")
     losses.legend()
     if expert_load is None:
         loads.set_axis_off()
     else:
         image = loads.imshow(expert_load * expert_load.shape[1], aspect="auto", interpolation="nearest", vmin=0, cmap="viridis")
-        loads.set(xlabel="expert", ylabel="layer", title="load of experts, 1: as much as all others")
+        loads.set(xlabel="expert", ylabel="layer", title="load of experts (1: an even share)")
+        for axis in (loads.xaxis, loads.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=loads)
     temporary = file.with_suffix(".part.png")
     figure.savefig(temporary, dpi=120)
