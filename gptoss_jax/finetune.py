@@ -61,14 +61,18 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
 
 def _join_the_others() -> None:
-    """Connect the processes of a job, which JAX finds by what its launcher left in the environment."""
+    """Connect the processes of a job, which JAX finds by what its launcher left in the environment. Raises UsageError.
+
+    Launchers that it doesn't know set JAX_COORDINATOR_ADDRESS, which JAX reads, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
     import jax
 
+    told = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**{name: int(value) for name, value in told.items() if value})
     except (ValueError, RuntimeError) as error:
-        raise UsageError(f"--distributed: {' '.join(str(error).split())} Expected a start by SLURM, Open MPI, Kubernetes or a TPU pod, as in "
-                         "launch/") from error
+        raise UsageError(f"--distributed: {' '.join(str(error).split())} Expected a start by SLURM, Open MPI, Kubernetes, a TPU pod, or "
+                         "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; see launch/") from error
 
 
 class Examiner:
@@ -88,10 +92,12 @@ class Examiner:
         self._engine.weights = model.weights()
         prompts = [harmony.render(question.messages, self._tokenizer, next_role="assistant") for question in questions]
         answers = []
-        for completion, question in zip(self._engine.generate(prompts, Sampling(temperature=0), max_new_tokens=self._max_new_tokens), questions):
+        completions = self._engine.generate(prompts, Sampling(temperature=0), max_new_tokens=self._max_new_tokens)
+        for completion, question in zip(completions, questions):
             said = list(harmony.parse(completion.ids, self._tokenizer))
             asked = next((evaluate.text(message) for message in reversed(question.messages) if message["role"] != "assistant"), "")
-            answers.append((f"{asked!r:.200} -> {evaluate.shown(said[-1:]):.200}", evaluate.agrees(said[-1] if said else None, question.answer)))
+            right = evaluate.agrees(said[-1] if said else None, question.answer)
+            answers.append((f"{asked!r:.200} -> {evaluate.shown(said[-1:]):.200}", right))
         return answers
 
 

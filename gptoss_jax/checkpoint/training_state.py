@@ -33,7 +33,8 @@ class StateStore:
         self._directory, self._metric = Path(os.path.abspath(directory)), metric
         kept: list = [_KEPT.LatestN(keep)]
         if keep_best:
-            kept.append(_KEPT.BestN(get_metric_fn=lambda metrics: metrics[metric], reverse=True, n=keep_best, keep_checkpoints_without_metrics=False))
+            kept.append(_KEPT.BestN(get_metric_fn=lambda metrics: metrics[metric], reverse=True, n=keep_best,
+                                    keep_checkpoints_without_metrics=False))
         self._checkpointer = ocp.training.Checkpointer(
             self._directory, preservation_policy=_KEPT.AnyPreservationPolicy(kept), cleanup_tmp_directories=True)
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the tracebacks of failures that it raises as well
@@ -49,8 +50,8 @@ class StateStore:
         return min(measured, key=lambda checkpoint: checkpoint.metrics[self._metric]).step if measured else None
 
     def check_room(self, state: Any) -> None:
-        """Raise CheckpointError when there is no room for one checkpoint of this process's part of `state` (arrays or ShapeDtypeStructs)."""
-        needed = sum(_local_bytes(value) for value in jax.tree.leaves(state))
+        """Raise CheckpointError when there is no room for a checkpoint of `state`, arrays or ShapeDtypeStructs."""
+        needed = sum(value.size * value.dtype.itemsize for value in jax.tree.leaves(state))
         free = shutil.disk_usage(self._directory).free
         if free < needed:
             raise CheckpointError(f"{self._directory}: {free / 1e9:.3f} GB free there, {needed / 1e9:.3f} GB needed for a checkpoint")
@@ -100,15 +101,6 @@ class StateStore:
             reason = "no space left on the disk" if _NO_ROOM.search(str(error)) else (str(error).splitlines() or [type(error).__name__])[0]
             kept = f"step {complete[-1]} is the newest complete one" if complete else "none is complete"
             raise CheckpointError(f"{self._directory}: a checkpoint can't be saved: {reason}; {kept}") from error
-
-
-def _local_bytes(value: Any) -> int:
-    """Bytes of an array that this process writes, about: each shard is written once, whoever holds copies of it."""
-    sharding = getattr(value, "sharding", None)
-    whole = value.size * value.dtype.itemsize
-    if sharding is None or sharding.is_fully_addressable:
-        return whole
-    return whole // jax.process_count()
 
 
 def _abstract(value):

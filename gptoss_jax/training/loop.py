@@ -62,7 +62,7 @@ class _Run:
         self.config, self.source, self.tokenizer = config, source, tokenizer
         self.directory = Path(config.output.directory)
         self.mesh = training_mesh(config)
-        index, count = data_part(self.mesh, config.data.batch_size)
+        index, count = data_part(self.mesh)
         part = {"process_index": index, "process_count": count}
         self.batches = source.batches(**part)
         stack.callback(self.batches.close)
@@ -103,7 +103,8 @@ class _Run:
             return report.Silent()
         peak = speed.peak_flops(jax.devices()[0])
         reporter = report.Reporter(
-            self.config, self.step, flops_per_token=speed.flops_per_token(self.config.model, self.like.trained, self.config.data.row_tokens),
+            self.config, self.step,
+            flops_per_token=speed.flops_per_token(self.config.model, self.like.trained, self.config.data.row_tokens),
             peak_flops=peak and peak * (1 if self.mesh is None else self.mesh.size))
         if peak is None:
             reporter.say(f"no peak known of {jax.devices()[0].device_kind!r}: model FLOPs utilisation isn't reported")
@@ -121,7 +122,10 @@ class _Run:
                     if asked_to_stop(self.step):
                         self._save()
                         self.store.close()
-                        raise Terminated(f"SIGTERM: step {self.step} of {self.config.run.steps} is saved; the same command goes on from there")
+                        if jax.process_count() > 1:
+                            multihost_utils.sync_global_devices("saved")  # a launcher may end all when the first has ended
+                        raise Terminated(f"SIGTERM: step {self.step} of {self.config.run.steps} is saved; the same command goes on "
+                                         "from there")
             finished = True
         finally:
             self.reporter.close(finished=finished)
@@ -132,8 +136,8 @@ class _Run:
         run = self.config.run
         rows = next(self.batches, None)
         if rows is None:
-            raise TrainingError(f"data.epochs: {self.config.data.epochs} found, and the data ends after {self.step} batches; expected enough "
-                                f"for run.steps, {run.steps}")
+            raise TrainingError(f"data.epochs: {self.config.data.epochs} found, and the data ends after {self.step} batches; expected "
+                                f"enough for run.steps, {run.steps}")
         self.state, metrics = self.train_step(self.state, self.frozen, place_batch(data.to_batch(rows), self.mesh))
         self.step += 1
         self.pending.append((self.step, metrics, rows))
@@ -173,7 +177,7 @@ class _Run:
             if self.config.run.on_nonfinite == "stop":
                 last = self.store.latest_step()
                 raise TrainingError(f"{problem}; expected finite numbers (run.on_nonfinite: skip leaves such steps out); "
-                                    + (f"the last good checkpoint is of step {last}" if last is not None else "no checkpoint was saved before"))
+                                    + ("no checkpoint was saved before" if last is None else f"the last good checkpoint is of step {last}"))
             self.reporter.say(f"left out: {problem}")
 
     def _report(self, measured: dict[str, float]) -> None:
@@ -211,7 +215,7 @@ class _Run:
         if config.output.export == "best":
             state = self.store.restore(self.store.best_step(), self.like)
         destination = self.directory / "export"
-        export(config, state.trained, self.frozen, destination, adapters=config.output.adapters)
+        export(config, state.trained, destination, adapters=config.output.adapters)
         if not config.init.checkpoint and jax.process_index() == 0:
             run_directory.write_vocabulary(config, destination)
         if jax.process_count() > 1:
@@ -239,5 +243,5 @@ def _check_same_run(saved: dict[str, Any], config: TrainingConfig) -> None:
     for section in _SAME_SECTIONS:
         for name, value in current[section].items():
             if saved.get(section, {}).get(name) != value and name not in _MAY_CHANGE:
-                raise TrainingConfigError(f"{section}.{name}: {value!r} found, expected {saved.get(section, {}).get(name)!r} as in the checkpoints "
-                                          f"of {config.output.directory} (or another output.directory)")
+                raise TrainingConfigError(f"{section}.{name}: {value!r} found, expected {saved.get(section, {}).get(name)!r} as in the "
+                                          f"checkpoints of {config.output.directory} (or another output.directory)")

@@ -17,7 +17,7 @@ _MUON_RMS = 0.2  # makes Muon's updates as large as AdamW's, so that they share 
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate by step: linear warmup, constant, then decay to `final_fraction` over the last `decay_fraction` of `steps`.
+    """Return the rate by step: linear warmup, constant, then decay to `final_fraction` of it over the last `decay_fraction` of `steps`.
 
     Source: Hu et al. 2024, "MiniCPM", section 4. Runs of different lengths are equal up to where the shorter one decays; a
     `decay_fraction` of 1 decays from the start, right after the warmup.
@@ -48,8 +48,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         rule = optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=config.epsilon, weight_decay=config.weight_decay, mask=decays)
     parts = [rule] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm), rule]
     if config.rates:
-        parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors(updates))))
         factors = _by_name(lambda name: next((group.factor for group in config.rates if _matches(name, [group.weights])), 1.0))
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors(updates))))
     return _finite_only(optax.chain(*parts))
 
 

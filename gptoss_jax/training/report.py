@@ -175,7 +175,8 @@ def _wandb(config: TrainingConfig, directory: Path) -> Any:
     try:
         import wandb
     except ImportError:
-        raise TrainingConfigError(f"output.wandb_project: {config.output.wandb_project!r} found, and wandb isn't installed: pip install wandb") from None
+        raise TrainingConfigError(f"output.wandb_project: {config.output.wandb_project!r} found, and wandb isn't installed: pip install "
+                                  "wandb") from None
     same_run = hashlib.blake2b(os.path.abspath(directory).encode(), digest_size=8).hexdigest()  # a resumed run goes on with its own
     return wandb.init(project=config.output.wandb_project, name=directory.name, id=same_run, resume="allow", dir=str(directory),
                       config=config.to_dict())

@@ -27,15 +27,15 @@ METRICS_FILE = "metrics.jsonl"
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the directory for this process; the kernel lets go of it however the process ends. Raises TrainingConfigError when it is taken."""
+    """Hold the directory for this process, however that ends: the kernel lets go of it. Raises TrainingConfigError when it is taken."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise TrainingConfigError(f"output.directory: {directory} is taken by {file.read().strip() or 'another job'}, expected one that no "
-                                      "other job writes to") from None
+            raise TrainingConfigError(f"output.directory: {directory} is taken by {file.read().strip() or 'another job'}, expected one that "
+                                      "no other job writes to") from None
         except OSError as error:  # a file system without locks
             print(f"{directory}: can't be locked ({error.strerror}): let no other job write to it", file=sys.stderr)
         file.truncate(0)
@@ -49,7 +49,8 @@ def take_up_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
     file = directory / METRICS_FILE
     if not file.exists():
         return []
-    complete = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]  # a killed run's last isn't
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith("\n")]  # a killed run's last one may not be
     kept = [line for line in complete if json.loads(line)["step"] <= step]
     temporary = file.with_suffix(".part")
     temporary.write_text("".join(kept), encoding="utf-8")
@@ -58,13 +59,13 @@ def take_up_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
 
 
 def load_vocabulary(config: TrainingConfig, directory: Path | None = None) -> Tokenizer:
-    """Load the vocabulary of `init.checkpoint`, or put that of a run from random weights into its directory, if it isn't there, and load it.
+    """Load the vocabulary of `init.checkpoint`; or put that of a run from random weights into its directory, if it isn't there, and load it.
 
     directory: `output.directory` where None. Raises TrainingConfigError when it isn't the model's.
     """
     if config.init.checkpoint:
         if config.data.tokenizer:
-            raise TrainingConfigError(f"data.tokenizer: {config.data.tokenizer!r} found with init.checkpoint, expected none: it has its own")
+            raise TrainingConfigError(f"data.tokenizer: {config.data.tokenizer!r} found with init.checkpoint, which has its own")
         return load_tokenizer(config.init.checkpoint)
     file = Path(config.output.directory if directory is None else directory) / TOKENIZER_FILE
     if jax.process_index() == 0 and not file.exists():
