@@ -48,15 +48,19 @@ def _finetune(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.distributed or "--distributed" in flags:
         _join_the_others()
-    from gptoss_jax.training.loop import Terminated, train  # JAX is imported once the configuration is known to be good
+    import jax  # once the configuration is known to be good
+
+    from gptoss_jax.training.loop import Terminated, train
 
     enable_compilation_cache()
     try:
         exported = train(config, answer_with=Examiner)
     except Terminated as stopped:
-        print(stopped, file=sys.stderr)
+        if jax.process_index() == 0:
+            print(stopped, file=sys.stderr)
         return _TERMINATED
-    print(f"exported {exported}")
+    if jax.process_index() == 0:
+        print(f"exported {exported}")
     return 0
 
 

@@ -22,8 +22,8 @@ from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
 from gptoss_jax.training.examples import Question
 from gptoss_jax.training.export import export
 from gptoss_jax.training.optimizer import check_rates, make_optimizer, schedule
-from gptoss_jax.training.state import abstract_state, data_part, initial_state, load_frozen, place_batch, resolve, training_mesh
-from gptoss_jax.training.step import TrainState, make_eval_step, make_train_step, model_weights
+from gptoss_jax.training.state import TrainState, abstract_state, data_part, initial_state, load_frozen, place_batch, resolve, training_mesh
+from gptoss_jax.training.step import make_eval_step, make_train_step, model_weights
 
 _SAME_SECTIONS = ("model", "init", "train", "data", "optimizer")  # a resumed run has them in common with its checkpoint, but for
 _MAY_CHANGE = ("workers", "remat", "loss_chunk_tokens", "expert_transport", "microbatches")
@@ -46,23 +46,22 @@ def train(config: TrainingConfig, *, answer_with: Callable[..., Answer] | None =
     job calls this. Raises Terminated after SIGTERM, otherwise one of our errors; what can be checked is before anything is allocated.
     """
     config = resolve(config)
-    directory = Path(config.output.directory)
+    mesh = training_mesh(config)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            stack.enter_context(run_directory.locked(directory))
+            stack.enter_context(run_directory.locked(Path(config.output.directory)))
         tokenizer = run_directory.load_vocabulary(config)
         source = data.open_data(config.data, tokenizer)
-        return _Run(config, source, tokenizer, answer_with, stack).to_the_end()
+        return _Run(config, mesh, source, tokenizer, answer_with, stack).to_the_end()
 
 
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, config: TrainingConfig, source, tokenizer, answer_with, stack: contextlib.ExitStack):
-        self.config, self.source, self.tokenizer = config, source, tokenizer
+    def __init__(self, config: TrainingConfig, mesh, source, tokenizer, answer_with, stack: contextlib.ExitStack):
+        self.config, self.mesh, self.source = config, mesh, source
         self.directory = Path(config.output.directory)
-        self.mesh = training_mesh(config)
-        index, count = data_part(self.mesh)
+        index, count = data_part(mesh)
         part = {"process_index": index, "process_count": count}
         self.batches = source.batches(**part)
         stack.callback(self.batches.close)
@@ -70,12 +69,12 @@ class _Run:
         run, self.optimizer = config.run, make_optimizer(config.optimizer, config.run.steps)
         self.store = StateStore(self.directory / "checkpoints", keep=run.keep_checkpoints, keep_best=run.keep_best)
         stack.callback(self.store.close)
-        self.like, _ = abstract_state(config, self.optimizer, self.mesh)
+        self.like, _ = abstract_state(config, self.optimizer, mesh)
         check_rates(config.optimizer, self.like.trained)
         self.state, self.frozen = self._start()
         self.step = int(self.state.step)
         self.reporter, self.learning_rate = self._reporter(), schedule(config.optimizer, run.steps)
-        self.train_step, self.eval_step = make_train_step(config, self.optimizer, self.mesh), make_eval_step(config, self.mesh)
+        self.train_step, self.eval_step = make_train_step(config, self.optimizer, mesh), make_eval_step(config, mesh)
         self.pending: list[tuple[int, dict, Any]] = []  # (step, metrics, rows) of steps that haven't been looked at
         self.recent: list[dict] = []  # metrics of those that have, since the last report
         self.questions, self.answer = [], None
