@@ -34,6 +34,16 @@ SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden
          f"--output.tensorboard=false --data.batch_size=8 --data.tokenizer={TINY_VOCABULARY}").split()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Steps take longer to compile than all they are tested with; the processes started here are told the same."""
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+
+
 def words(directory, *more):
     return [str(ROOT / "configs" / "pretrain_tiny.yaml"), *SMALL, f"--output.directory={directory}", *more]
 
@@ -211,6 +221,7 @@ def small_config(directory, *more):
 
 
 def reported(config, step=0):
+    pathlib.Path(config.output.directory).mkdir(parents=True, exist_ok=True)
     reporter = report.Reporter(config, step, flops_per_token=1e6, peak_flops=1e12)
     for number in range(step + 1, 5):
         reporter(number, {"loss": 1 / number, "eval_loss": 2 / number}, np.full((2, 4), 0.25))

@@ -31,12 +31,14 @@ class StateStore:
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2, keep_best: int = 0, metric: str = "eval_loss"):
         self._directory, self._metric = Path(os.path.abspath(directory)), metric
+        if jax.process_index() == 0:
+            self._remove_unfinished()
         kept: list = [_KEPT.LatestN(keep)]
         if keep_best:
             kept.append(_KEPT.BestN(get_metric_fn=lambda metrics: metrics[metric], reverse=True, n=keep_best,
                                     keep_checkpoints_without_metrics=False))
         self._checkpointer = ocp.training.Checkpointer(
-            self._directory, preservation_policy=_KEPT.AnyPreservationPolicy(kept), cleanup_tmp_directories=True)
+            self._directory, preservation_policy=_KEPT.AnyPreservationPolicy(kept))
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the tracebacks of failures that it raises as well
 
     def latest_step(self) -> int | None:
@@ -96,11 +98,14 @@ class StateStore:
             yield
         except Exception as error:
             complete = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-            for unfinished in self._directory.glob(_UNFINISHED):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            self._remove_unfinished()
             reason = "no space left on the disk" if _NO_ROOM.search(str(error)) else (str(error).splitlines() or [type(error).__name__])[0]
             kept = f"step {complete[-1]} is the newest complete one" if complete else "none is complete"
             raise CheckpointError(f"{self._directory}: a checkpoint can't be saved: {reason}; {kept}") from error
+
+    def _remove_unfinished(self) -> None:
+        for unfinished in self._directory.glob(_UNFINISHED):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _abstract(value):

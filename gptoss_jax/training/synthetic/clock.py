@@ -32,8 +32,8 @@ def lesson(start: int, minutes: int) -> tuple[str, str]:
         lines.append(f"{arithmetic.subtract(total, 60)}\nhour: {hour}+1={hour + 1}")
         total, hour = total - 60, hour + 1
     if hour >= 24:
-        lines.append(f"{hour} is 0")
-        hour = 0
+        lines.append(f"{hour} is {hour - 24}")
+        hour -= 24
     answer = f"{hour}:{total:02d}"
     return "\n".join([*lines, answer]), answer
 
