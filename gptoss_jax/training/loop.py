@@ -46,6 +46,7 @@ def train(config: TrainingConfig, *, answer_with: Callable[..., Answer] | None =
     job calls this. Raises Terminated after SIGTERM, otherwise one of our errors; what can be checked is before anything is allocated.
     """
     config = resolve(config)
+    report.check_reports(config)
     mesh = training_mesh(config)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:

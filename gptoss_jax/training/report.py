@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -34,9 +35,9 @@ class Reporter:
         self._tokens_per_step = config.data.batch_size * config.data.row_tokens
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self.history = take_up_metrics(self._directory, step)
-        self._file = open(self._directory / METRICS_FILE, "a", encoding="utf-8")
-        self._tensorboard = _tensorboard(self._directory, step) if config.output.tensorboard else None
         self._wandb = _wandb(config, self._directory) if config.output.wandb_project else None
+        self._tensorboard = _tensorboard(self._directory, step) if config.output.tensorboard else None
+        self._file = open(self._directory / METRICS_FILE, "a", encoding="utf-8")
         self._expert_load: np.ndarray | None = None
         self._time, self._step = time.monotonic(), None
         self._bar = sys.stderr.isatty()
@@ -133,6 +134,12 @@ class Silent:
         pass
 
 
+def check_reports(config: TrainingConfig) -> None:
+    """Raise TrainingConfigError when what is asked to be reported to isn't installed."""
+    if config.output.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise TrainingConfigError(f"output.wandb_project: {config.output.wandb_project!r} found, and wandb isn't installed: pip install wandb")
+
+
 def draw(history: list[dict[str, Any]], expert_load: np.ndarray | None, file: Path) -> None:
     """Draw the loss by step and, where it is known, the load of every expert in every layer. Needs matplotlib: says so without it."""
     try:
@@ -172,11 +179,8 @@ def _tensorboard(directory: Path, step: int) -> Any:
 
 
 def _wandb(config: TrainingConfig, directory: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise TrainingConfigError(f"output.wandb_project: {config.output.wandb_project!r} found, and wandb isn't installed: pip install "
-                                  "wandb") from None
+    import wandb
+
     same_run = hashlib.blake2b(os.path.abspath(directory).encode(), digest_size=8).hexdigest()  # a resumed run goes on with its own
     return wandb.init(project=config.output.wandb_project, name=directory.name, id=same_run, resume="allow", dir=str(directory),
                       config=config.to_dict())
