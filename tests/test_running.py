@@ -395,7 +395,8 @@ def test_two_processes_of_four_devices_train_as_one_process_does(tmp_path, whole
 
 def test_a_start_by_nothing_that_jax_knows_is_one_line():
     run = subprocess.run([sys.executable, "-m", "gptoss_jax.finetune", *words("/nowhere"), "--distributed"], cwd=ROOT, text=True,
-                         capture_output=True, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"})
+                         capture_output=True,
+                         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"})
     assert run.returncode == 2
     assert "--distributed: coordinator_address should be defined" in run.stderr.splitlines()[-1]
 

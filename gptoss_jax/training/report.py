@@ -137,7 +137,8 @@ class Silent:
 def check_reports(config: TrainingConfig) -> None:
     """Raise TrainingConfigError when what is asked to be reported to isn't installed."""
     if config.output.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise TrainingConfigError(f"output.wandb_project: {config.output.wandb_project!r} found, and wandb isn't installed: pip install wandb")
+        raise TrainingConfigError(f"output.wandb_project: {config.output.wandb_project!r} found, and wandb isn't installed: pip install "
+                                  "wandb")
 
 
 def draw(history: list[dict[str, Any]], expert_load: np.ndarray | None, file: Path) -> None:
