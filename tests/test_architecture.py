@@ -10,7 +10,7 @@ COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "config", "d
 LAYERS = [COMMANDS, {"serving", "tools"}, {"training", "inference"}, {"checkpoint"}, {"model"}, {"kernels"}, {"sharding", "mxfp4", "devices"}, {"config"}]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DOORS = {"orbax": "checkpoint", "safetensors": "checkpoint", "grain": "training", "sentencepiece": "text", "tokenizers": "text",
-         "tiktoken": "text", "yaml": "training", "pyarrow": "training"}
+         "tiktoken": "text", "yaml": "training", "pyarrow": "training", "matplotlib": "training", "tensorboardX": "training", "wandb": "training"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,43 +16,96 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from gptoss_jax.checkpoint.errors import CheckpointError
 
+_KEPT = ocp.training.preservation_policies
+_UNFINISHED = "*.orbax-checkpoint-tmp"
+_NO_ROOM = re.compile("no space left|quota exceeded", re.IGNORECASE)
+
 
 class StateStore:
-    """Numbered checkpoints in a directory; each appears complete or not at all, and the oldest go beyond `keep`.
+    """Numbered checkpoints in a directory; each appears complete or not at all.
 
-    Saving runs in the background (arrays are copied first); `close` waits for it.
+    keep: so many of the newest stay, and with keep_best so many of those with the lowest `metric`; the others go. Saving runs in the
+    background (arrays are copied first); `close` waits for it. The directory belongs to one job at a time: what an interrupted save
+    left there is removed.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
-        self._directory = os.path.abspath(directory)
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, keep_best: int = 0, metric: str = "eval_loss"):
+        self._directory, self._metric = Path(os.path.abspath(directory)), metric
+        if jax.process_index() == 0:
+            self._remove_unfinished()
+        kept: list = [_KEPT.LatestN(keep)]
+        if keep_best:
+            kept.append(_KEPT.BestN(get_metric_fn=lambda metrics: metrics[metric], reverse=True, n=keep_best,
+                                    keep_checkpoints_without_metrics=False))
         self._checkpointer = ocp.training.Checkpointer(
-            self._directory, preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+            self._directory, preservation_policy=_KEPT.AnyPreservationPolicy(kept))
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the tracebacks of failures that it raises as well
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, None when there is none."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Save a pytree of arrays and a JSON object; a step that is there already is left as it is."""
-        if self.latest_step() != step:  # forced: otherwise a save that comes while another is being written is left out
-            self._checkpointer.save_checkpointables_async(step, {"state": state, "record": record}, force=True)
+    def best_step(self) -> int | None:
+        """Return the step of the checkpoint with the lowest metric, None when none has it."""
+        measured = [checkpoint for checkpoint in self._checkpointer.checkpoints if checkpoint.metrics]
+        return min(measured, key=lambda checkpoint: checkpoint.metrics[self._metric]).step if measured else None
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Return (state, record) of a step. like: a pytree of arrays or ShapeDtypeStructs with the shapes, dtypes and shardings to give it.
+    def check_room(self, state: Any) -> None:
+        """Raise CheckpointError when there is no room for a checkpoint of `state`, arrays or ShapeDtypeStructs."""
+        needed = sum(value.size * value.dtype.itemsize for value in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise CheckpointError(f"{self._directory}: {free / 1e9:.3f} GB free there, {needed / 1e9:.3f} GB needed for a checkpoint")
+
+    def save(self, step: int, state: Any, record: dict[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+        """Save a pytree of arrays and a JSON object; a step that is there already is left as it is.
+
+        Raises CheckpointError when this save can't start or the one before it failed.
+        """
+        if self.latest_step() == step:
+            return
+        with self._failing():  # forced: otherwise a save that comes while another is being written is left out
+            self._checkpointer.save_checkpointables_async(step, {"state": state, "record": record}, metrics=metrics, force=True)
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Return the JSON object of a step. Raises CheckpointError when it can't be read."""
+        return self._load(step, {"record": None})["record"]
+
+    def restore(self, step: int, like: Any) -> Any:
+        """Return the state of a step. like: a pytree of arrays or ShapeDtypeStructs with the shapes, dtypes and shardings to give it.
 
         Raises CheckpointError when it can't be read or is the state of another model.
         """
+        return self._load(step, {"state": jax.tree.map(_abstract, like)})["state"]
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         try:
-            loaded = self._checkpointer.load_checkpointables(step, {"state": jax.tree.map(_abstract, like), "record": None})
+            return self._checkpointer.load_checkpointables(step, wanted)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{self._directory}: step {step} can't be restored: {reason}") from error
-        return loaded["state"], loaded["record"]
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._checkpointer.close()
+        """Wait until everything is on disk. Raises CheckpointError when the last save failed."""
+        with self._failing():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Turn what Orbax raises, from this save or the one before in the background, into one line, and free what that took."""
+        try:
+            yield
+        except Exception as error:
+            complete = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+            self._remove_unfinished()
+            reason = "no space left on the disk" if _NO_ROOM.search(str(error)) else (str(error).splitlines() or [type(error).__name__])[0]
+            kept = f"step {complete[-1]} is the newest complete one" if complete else "none is complete"
+            raise CheckpointError(f"{self._directory}: a checkpoint can't be saved: {reason}; {kept}") from error
+
+    def _remove_unfinished(self) -> None:
+        for unfinished in self._directory.glob(_UNFINISHED):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _abstract(value):

@@ -118,18 +118,31 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RateConfig:
+    """A learning rate of their own for some weights. weights: a pattern of names, `*` for anything; factor: of the common rate."""
+
+    weights: str
+    factor: float = _field(1.0, low=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The update rule, and a learning rate that warms up, stays, and decays to zero over the last `decay_fraction` of the steps."""
+    """The update rule, and a learning rate that warms up, stays, and decays to `final_fraction` of it over the last `decay_fraction` of
+    the steps. no_decay: patterns of the names of weights without weight decay; rates: the first that matches a name counts."""
 
     kind: str = _field("adamw", choices=("adamw", "muon"))  # muon: for the matrices of the layers, AdamW for all else
     learning_rate: float = _field(1e-3, low=0)
+    rates: tuple[RateConfig, ...] = ()
     warmup_steps: int = _field(100, low=0)
     decay_fraction: float = _field(0.2, low=0, high=1)
+    decay_shape: str = _field("linear", choices=("linear", "cosine"))
+    final_fraction: float = _field(0.0, low=0, high=1)
     beta1: float = _field(0.9, low=0, high=1)
     beta2: float = _field(0.95, low=0, high=1)
     epsilon: float = _field(1e-8, low=0)
     weight_decay: float = _field(0.1, low=0)
-    clip_norm: float = _field(1.0, low=0)
+    no_decay: tuple[str, ...] = ("*norm.weight", "*bias", "*sinks")
+    clip_norm: float | None = _field(1.0, low=1e-9)  # null: no clipping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,18 +151,27 @@ class RunConfig:
 
     steps: int = _field(1000, low=1)
     seed: int = 0  # of the initial weights
+    on_nonfinite: str = _field("stop", choices=("stop", "skip"))  # a step whose loss or gradients aren't finite numbers
     log_every_steps: int = _field(20, low=1)
     eval_every_steps: int = _field(200, low=1)
     eval_batches: int = _field(4, low=1)
+    answer_every_steps: int | None = _field(None, low=1)  # held-out questions are answered, before the first step and after the last too
+    answers: int = _field(16, low=1)
+    answer_tokens: int = _field(256, low=1)
     save_every_steps: int = _field(200, low=1)
-    keep_checkpoints: int = _field(2, low=1)
+    keep_checkpoints: int = _field(2, low=1)  # the newest ones
+    keep_best: int = _field(0, low=0)  # and those with the lowest evaluation loss
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig:
-    """directory: of checkpoints, metrics and, at the end, the Hugging Face directory `export`."""
+    """directory: of checkpoints, metrics and, at the end, the Hugging Face directory `export` of the last or the best checkpoint."""
 
     directory: str = "runs/pretrain"
+    export: str = _field("last", choices=("last", "best"))
+    adapters: bool = False  # with train.mode lora: export them in PEFT's format instead of merged into the checkpoint
+    tensorboard: bool = True  # where tensorboardX is installed
+    wandb_project: str = ""  # empty: nothing is sent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +186,17 @@ class TrainingConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
     output: OutputConfig = OutputConfig()
+
+    def __post_init__(self):
+        if self.output.export == "best" and not self.run.keep_best:
+            raise TrainingConfigError("run.keep_best: 0 found with output.export best, expected at least 1")
+        held_aside = not self.data.sources or self.data.eval_sources or self.data.eval_fraction
+        for name in ("keep_best", "answer_every_steps"):
+            if getattr(self.run, name) and not held_aside:
+                raise TrainingConfigError(f"run.{name}: {getattr(self.run, name)} found without data.eval_fraction or data.eval_sources, "
+                                          "expected one of them")
+        if self.output.adapters and self.train.mode != "lora":
+            raise TrainingConfigError(f"output.adapters: true found with train.mode {self.train.mode}, expected lora")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved configuration, as it is saved with every checkpoint."""

@@ -19,7 +19,7 @@ from gptoss_jax.text import harmony
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.training import synthetic
 from gptoss_jax.training.config import DataConfig
-from gptoss_jax.training.examples import Encoded, Encoder
+from gptoss_jax.training.examples import Encoded, Encoder, Question, conversation_messages, question_of
 from gptoss_jax.training.records import DataError, Records
 from gptoss_jax.training.state import Batch
 
@@ -93,6 +93,16 @@ class Files:
             return [to_batch(batch) for batch in itertools.islice(batched, count)]
         finally:
             batched.close()
+
+    def questions(self, count: int) -> list[Question]:
+        """Return the first `count` questions held aside, of those that fit into a row; fewer where there are no more."""
+        if not len(self.held_out_numbers):
+            return []
+        encoder, order = self._held_out_encoder, grain.MapDataset.source(self.held_out_numbers).shuffle(seed=_HELD_OUT_SEED)
+        numbers = (int(order[index]) for index in range(len(order)))
+        records = (encoder.records[number] for number in numbers if encoder(number).example is not None)
+        asked = (question_of(conversation_messages(record, self._config.reasoning_effort)) for record in records if "messages" in record)
+        return list(itertools.islice((question for question in asked if question), count))
 
     def places(self, rows: Rows) -> list[str]:
         """Return "file:line" of the records in what `batches` or `survey` gave."""
@@ -238,8 +248,12 @@ class Synthetic:
     def held_out(self, count: int, *, process_index: int = 0, process_count: int = 1) -> list[Batch]:
         return [to_batch(rows) for rows in itertools.islice(self._batches("test", process_index, process_count), count)]
 
+    def questions(self, count: int) -> list[Question]:
+        samples = (synthetic.conversation(self._config.seed, index, "test") for index in itertools.count())
+        return list(itertools.islice((question for sample in samples if (question := question_of(sample.messages))), count))
+
     def places(self, rows: Rows) -> list[str]:
-        return []
+        return ["synthetic conversations"]
 
     def _batches(self, split: str, process_index: int, process_count: int) -> grain.DatasetIterator:
         config = self._config

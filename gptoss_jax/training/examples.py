@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,13 @@ from gptoss_jax.training.records import DataError, Records, json_problem
 
 Example = dict[str, np.ndarray]
 _CHAT_ONLY = ("tool_calls", *THINKING)
+
+
+class Question(NamedTuple):
+    """A conversation up to where the assistant has the word for the last time, and the message it ended with there."""
+
+    messages: list[Mapping]
+    answer: Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +97,16 @@ def conversation_messages(record: Mapping[str, Any], reasoning_effort: str) -> l
     if messages[0].get("role") == "system":
         return messages
     return [harmony.system_message(reasoning_effort=effort), *messages]
+
+
+def question_of(messages: Sequence[Mapping]) -> Question | None:
+    """Return what a conversation asks last, None where it doesn't end with the assistant or with nothing before it."""
+    start = len(messages)
+    while start and messages[start - 1].get("role") == "assistant":
+        start -= 1
+    if start in (0, len(messages)):
+        return None
+    return Question(harmony.drop_past_analysis(list(messages[:start])), messages[-1])
 
 
 def _parsed(value: Any, name: str) -> Sequence[Mapping]:

@@ -2,141 +2,246 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
-import time
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from gptoss_jax.checkpoint import save_huggingface
 from gptoss_jax.checkpoint.training_state import StateStore
-from gptoss_jax.text.tokenizer import Tokenizer, load_tokenizer
-from gptoss_jax.training import data, vocabulary
+from gptoss_jax.model import GptOss
+from gptoss_jax.training import data, report, run_directory, speed
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
-from gptoss_jax.training.optimizer import make_optimizer, schedule
-from gptoss_jax.training.state import TrainState, abstract_state, initial_state, load_frozen, place_batch, resolve, training_mesh
-from gptoss_jax.training.step import make_eval_step, make_train_step
+from gptoss_jax.training.examples import Question
+from gptoss_jax.training.export import export
+from gptoss_jax.training.optimizer import check_rates, make_optimizer, schedule
+from gptoss_jax.training.state import TrainState, abstract_state, data_part, initial_state, load_frozen, place_batch, resolve, training_mesh
+from gptoss_jax.training.step import make_eval_step, make_train_step, model_weights
 
-TOKENIZER_FILE = "tokenizer.model"
-_MAY_CHANGE = ("workers",)  # of the sections that a resumed run has to have in common with its checkpoint
+_SAME_SECTIONS = ("model", "init", "train", "data", "optimizer")  # a resumed run has them in common with its checkpoint, but for
+_MAY_CHANGE = ("workers", "remat", "loss_chunk_tokens", "expert_transport", "microbatches")
+_ANSWERS_SHOWN = 3
+Answer = Callable[[GptOss, Sequence[Question]], list[tuple[str, bool]]]  # -> what was asked and said, and whether that is right
 
 
 class TrainingError(ValueError):
     """A run that can't start or go on; says why, and from where it can be resumed."""
 
 
-def train(config: TrainingConfig) -> Path:
-    """Run a training to its end, from its newest checkpoint if there is one, and return the exported Hugging Face directory."""
+class Terminated(Exception):
+    """SIGTERM came, and the state was saved."""
+
+
+def train(config: TrainingConfig, *, answer_with: Callable[..., Answer] | None = None) -> Path:
+    """Run a training to its end, from its newest checkpoint if there is one, and return the exported Hugging Face directory.
+
+    answer_with: called with the tokenizer and `run.answer_tokens`, gives the function that answers held-out questions. Every process of a
+    job calls this. Raises Terminated after SIGTERM, otherwise one of our errors; what can be checked is before anything is allocated.
+    """
     config = resolve(config)
-    directory = Path(config.output.directory)
-    tokenizer = load_vocabulary(config, directory)
-    source = data.open_data(config.data, tokenizer)  # before anything is allocated: it finds out what can't be trained on
-    batches, held_out = source.batches(), source.held_out(config.run.eval_batches)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    report.check_reports(config)
     mesh = training_mesh(config)
-    store = StateStore(directory / "checkpoints", keep=config.run.keep_checkpoints)
-    try:
-        step = store.latest_step()
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(run_directory.locked(Path(config.output.directory)))
+        tokenizer = run_directory.load_vocabulary(config)
+        source = data.open_data(config.data, tokenizer)
+        return _Run(config, mesh, source, tokenizer, answer_with, stack).to_the_end()
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, config: TrainingConfig, mesh, source, tokenizer, answer_with, stack: contextlib.ExitStack):
+        self.config, self.mesh, self.source = config, mesh, source
+        self.directory = Path(config.output.directory)
+        index, count = data_part(mesh)
+        part = {"process_index": index, "process_count": count}
+        self.batches = source.batches(**part)
+        stack.callback(self.batches.close)
+        self.held_out = source.held_out(config.run.eval_batches, **part)
+        run, self.optimizer = config.run, make_optimizer(config.optimizer, config.run.steps)
+        self.store = StateStore(self.directory / "checkpoints", keep=run.keep_checkpoints, keep_best=run.keep_best)
+        stack.callback(self.store.close)
+        self.like, _ = abstract_state(config, self.optimizer, mesh)
+        check_rates(config.optimizer, self.like.trained)
+        self.state, self.frozen = self._start()
+        self.step = int(self.state.step)
+        self.reporter, self.learning_rate = self._reporter(), schedule(config.optimizer, run.steps)
+        self.train_step, self.eval_step = make_train_step(config, self.optimizer, mesh), make_eval_step(config, mesh)
+        self.pending: list[tuple[int, dict, Any]] = []  # (step, metrics, rows) of steps that haven't been looked at
+        self.recent: list[dict] = []  # metrics of those that have, since the last report
+        self.questions, self.answer = [], None
+        if run.answer_every_steps and answer_with is not None:
+            if jax.process_count() > 1:
+                self.reporter.say("run.answer_every_steps: left out, answers are given in runs of one process")
+            else:
+                self.questions, self.answer = source.questions(run.answers), answer_with(tokenizer, run.answer_tokens)
+
+    def _start(self) -> tuple[TrainState, dict]:
+        step = self.store.latest_step()
         if step is None:
-            state, frozen = initial_state(config, optimizer, mesh)
-        else:
-            state, record = store.restore(step, abstract_state(config, optimizer, mesh)[0])
-            frozen = load_frozen(config, mesh)
-            _check_same_run(record["config"], config)
-            batches.set_state(record["data"])
+            self.store.check_room(self.like)
+            return initial_state(self.config, self.optimizer, self.mesh)
+        record = self.store.record(step)
+        _check_same_run(record["config"], self.config)
+        self.batches.set_state(record["data"])
+        state, frozen = self.store.restore(step, self.like), load_frozen(self.config, self.mesh)
+        if jax.process_index() == 0:
             print(f"resumed from step {step}", file=sys.stderr)
-        state = _run(config, state, frozen, batches, held_out, optimizer, mesh, store, directory)
-    finally:
-        batches.close()
-        store.close()
-    return export(config, state, directory)
+        return state, frozen
 
+    def _reporter(self) -> report.Reporter | report.Silent:
+        if jax.process_index() != 0:
+            return report.Silent()
+        peak = speed.peak_flops(jax.devices()[0])
+        reporter = report.Reporter(
+            self.config, self.step,
+            flops_per_token=speed.flops_per_token(self.config.model, self.like.trained, self.config.data.row_tokens),
+            peak_flops=peak and peak * (1 if self.mesh is None else self.mesh.size))
+        if peak is None:
+            reporter.say(f"no peak known of {jax.devices()[0].device_kind!r}: model FLOPs utilisation isn't reported")
+        return reporter
 
-def export(config: TrainingConfig, state: TrainState, directory: Path) -> Path:
-    """Write the weights as a Hugging Face directory with MXFP4 experts and the tokenizer; return its path."""
-    destination = directory / "export"
-    save_huggingface(destination, config.model, state.trained, overwrite=True)
-    (destination / TOKENIZER_FILE).write_bytes((directory / TOKENIZER_FILE).read_bytes())
-    generation = {"bos_token_id": config.model.bos_token_id, "pad_token_id": config.model.pad_token_id, "do_sample": False,
-                  "eos_token_id": [config.model.eos_token_id, vocabulary.token_id("<|call|>"), vocabulary.token_id("<|endoftext|>")]}
-    (destination / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    return destination
+    def to_the_end(self) -> Path:
+        """Train, report, save and export."""
+        finished = False
+        try:
+            with _sigterm() as asked_to_stop:
+                if self.step == 0:
+                    self._report_answers()
+                while self.step < self.config.run.steps:
+                    self._one_step()
+                    if asked_to_stop(self.step):
+                        self._save()
+                        self.store.close()
+                        if jax.process_count() > 1:
+                            multihost_utils.sync_global_devices("saved")  # a launcher may end all when the first has ended
+                        raise Terminated(f"SIGTERM: step {self.step} of {self.config.run.steps} is saved; the same command goes on "
+                                         "from there")
+            finished = True
+        finally:
+            self.reporter.close(finished=finished)
+        self.store.close()  # a failed save is told before an export that hides it
+        return self._export()
 
-
-def _run(config, state, frozen, batches, held_out, optimizer, mesh, store, directory) -> TrainState:
-    run = config.run
-    train_step, evaluate = make_train_step(config, optimizer, mesh), make_eval_step(config, mesh)
-    learning_rate = schedule(config.optimizer, run.steps)
-    reporter = _Reporter(run.steps, config.data.batch_size * config.data.row_tokens, directory / "metrics.jsonl")
-    recent = []
-    for step in range(int(state.step) + 1, run.steps + 1):
-        rows = next(batches, None)
+    def _one_step(self) -> None:
+        run = self.config.run
+        rows = next(self.batches, None)
         if rows is None:
-            raise TrainingError(f"data.epochs: {config.data.epochs} found, and the data ends after {step - 1} batches; expected enough for "
-                                f"run.steps, {run.steps}")
-        state, metrics = train_step(state, frozen, place_batch(data.to_batch(rows), mesh))
-        recent.append(metrics)
-        if step % run.log_every_steps == 0 or step == run.steps:
-            values = jax.tree.map(lambda *steps: np.mean(steps, axis=0), *jax.device_get(recent))
-            recent.clear()
-            if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
-                raise TrainingError(f"up to step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}; expected finite "
-                                    f"numbers; the last good checkpoint is of step {store.latest_step()}")
-            report = {"loss": values["loss"], "grad_norm": values["grad_norm"], "learning_rate": learning_rate(step),
-                      "balance_loss": values["balance_loss"], "largest_expert_share": values["expert_load"].max(),
-                      "smallest_expert_share": values["expert_load"].min()}
-            if held_out and (step % run.eval_every_steps == 0 or step == run.steps):
-                report["eval_loss"] = np.mean([evaluate(state.trained, frozen, place_batch(batch, mesh))["loss"] for batch in held_out])
-            reporter(step, {name: float(value) for name, value in report.items()})
-        if step % run.save_every_steps == 0 or step == run.steps:
-            store.save(step, state, {"config": config.to_dict(), "data": batches.get_state()})
-    return state
+            raise TrainingError(f"data.epochs: {self.config.data.epochs} found, and the data ends after {self.step} batches; expected "
+                                f"enough for run.steps, {run.steps}")
+        self.state, metrics = self.train_step(self.state, self.frozen, place_batch(data.to_batch(rows), self.mesh))
+        self.step += 1
+        self.pending.append((self.step, metrics, rows))
+
+        def due(every: int | None) -> bool:
+            return every is not None and (self.step % every == 0 or self.step == run.steps)
+
+        measured = {}
+        if self.held_out and (due(run.eval_every_steps) or run.keep_best and due(run.save_every_steps)):
+            self._look_back()  # waits for the steps so far: they belong to training
+            with self.reporter.pause():
+                measured["eval_loss"] = self._evaluate()
+        if measured or due(run.log_every_steps):
+            self._report(measured)
+        if due(run.answer_every_steps):
+            self._report_answers()
+        if due(run.save_every_steps):
+            self._save(measured)
+
+    def _evaluate(self) -> float:
+        """Return the loss of a token held aside."""
+        metrics = [self.eval_step(self.state.trained, self.frozen, place_batch(batch, self.mesh)) for batch in self.held_out]
+        losses, tokens = (np.array([values[name] for values in jax.device_get(metrics)]) for name in ("loss", "tokens"))
+        return float((losses * tokens).sum() / max(tokens.sum(), 1))
+
+    def _look_back(self) -> None:
+        """Take up the metrics of the steps since the last look. One that isn't finite is left out, or raises TrainingError."""
+        steps = [(step, jax.device_get(metrics), rows) for step, metrics, rows in self.pending]
+        self.pending.clear()
+        for step, metrics, rows in steps:
+            if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
+                self.recent.append(metrics)
+                continue
+            places = self.source.places(rows)
+            shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+            problem = f"step {step}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}; its batch holds {shown}"
+            if self.config.run.on_nonfinite == "stop":
+                last = self.store.latest_step()
+                raise TrainingError(f"{problem}; expected finite numbers (run.on_nonfinite: skip leaves such steps out); "
+                                    + ("no checkpoint was saved before" if last is None else f"the last good checkpoint is of step {last}"))
+            self.reporter.say(f"left out: {problem}")
+
+    def _report(self, measured: dict[str, float]) -> None:
+        self._look_back()
+        values, load = dict(measured), None
+        if self.recent:
+            means = jax.tree.map(lambda *values: np.mean(values, axis=0), *self.recent)
+            load = means["expert_load"]
+            values = {"loss": means["loss"], "grad_norm": means["grad_norm"], "learning_rate": self.learning_rate(self.step),
+                      "balance_loss": means["balance_loss"], "z_loss": means["z_loss"],
+                      "largest_expert_share": load.max(), "smallest_expert_share": load.min(), **measured}
+            self.recent.clear()
+        self.reporter(self.step, {name: float(value) for name, value in values.items()}, load)
+
+    def _report_answers(self) -> None:
+        """Answer the held-out questions, show some, and report how many answers are right."""
+        if not self.questions:
+            return
+        self._look_back()
+        with self.reporter.pause():
+            weights = model_weights(self.config, self.state.trained, self.frozen)
+            answers = self.answer(GptOss(self.config.model, weights, mesh=self.mesh), self.questions)
+        right = sum(is_right for _, is_right in answers)
+        shown = "\n".join(f"  {'right' if is_right else 'wrong'}: {text}" for text, is_right in answers[:_ANSWERS_SHOWN])
+        self.reporter.text(self.step, "answers", f"step {self.step}: {right} of {len(answers)} held-out questions right\n{shown}")
+        self.reporter(self.step, {"answers_right": right / len(answers)})
+
+    def _save(self, measured: dict[str, float] | None = None) -> None:
+        self._look_back()  # nothing is saved after a step that stops the run
+        self.store.save(self.step, self.state, {"config": self.config.to_dict(), "data": self.batches.get_state()}, measured)
+
+    def _export(self) -> Path:
+        """Write the Hugging Face or adapter directory, and beside weights that started at random what their checkpoint would have had."""
+        config, state = self.config, self.state
+        if config.output.export == "best":
+            state = self.store.restore(self.store.best_step(), self.like)
+        destination = self.directory / "export"
+        export(config, state.trained, destination, adapters=config.output.adapters)
+        if not config.init.checkpoint and jax.process_index() == 0:
+            run_directory.write_vocabulary(config, destination)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("exported")  # the others wait for the first, whose work this is
+        return destination
 
 
-class _Reporter:
-    """A line per report on stderr, with speed and time left, and the same as JSON in a file."""
-
-    def __init__(self, steps: int, tokens_per_step: int, file: Path):
-        self._steps, self._tokens_per_step, self._file = steps, tokens_per_step, file
-        self._time, self._step = time.monotonic(), None
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        now = time.monotonic()
-        if self._step is not None:
-            seconds_per_step = (now - self._time) / (step - self._step)
-            values = values | {"tokens_per_second": self._tokens_per_step / seconds_per_step,
-                               "minutes_left": (self._steps - step) * seconds_per_step / 60}
-        self._time, self._step = now, step
-        shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-        print(f"step {step}/{self._steps}  {shown}", file=sys.stderr, flush=True)
-        with open(self._file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-
-
-def load_vocabulary(config: TrainingConfig, directory: Path) -> Tokenizer:
-    """Put the vocabulary into the run's directory, if it isn't there, and load it."""
-    file = directory / TOKENIZER_FILE
-    directory.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        content = (Path(config.data.tokenizer).read_bytes() if config.data.tokenizer
-                   else vocabulary.train(config.model.vocab_size, seed=config.data.seed))
-        temporary = file.with_suffix(".part")
-        temporary.write_bytes(content)
-        temporary.replace(file)
-    tokenizer = load_tokenizer(file)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise TrainingConfigError(f"model.vocab_size: {config.model.vocab_size} found, expected {tokenizer.vocab_size}, the size of {file}")
-    return tokenizer
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yield a function that says after a step whether SIGTERM has come: to any process of a job, at the same step in all."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield lambda step: came.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_same_run(saved: dict[str, Any], config: TrainingConfig) -> None:
-    """A run may be prolonged or reported differently, not resumed as another one."""
+    """A run may be prolonged, reported differently or computed elsewhere, not resumed as another one."""
     saved, current = (json.loads(json.dumps(content)) for content in (saved, config.to_dict()))  # tuples as lists
-    for section in ("model", "data", "optimizer"):
+    for section in _SAME_SECTIONS:
         for name, value in current[section].items():
-            if saved[section].get(name) != value and name not in _MAY_CHANGE:
-                raise TrainingConfigError(f"{section}.{name}: {value!r} found, expected {saved[section].get(name)!r} as in the checkpoints "
-                                          f"of {config.output.directory} (or another output.directory)")
+            if saved.get(section, {}).get(name) != value and name not in _MAY_CHANGE:
+                raise TrainingConfigError(f"{section}.{name}: {value!r} found, expected {saved.get(section, {}).get(name)!r} as in the "
+                                          f"checkpoints of {config.output.directory} (or another output.directory)")

@@ -1,0 +1,91 @@
+"""A run's directory: one job at a time, its vocabulary, the metrics so far. The first process of a job writes, all read."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from gptoss_jax.checkpoint import load_tokenizer
+from gptoss_jax.text.tokenizer import Tokenizer
+from gptoss_jax.training import vocabulary
+from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
+
+TOKENIZER_FILE = "tokenizer.model"
+METRICS_FILE = "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the directory for this process, however that ends: the kernel lets go of it. Raises TrainingConfigError when it is taken."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise TrainingConfigError(f"output.directory: {directory} is taken by {file.read().strip() or 'another job'}, expected one that "
+                                      "no other job writes to") from None
+        except OSError as error:  # a file system without locks
+            print(f"{directory}: can't be locked ({error.strerror}): let no other job write to it", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def take_up_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
+    """Return the metrics up to a step, and drop those after it: the run goes on from there and reports them again."""
+    file = directory / METRICS_FILE
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith("\n")]  # a killed run's last one may not be
+    kept = [line for line in complete if json.loads(line)["step"] <= step]
+    temporary = file.with_suffix(".part")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(file)
+    return [json.loads(line) for line in kept]
+
+
+def load_vocabulary(config: TrainingConfig, directory: Path | None = None) -> Tokenizer:
+    """Load the vocabulary of `init.checkpoint`; or put that of a run from random weights into its directory, if it isn't there, and load it.
+
+    directory: `output.directory` where None. Raises TrainingConfigError when it isn't the model's.
+    """
+    if config.init.checkpoint:
+        if config.data.tokenizer:
+            raise TrainingConfigError(f"data.tokenizer: {config.data.tokenizer!r} found with init.checkpoint, which has its own")
+        return load_tokenizer(config.init.checkpoint)
+    file = Path(config.output.directory if directory is None else directory) / TOKENIZER_FILE
+    if jax.process_index() == 0 and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = (Path(config.data.tokenizer).read_bytes() if config.data.tokenizer
+                   else vocabulary.train(config.model.vocab_size, seed=config.data.seed))
+        temporary = file.with_suffix(".part")
+        temporary.write_bytes(content)
+        temporary.replace(file)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("vocabulary")
+    tokenizer = load_tokenizer(file)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise TrainingConfigError(f"model.vocab_size: {config.model.vocab_size} found, expected {tokenizer.vocab_size}, the size of {file}")
+    return tokenizer
+
+
+def write_vocabulary(config: TrainingConfig, destination: Path) -> None:
+    """Write the vocabulary of a run from random weights, and how it ends an answer, into an exported directory."""
+    shutil.copyfile(Path(config.output.directory) / TOKENIZER_FILE, destination / TOKENIZER_FILE)
+    generation = {"bos_token_id": config.model.bos_token_id, "pad_token_id": config.model.pad_token_id, "do_sample": False,
+                  "eos_token_id": [config.model.eos_token_id, vocabulary.token_id("<|call|>"), vocabulary.token_id("<|endoftext|>")]}
+    (destination / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
