@@ -410,7 +410,7 @@ def test_a_configuration_is_known_and_says_what_it_runs(file):
     resolve(config)
     head = file.read_text().partition("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
-    assert f"configs/{file.name}" in head and "Hardware: " in head and "Metric: " in head and "Last run " in head
+    assert f"configs/{file.name}" in head and "Hardware: " in head and "Metric: " in head and "Last run" in head
     assert config.output.directory == f"runs/{file.stem}"
     check_rates(config.optimizer, declare_trained(resolve(config)))
 
