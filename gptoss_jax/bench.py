@@ -146,28 +146,28 @@ def _train(args: argparse.Namespace) -> None:
 
     from gptoss_jax import devices
     from gptoss_jax.inference import measure
-    from gptoss_jax.training import loop, step
+    from gptoss_jax.training import state as training
     from gptoss_jax.training.config import load_config
     from gptoss_jax.training.optimizer import make_optimizer
+    from gptoss_jax.training.step import make_train_step
 
-    config, out = load_config(args.config, []), _Output(args)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
-    loss_fn = functools.partial(step.forward_loss, config.model, quantize=config.run.quantize, compute_dtype=config.run.compute_dtype,
-                                balance_coefficient=config.run.balance_coefficient)
-    state = loop.initial_state(config, optimizer)
+    config, out = training.resolve(load_config(args.config, [])), _Output(args)
+    optimizer, mesh = make_optimizer(config.optimizer, config.run.steps), training.training_mesh(config)
+    state, frozen = training.initial_state(config, optimizer, mesh)
     shape = (config.data.batch_size, config.data.row_tokens)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    batch = step.Batch(tokens, np.roll(tokens, -1, axis=1), np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
+    rows = training.Batch(tokens, np.roll(tokens, -1, axis=1), np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
+    batch = training.place_batch(rows, mesh)
     start = time.perf_counter()
-    compiled = devices.compile_step(step.make_train_step(loss_fn, optimizer), state, batch)
+    compiled = devices.compile_step(make_train_step(config, optimizer, mesh), state, frozen, batch)
     compile_seconds = time.perf_counter() - start
 
     def once() -> float:
         nonlocal state
         start = time.perf_counter()
         for _ in range(args.steps):
-            state, metrics = compiled.compiled(state, batch)
+            state, metrics = compiled.compiled(state, frozen, batch)
         jax.block_until_ready(metrics)
         return (time.perf_counter() - start) / args.steps
 

@@ -290,4 +290,4 @@ def table(rows: Sequence[dict], columns: Sequence[tuple[str, str, Callable]]) ->
     cells = [[heading for heading, _, _ in columns]]
     cells += [[show(row[key]) if key in row else "" for _, key, show in columns] for row in rows]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]

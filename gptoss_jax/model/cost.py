@@ -14,9 +14,10 @@ from gptoss_jax.model.cache import abstract_cache
 from gptoss_jax.model.weights import declare
 
 
-def abstract_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> AbstractMesh:
+def abstract_mesh(**axes: int) -> AbstractMesh:
     """Return the mesh of `sharding.make_mesh` without devices, enough to divide shapes by."""
-    return AbstractMesh((data, fsdp, expert, tensor), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES))
+    sizes = tuple(axes.get(axis, 1) for axis in sharding.MESH_AXES)
+    return AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def abstract_weights(config: GptOssConfig, dtype: str = "bfloat16", mesh=None, device: jax.Device | None = None) -> dict[str, jax.ShapeDtypeStruct]:
