@@ -65,8 +65,8 @@ class Programs:
         return self.engine._decode.lower(self.weights, self.cache, self.row, self.settings, self.row, kind="plain").compile()
 
     def decode_many(self):
-        state = (self.cache, self.row, self.open)
-        return self.engine._decode_many.lower(self.weights, state, self.settings, self.scalar, self.scalar, self.row, kind="plain").compile()
+        arguments = (self.weights, self.cache, (self.row, self.open), self.settings, self.scalar, self.scalar, self.row)
+        return self.engine._decode_many.lower(*arguments, kind="plain").compile()
 
     def prefill(self, tokens: int):
         ids, hidden = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1, self.config.hidden_size), jnp.bfloat16)

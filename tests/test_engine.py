@@ -83,10 +83,10 @@ def test_a_dispatch_ends_when_every_row_has(model, oracle):
     engine.stop_ids = frozenset([new[3]])
     stopped = new.index(new[3])
     _, arrays = stack([GREEDY])
-    state, room = (cache, jnp.asarray(new[:1]), np.array([True])), np.array([100], np.int32)
-    state, (ids, _, done) = engine._decode_many(engine.weights, state, arrays, np.int32(1), np.int32(8), room, kind="greedy")
-    assert done == stopped and ids[: int(done), 0].tolist() == new[1 : stopped + 1] and not state[2].any()
-    assert engine._decode_many(engine.weights, state, arrays, np.int32(9), np.int32(8), room, kind="greedy")[1][2] == 0
+    rows, room = (jnp.asarray(new[:1], jnp.int32), np.array([True])), np.array([100], np.int32)
+    cache, rows, (ids, _, done) = engine._decode_many(engine.weights, cache, rows, arrays, np.int32(1), np.int32(8), room, kind="greedy")
+    assert done == stopped and ids[: int(done), 0].tolist() == new[1 : stopped + 1] and not rows[1].any()
+    assert engine._decode_many(engine.weights, cache, rows, arrays, np.int32(9), np.int32(8), room, kind="greedy")[2][2] == 0
     with pytest.raises(ValueError, match="steps_per_dispatch is 0, expected at least 1"):
         Engine(model, steps_per_dispatch=0)
 

@@ -138,8 +138,8 @@ class Engine:
                     ids, logprobs, cache = self._decode(self.weights, cache, ids, settings, np.full(room_B.shape, count, np.int32), kind=kind)
                     pending = (ids, logprobs, 1)
                 else:
-                    (cache, ids, open_B), pending = self._decode_many(
-                        self.weights, (cache, ids, open_B), settings, np.int32(count), np.int32(most), room_B, kind=kind)
+                    cache, (ids, open_B), pending = self._decode_many(
+                        self.weights, cache, (ids, open_B), settings, np.int32(count), np.int32(most), room_B, kind=kind)
                 count, most = count + most, min(2 * most, self.steps_per_dispatch)
             step_ids, step_logprobs, done = jax.device_get(read)
             yield from zip(np.atleast_2d(step_ids)[:done], np.atleast_2d(step_logprobs)[:done])
@@ -187,12 +187,12 @@ class Engine:
         ids_B, logprobs_B = sample(model.unembed(x_BTD[:, 0]), settings, step_B, kind=kind, sampleable=self.sampleable)
         return ids_B, logprobs_B, cache
 
-    def _decode_steps(self, weights, state, settings, count, most, room_B, *, kind):
+    def _decode_steps(self, weights, cache, rows, settings, count, most, room_B, *, kind):
         """Decode until no row is open, `most` steps or steps_per_dispatch. count: tokens each row has; a row is open until a stop id or its room.
 
-        Returns ((cache, last ids, open rows), (ids [steps, B], logprobs [steps, B], steps done)).
+        rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B], logprobs [steps, B], steps done)).
         """
-        cache, ids_B, open_B = state
+        ids_B, open_B = rows
         stop_ids = jnp.asarray(sorted(self.stop_ids), jnp.int32)
 
         def still_open(ids_B, open_B):
@@ -209,7 +209,7 @@ class Engine:
         carry = (jnp.int32(0), cache, ids_B, still_open(ids_B, open_B), jnp.zeros(steps, jnp.int32), jnp.zeros(steps, jnp.float32))
         done, cache, ids_B, open_B, all_ids, all_logprobs = jax.lax.while_loop(
             lambda carry: (carry[0] < jnp.minimum(most, steps[0])) & carry[3].any(), body, carry)
-        return (cache, ids_B, open_B), (all_ids, all_logprobs, done)
+        return cache, (ids_B, open_B), (all_ids, all_logprobs, done)
 
     def lower(self, batch: int, length: int) -> dict[str, jax.stages.Lowered]:
         """Lower the steps, of `batch` rows over a cache of `length` slots, with the sampler that takes most memory. Nothing is allocated or run.
