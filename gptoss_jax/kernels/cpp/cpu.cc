@@ -441,8 +441,9 @@ void Multiply(ffi::ThreadPool& pool, int64_t max_threads, const T* x, const Weig
     if (int64_t(buffer.size()) < kTileOuts * size) buffer.resize(kTileOuts * size);
     const Group group = busy[task / tasks];
     const int64_t begin = task % tasks * task_outs, end = std::min(begin + task_outs, outs);
-    const int64_t step = (end - begin) / kTileOuts, together = begin + step;  // a tile's rows lie far apart: each is one of a stream that
-    for (int64_t top = 0; top < group.rows; top += kRowsInCache) {            // goes on from tile to tile, as prefetchers like it
+    // A tile's rows lie far apart: each is of a stream that goes on from tile to tile, as prefetchers like it.
+    const int64_t step = (end - begin) / kTileOuts;
+    for (int64_t top = 0; top < group.rows; top += kRowsInCache) {
       const int64_t rows = std::min(kRowsInCache, group.rows - top), first = group.first + top;
       const auto multiply = [&](int64_t o, int64_t count) {
         float sums[kRowsInCache * kTileOuts];
@@ -455,7 +456,7 @@ void Multiply(ffi::ThreadPool& pool, int64_t max_threads, const T* x, const Weig
           for (int64_t j = 0; j < count; ++j)
             out.Write((first + r) * outs + o + j * step, row + j * step, sums[r * kTileOuts + j]);
       };
-      for (int64_t o = begin; o < together; ++o) multiply(o, kTileOuts);
+      for (int64_t o = begin; o < begin + step; ++o) multiply(o, kTileOuts);
       for (int64_t o = begin + step * kTileOuts; o < end; ++o) multiply(o, 1);
     }
   });
