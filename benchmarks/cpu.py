@@ -23,9 +23,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 import gptoss_jax
-from gptoss_jax.config import SLIDING
 from gptoss_jax import Engine, Sampling
 from gptoss_jax.kernels import cpu_library
+from gptoss_jax.model.cost import decode_bytes
 
 PREFILL, CONTEXTS, BATCH = 512, (128, 1024), 8
 WARM_STEPS, STEPS = 2, 16
@@ -66,7 +66,7 @@ def main() -> None:
 
     rate("prefill", PREFILL, lambda: first_token(engine, [prompt(PREFILL, vocabulary)]))
     for context in CONTEXTS:
-        rate(f"decode@{context}", STEPS, lambda: decode(engine, [prompt(context, vocabulary)]), bytes_per_token(config, context))
+        rate(f"decode@{context}", STEPS, lambda: decode(engine, [prompt(context, vocabulary)]), decode_bytes(config, 1, context))
     rate(f"batch-{BATCH} decode@{CONTEXTS[0]}", BATCH * STEPS,
          lambda: decode(engine, [prompt(CONTEXTS[0], vocabulary, seed) for seed in range(BATCH)]))
     result["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -100,15 +100,6 @@ def decode(engine: Engine, prompts) -> float:
         if token.row == len(prompts) - 1:
             times.append(time.perf_counter())
     return times[-1] - times[WARM_STEPS]
-
-
-def bytes_per_token(config, context: int) -> int:
-    """Return what one decoded token has to read: bf16 dense weights, its experts in MXFP4, the unembedding, keys and values."""
-    width, query, kv = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = 2 * width * (2 * query + 2 * kv)
-    experts = config.num_experts_per_tok * 3 * width * config.intermediate_size * 17 // 32
-    cache = sum(4 * kv * (min(context, config.sliding_window) if kind == SLIDING else context) for kind in config.layer_types)
-    return config.num_hidden_layers * (attention + experts) + 2 * config.vocab_size * width + cache
 
 
 def read_bandwidth() -> float:
