@@ -46,8 +46,8 @@ def main() -> None:
     start = time.perf_counter()
     model = gptoss_jax.load(arguments.checkpoint)
     jax.block_until_ready(model.weights())
-    result = {"peer": "gptoss_jax", "version": gptoss_jax.__version__, "jax": jax.__version__, "kernels": "cpu" if cpu_library.available() else "xla",
-              "threads": len(os.sched_getaffinity(0)), "load_s": round(time.perf_counter() - start, 2)}
+    result = {"load_s": round(time.perf_counter() - start, 2), "peer": "gptoss_jax", "version": gptoss_jax.__version__, "jax": jax.__version__,
+              "kernels": "cpu" if cpu_library.available() else "xla", "threads": len(os.sched_getaffinity(0))}
     print(f"load {result['load_s']} s")
     engine = Engine(model, max_context=2048)
     vocabulary, config = model.config.vocab_size, model.config
