@@ -44,7 +44,7 @@ def load_weights(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.
     weights; None, on the first device. progress: called with (done_bytes, total_bytes) of what this process reads. admit: called with the
     configuration of the verified checkpoint; what it raises ends the loading.
 
-    Each process reads only the bytes of its own shards. Host memory beside them: from safetensors 32 MiB on CPU (measured: 20 MB), the two
+    Each process reads only the bytes of its own shards. Host memory beside them: from safetensors 32 MiB on CPU (measured: 24 MB), the two
     largest shards on accelerators, on their way to the device. From Orbax about three times the 256 MiB it is asked for at a time, or
     twice a larger weight (measured on four-layer-20b: 0.7 GB on one device, 1.1 GB on eight with `expert` 8, 1.8 GB on one with the full
     vocabulary).
