@@ -51,10 +51,11 @@ inline void Narrow(float value, BFloat16* out) {  // to nearest, ties to even; N
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kTileRows = 6, kTileOuts = 4;  // 24 sums, 4 weights and a row in 32 registers; 4 rows of 2,880 in the first cache
+constexpr int kMostRows = 8;  // up to so many in one pass, though not all sums have registers: memory is slower than that
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kTileRows = 2, kTileOuts = 4;
+constexpr int kLanes = 8, kTileRows = 2, kTileOuts = 4, kMostRows = 2;
 #else
-constexpr int kLanes = 4, kTileRows = 2, kTileOuts = 4;
+constexpr int kLanes = 4, kTileRows = 2, kTileOuts = 4, kMostRows = 2;
 #endif
 
 typedef float Sums __attribute__((vector_size(4 * kLanes)));
@@ -113,7 +114,8 @@ struct Operand<BFloat16> {
 };
 #endif
 
-// out[r][o] = dot(x row r, weight row o), for R rows of x and O of the weight, each of `size` numbers.
+// out[r][o] = dot(x row r, weight row o), for R rows of x and O of the weight, each of `size` numbers. With several rows of x the processor is
+// busy for too long to see where each row of the weight goes on, as the next row of the same stream.
 template <int R, int O, typename T>
 void Dot(const T* x, const T* weight, int64_t weight_stride, int64_t size, float* out, int64_t out_stride) {
   using Op = Operand<T>;
@@ -121,7 +123,10 @@ void Dot(const T* x, const T* weight, int64_t weight_stride, int64_t size, float
   int64_t k = 0;
   for (; k + Op::kWidth <= size; k += Op::kWidth) {
     typename Op::Register w[O];
-    for (int o = 0; o < O; ++o) w[o] = Op::Load(weight + o * weight_stride + k);
+    for (int o = 0; o < O; ++o) {
+      w[o] = Op::Load(weight + o * weight_stride + k);
+      if (R > 1) __builtin_prefetch(weight + o * weight_stride + k + size, 0, 2);
+    }
     for (int r = 0; r < R; ++r) {
       const typename Op::Register row = Op::Load(x + r * size + k);
       for (int o = 0; o < O; ++o) sums[r][o] = Op::MultiplyAdd(row, w[o], sums[r][o]);
@@ -147,13 +152,14 @@ void DotRows(int rows, const T* x, const T* weight, int64_t weight_stride, int64
 // out[r][o] = dot(x row r, weight row o) for any number of each.
 template <typename T>
 void Products(int64_t rows, const T* x, int64_t outs, const T* weight, int64_t weight_stride, int64_t size, float* out, int64_t out_stride) {
+  const int64_t pass = rows <= kMostRows ? kMostRows : kTileRows;
   for (int64_t o = 0; o < outs;) {
     const int count = o + kTileOuts <= outs ? kTileOuts : 1;
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const int some = int(std::min<int64_t>(kTileRows, rows - r));
+    for (int64_t r = 0; r < rows; r += pass) {
+      const int some = int(std::min(pass, rows - r));
       const T *row = x + r * size, *w = weight + o * weight_stride;
-      if (count == 1) DotRows<1, kTileRows>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
-      else DotRows<kTileOuts, kTileRows>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
+      if (count == 1) DotRows<1, kMostRows>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
+      else DotRows<kTileOuts, kMostRows>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
     }
     o += count;
   }
@@ -280,7 +286,7 @@ struct Dense {
 
 // A few rows of x are multiplied with codes as they are decoded, in registers, each block's sum scaled afterwards: a fifth of the
 // instructions of decoding to memory first.
-constexpr int kFewRows = 4;
+constexpr int kFewRows = 6;
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 // A register holds 4 blocks as 32 words of 4 codes each, so that the codes j of all words are those of numbers 4 * word + j: x is laid out
@@ -294,8 +300,11 @@ inline void Interleave(const Mxfp4& weight, const BFloat16* x, int64_t rows, BFl
     for (int64_t k = 0; k < weight.size; k += kQuad, out += kQuad) {
       BFloat16 quad[kQuad] = {};
       std::memcpy(quad, x + k, std::min<int64_t>(kQuad, weight.size - k) * sizeof *x);
-      for (int j = 0; j < 4; ++j)
-        for (int word = 0; word < kBlock; ++word) out[j * kBlock + word] = quad[4 * word + j];
+      for (int part = 0; part < 4; ++part) {
+        const __m512i words = _mm512_loadu_si512(quad + part * kBlock);
+        for (int j = 0; j < 4; ++j)
+          _mm_storeu_si128((__m128i*)(out + j * kBlock + part * 8), _mm512_cvtepi64_epi16(_mm512_srli_epi64(words, 16 * j)));
+      }
     }
 }
 
@@ -313,26 +322,36 @@ void DotPacked(const BFloat16* x, const Mxfp4& weight, int64_t row, int64_t step
   for (int o = 0; o < O; ++o)  // scales two rows on: too few bytes for the processor to see where they lead
     for (int64_t ahead = 0; ahead < count; ahead += 64) __builtin_prefetch(weight.scales + (row + o * step + 2) * count + ahead);
   const auto multiply = [&](int64_t i, int blocks) {
-#pragma GCC unroll 2
+    __m512i codes[O];
+    __m512 parts[R][O];
+#pragma GCC unroll 4
     for (int o = 0; o < O; ++o) {
-      const int64_t block = (row + o * step) * count + i;
-      __builtin_prefetch(weight.blocks + block * kBlockBytes + 2048);
-      const __m512i codes = _mm512_maskz_loadu_epi32((1 << 4 * blocks) - 1, weight.blocks + block * kBlockBytes);
-      const __m512bh values[4] = {(__m512bh)_mm512_permutexvar_epi16(codes, table),
-                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table),
-                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table),
-                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table)};
+      const uint8_t* from = weight.blocks + ((row + o * step) * count + i) * kBlockBytes;
+      __builtin_prefetch(from + 2048, 0, 2);
+      codes[o] = _mm512_maskz_loadu_epi32((1 << 4 * blocks) - 1, from);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) parts[r][o] = _mm512_setzero_ps();
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      __m512bh values[O];
+#pragma GCC unroll 4
+      for (int o = 0; o < O; ++o) values[o] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes[o], 4 * j), table);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m512bh row_x = (__m512bh)_mm512_load_si512(x + r * x_stride + (i + j) * kBlock);
+#pragma GCC unroll 4
+        for (int o = 0; o < O; ++o) parts[r][o] = _mm512_dpbf16_ps(parts[r][o], values[o], row_x);
+      }
+    }
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o) {
       int32_t bytes = 0;
-      std::memcpy(&bytes, weight.scales + block, blocks);
+      std::memcpy(&bytes, weight.scales + (row + o * step) * count + i, blocks);
       // Bits of float32: byte 0 becomes zero (what it scales is below 2^-124), byte 255 infinity.
       const __m512 scale = (__m512)_mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(bytes), to_lanes), 1);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int j = 0; j < 4; ++j)
-          sum = _mm512_dpbf16_ps(sum, values[j], (__m512bh)_mm512_load_si512(x + r * x_stride + (i + j) * kBlock));
-        sums[r][o] = _mm512_fmadd_ps(sum, scale, sums[r][o]);
-      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][o] = _mm512_fmadd_ps(parts[r][o], scale, sums[r][o]);
     }
   };
   int64_t i = 0;
@@ -342,24 +361,24 @@ void DotPacked(const BFloat16* x, const Mxfp4& weight, int64_t row, int64_t step
     for (int o = 0; o < O; ++o) out[r * out_stride + o] = Total((Sums)sums[r][o]);
 }
 
-template <int O>
-void DotPackedRows(int64_t rows, const BFloat16* x, const Mxfp4& weight, int64_t row, int64_t step, float* out, int64_t out_stride) {
-  switch (rows) {
-    case 1: return DotPacked<1, O>(x, weight, row, step, out, out_stride);
-    case 2: return DotPacked<2, O>(x, weight, row, step, out, out_stride);
-    case 3: return DotPacked<3, O>(x, weight, row, step, out, out_stride);
-    default: return DotPacked<4, O>(x, weight, row, step, out, out_stride);
+// Any number of rows: four outputs share a read of x, two where four would have more sums than there are registers.
+template <int R = kFewRows>
+void DotPackedRows(int64_t rows, const BFloat16* x, const Mxfp4& weight, int64_t row, int64_t step, int64_t outs, float* out) {
+  if constexpr (R > 1) {
+    if (rows < R) return DotPackedRows<R - 1>(rows, x, weight, row, step, outs, out);
   }
+  constexpr int kTogether = R < 4 ? 4 : 2;
+  int64_t o = 0;
+  for (; o + kTogether <= outs; o += kTogether) DotPacked<R, kTogether>(x, weight, row + o * step, step, out + o, kTileOuts);
+  for (; o < outs; ++o) DotPacked<R, 1>(x, weight, row + o * step, step, out + o, kTileOuts);
 }
 
 // x: interleaved, in whole cache lines. False where exact decoding must have the last word: a scale byte of 255 makes the sum infinite or
 // not a number, whatever it scales.
 inline bool FewRows(const Mxfp4& weight, int64_t row, int64_t step, int64_t outs, const BFloat16* x, int64_t rows, float* out) {
-  int64_t o = 0;
-  for (; o + 2 <= outs; o += 2) DotPackedRows<2>(rows, x, weight, row + o * step, step, out + o, kTileOuts);
-  if (o < outs) DotPackedRows<1>(rows, x, weight, row + o * step, step, out + o, kTileOuts);
+  DotPackedRows(rows, x, weight, row, step, outs, out);
   for (int64_t r = 0; r < rows; ++r)
-    for (o = 0; o < outs; ++o)
+    for (int64_t o = 0; o < outs; ++o)
       if (!std::isfinite(out[r * kTileOuts + o])) return false;
   return true;
 }
