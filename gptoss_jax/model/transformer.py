@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -22,44 +23,44 @@ REMAT_POLICIES = {"none": None, "dots": jax.checkpoint_policies.dots_with_no_bat
                   "layer": jax.checkpoint_policies.nothing_saveable}
 
 
-class Capture:
-    """Named activations asked for by patterns (`layers.3.hidden`, `layers.*.router_logits`); does nothing for names nobody asked for."""
+_ACTIVATIONS = ("embed", "final_norm")
+_LAYER_ACTIVATIONS = ("attn_norm", "attn_out", "after_attn", "mlp_norm", "router_logits", "router_indices", "router_weights", "mlp_out", "hidden")
 
-    def __init__(self, patterns: str | Sequence[str]):
+
+class Capture:
+    """Named activations asked for by patterns (`layers.3.hidden`, `layers.*.router_logits`); does nothing for names nobody asked for.
+
+    prefix: what every name given to it has before it.
+    """
+
+    def __init__(self, patterns: str | Sequence[str], prefix: str = ""):
         self.patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        self.prefix = prefix
         self.values: dict[str, jax.Array] = {}
-        self.names: list[str] = []
 
     def __call__(self, name: str, value: jax.Array) -> jax.Array:
-        if self.patterns:
-            self.names.append(name)
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns):
-                self.values[name] = value
+        if any(fnmatch.fnmatchcase(self.prefix + name, pattern) for pattern in self.patterns):
+            self.values[self.prefix + name] = value
         return value
 
-    def check(self) -> None:
-        """Raise ValueError for a pattern that matched nothing."""
+    def check(self, layers: int) -> None:
+        """Raise ValueError for a pattern that matches nothing in a model of so many layers."""
+        names = [*_ACTIVATIONS, *(f"layers.{index}.{name}" for index in range(layers) for name in _LAYER_ACTIVATIONS)]
         for pattern in self.patterns:
-            if not fnmatch.filter(self.names, pattern):
-                leaves = sorted({name.rsplit(".", 1)[-1] for name in self.names if name.startswith("layers.")})
-                top = [name for name in self.names if not name.startswith("layers.")]
-                raise ValueError(f"capture {pattern!r} matches no activation; there are {', '.join(top)} and, in layers.N, {', '.join(leaves)}")
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"capture {pattern!r} matches no activation; there are {', '.join(_ACTIVATIONS)} and, in layers.N, "
+                                 f"{', '.join(sorted(_LAYER_ACTIVATIONS))}")
 
 
 class Layer(nnx.Module):
     def __init__(self, config: GptOssConfig, index: int, weights: Mapping[str, jax.Array]):
         prefix = f"model.layers.{index}"
-        self.name = f"layers.{index}"
         self.input_layernorm = RMSNorm(weights, f"{prefix}.input_layernorm", config.rms_norm_eps)
         self.self_attn = Attention(config, index, weights)
         self.post_attention_layernorm = RMSNorm(weights, f"{prefix}.post_attention_layernorm", config.rms_norm_eps)
         self.mlp = MoE(config, index, weights)
 
-    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, capture: Capture,
-                 transport: str = "gather"):
-        def keep(name, value):
-            return capture(f"{self.name}.{name}", value)
-
+    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, keep: Capture, transport: str = "gather"):
         with jax.named_scope("attention"):
             normed = keep("attn_norm", self.input_layernorm(x_BTD))
             out, cache = self.self_attn(normed, rope, positions, segments, cache, chunk, mesh)
@@ -99,12 +100,12 @@ class GptOss(nnx.Module):
         layer `attn_norm`, `attn_out`, `after_attn`, `mlp_norm`, `router_logits`, `router_indices`, `router_weights`, `mlp_out`, `hidden`.
         """
         recorder = Capture(capture)
+        recorder.check(self.config.num_hidden_layers)
         x, cache = self.hidden_states(tokens, positions=positions, segment_ids=segment_ids, cache=cache, capture=recorder)
         outputs = (self.unembed(x),)
         if cache is not None:
             outputs += (cache,)
         if recorder.patterns:
-            recorder.check()
             outputs += (recorder.values,)
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -131,20 +132,15 @@ class GptOss(nnx.Module):
         x = capture("embed", self.embed_tokens.weight[...][tokens].astype(dtype or self.embed_tokens.weight[...].dtype))
         x = sharding.constrain(x, ("batch", "tokens", None), mesh)
 
-        def run(layer, x, layer_cache):
-            own = Capture(capture.patterns)  # what is captured has to leave a rematerialised function as a result
-            if prepare is not None:
-                x, layer = _prepared(x, layer, prepare)
-            x, layer_cache = layer(x, rope, positions, segment_ids, real, layer_cache, chunk, mesh, own, expert_transport)
-            capture.names += own.names
-            return x, layer_cache, own.values
-
-        if remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
         layer_caches = []
         for index, layer in enumerate(self.layers):
+            run = functools.partial(_run_alike if prepare is None else functools.partial(_run, prepare=prepare), patterns=capture.patterns,
+                                    prefix=f"layers.{index}." if prepare or capture.patterns else "", mesh=mesh, transport=expert_transport)
+            if remat != "none":
+                run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
             with jax.named_scope(f"layer{index}"):
-                x, layer_cache, values = run(layer, x, None if cache is None else cache.layers[index])
+                layer_cache = None if cache is None else cache.layers[index]
+                x, layer_cache, values = run(layer, x, rope, (positions, segment_ids, real), layer_cache, chunk)
                 layer_caches.append(layer_cache)
                 capture.values |= values
         if cache is not None:
@@ -175,14 +171,27 @@ class GptOss(nnx.Module):
         return GptOss(self.config, named | dict(weights), mesh=self.mesh)
 
 
-def _prepared(x, layer: Layer, prepare: Callable[[str, jax.Array], jax.Array]):
-    """Return x and the layer with every array replaced by prepare(name, array).
+def _run(layer: Layer, x, rope, tags, cache, chunk, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, prepare=None):
+    """Return (x after the layer, its new cache, what `patterns` ask for): results, so that they can leave a rematerialised function."""
+    keep = Capture(patterns, prefix)
+    if prepare is not None:
+        x, layer = _prepared(x, layer, f"model.{prefix}", prepare)
+    x, cache = layer(x, rope, *tags, cache, chunk, mesh, keep, transport)
+    return x, cache, keep.values
+
+
+# Layers that are alike, and whose names don't matter, are traced once: of 24 layers two, 0.6 s instead of 2.8 s until 20b can be compiled.
+_run_alike = jax.jit(_run, static_argnames=("prefix", "patterns", "mesh", "transport"))
+
+
+def _prepared(x, layer: Layer, prefix: str, prepare: Callable[[str, jax.Array], jax.Array]):
+    """Return x and the layer with every array replaced by prepare(prefix and path, array).
 
     The gradients of both come together: a compiler that put off those of the weights until the optimizer needs them would keep what they are
     made of, 97 MB a layer of 20b at 2,048 tokens. Of a layer with adapters these are what is differentiated.
     """
     graph, state = nnx.split(layer)
-    flat = [(path, f"model.{layer.name}." + ".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
+    flat = [(path, prefix + ".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
     arrays = {name: variable[...] for _, name, variable in flat}
     adapters = {name: array for name, array in arrays.items() if name.endswith(("lora_A", "lora_B"))}
     x, together = _together(x, adapters or {name: array for name, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)})
