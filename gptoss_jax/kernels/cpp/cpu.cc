@@ -70,6 +70,22 @@ inline float Total(Sums sums) {
 #endif
 }
 
+// e to the power of each x of at most 0, relative error 1e-7; 0 below -87. A loop over std::exp takes longer than the rest of attention.
+inline Sums Exponential(Sums x) {
+  typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+  const Integers bounded = x > Sums{} - 87.0f, not_a_number = x != x;
+  const Sums safe = (Sums)(bounded & (Integers)x);
+  const Sums turns = safe * 1.44269504f + 12582912.0f;  // its last bits are the power of two, rounded
+  const Sums whole = turns - 12582912.0f, rest = safe - whole * 0.693145752f - whole * 1.42860677e-6f;
+  Sums power = rest * 1.98756919e-4f + 1.39819994e-3f;
+  power = power * rest + 8.33345205e-3f;
+  power = power * rest + 4.16657962e-2f;
+  power = power * rest + 1.66666657e-1f;
+  power = power * rest + 0.5f;
+  power = power * rest * rest + rest + 1.0f;
+  return (Sums)((bounded & ((Integers)power + ((Integers)turns << 23))) | (not_a_number & (Integers)x));
+}
+
 // The numbers from `from` on as float32, one a lane; zero past the first `count`.
 template <typename T>
 Sums Spread(const T* from, int64_t count) {
@@ -140,6 +156,21 @@ void Dot(const T* x, const T* weight, int64_t weight_stride, int64_t size, float
     }
   }
 }
+
+#if defined(__AVX512F__)
+// The totals of 16 registers, one a lane, in the order 0, 4, 8, 12, 2, 6, ..., 1, ..., 3, ..., 15: at each level two registers' halves are added
+// crosswise, so that half as many are left.
+inline Sums Totals(const Sums* sums) {
+  __m512 left[16];
+  std::memcpy(left, sums, sizeof left);
+  for (int half : {8, 4})
+    for (int i = 0; i < half; ++i) left[i] = _mm512_add_ps(_mm512_unpacklo_ps(left[i], left[i + half]), _mm512_unpackhi_ps(left[i], left[i + half]));
+  for (int half : {2, 1})
+    for (int i = 0; i < half; ++i)
+      left[i] = _mm512_add_ps(_mm512_shuffle_f32x4(left[i], left[i + half], 0x88), _mm512_shuffle_f32x4(left[i], left[i + half], 0xdd));
+  return (Sums)left[0];
+}
+#endif
 
 template <int O, int R, typename T>
 void DotRows(int rows, const T* x, const T* weight, int64_t weight_stride, int64_t size, float* out, int64_t out_stride) {
@@ -528,6 +559,38 @@ struct AttentionShape {
   int64_t heads, kv_heads, slots, size, window;  // window 0: none
 };
 
+// out[g][s] = dot(q row g, k row s) for G rows of q and rows of k `stride` apart.
+template <typename T>
+void Scores(int64_t group, const T* q, int64_t count, const T* k, int64_t stride, int64_t size, float* out, int64_t out_stride) {
+  int64_t done = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    constexpr int kKeyOf[16] = {0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15};  // so that Totals gives them in their order
+    for (; size % Operand<T>::kWidth == 0 && done + 16 <= count; done += 16)
+      for (int64_t g = 0; g < group; ++g) {
+        Sums sums[16] = {};
+        for (int64_t h = 0; h < size; h += Operand<T>::kWidth) {
+          const auto row = Operand<T>::Load(q + g * size + h);
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) sums[i] = Operand<T>::MultiplyAdd(row, Operand<T>::Load(k + (done + kKeyOf[i]) * stride + h), sums[i]);
+        }
+        const Sums totals = Totals(sums);
+        std::memcpy(out + g * out_stride + done, &totals, sizeof totals);
+      }
+  }
+#endif
+  if constexpr (Operand<T>::kMultiplies) {
+    Products(group, q, count - done, k + done * stride, stride, size, out + done, out_stride);
+  } else {
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t s = 0; s < count; ++s) {
+        float sum = 0;
+        for (int64_t h = 0; h < size; ++h) sum += Widen(q[g * size + h]) * Widen(k[s * stride + h]);
+        out[g * out_stride + s] = sum;
+      }
+  }
+}
+
 // One row of the batch and one key-value head: softmax over what is visible of k [slots], a sink per query head opening it, times v.
 template <typename T>
 void AttendHead(const AttentionShape& shape, const T* q, const T* k, const T* v, const float* sinks, int32_t position, const int32_t* positions,
@@ -544,16 +607,7 @@ void AttendHead(const AttentionShape& shape, const T* q, const T* k, const T* v,
   while (last && !visible(last - 1)) --last;
   while (first < last && !visible(first)) ++first;
   k += first * stride, v += first * stride, scores += first;
-  if constexpr (Operand<T>::kMultiplies) {
-    Products(group, q, last - first, k, stride, size, scores, shape.slots);
-  } else {
-    for (int64_t g = 0; g < group; ++g)
-      for (int64_t s = 0; s < last - first; ++s) {
-        float sum = 0;
-        for (int64_t h = 0; h < size; ++h) sum += Widen(q[g * size + h]) * Widen(k[s * stride + h]);
-        scores[g * shape.slots + s] = sum;
-      }
-  }
+  Scores(group, q, last - first, k, stride, size, scores, shape.slots);
   for (int64_t s = first; s < last; ++s)
     if (!visible(s))
       for (int64_t g = 0; g < group; ++g) scores[g * shape.slots + s - first] = -INFINITY;
@@ -562,7 +616,12 @@ void AttendHead(const AttentionShape& shape, const T* q, const T* k, const T* v,
     float *row = scores + g * shape.slots, top = sinks[g];
     for (int64_t s = 0; s < last - first; ++s) top = std::max(top, row[s] *= scale);
     float total = std::exp(sinks[g] - top);
-    for (int64_t s = 0; s < last - first; ++s) total += row[s] = std::exp(row[s] - top);
+    for (int64_t s = 0; s < last - first; s += kLanes) {
+      const int64_t lanes = std::min<int64_t>(kLanes, last - first - s);
+      const Sums weights = Exponential(Spread(row + s, lanes) - top);
+      std::memcpy(row + s, &weights, lanes * sizeof *row);
+      for (int64_t lane = 0; lane < lanes; ++lane) total += weights[lane];
+    }
     for (int64_t s = 0; s < last - first; ++s) row[s] /= total;
   }
   constexpr int kTogether = 4;  // query heads that share a read of v
