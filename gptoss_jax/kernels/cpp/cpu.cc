@@ -596,9 +596,6 @@ template <typename T>
 void AttendHead(const AttentionShape& shape, const T* q, const T* k, const T* v, const float* sinks, int32_t position, const int32_t* positions,
                 T* out) {
   const int64_t group = shape.heads / shape.kv_heads, stride = shape.kv_heads * shape.size, size = shape.size;
-  static thread_local std::vector<float> scratch;
-  if (int64_t(scratch.size()) < group * shape.slots) scratch.resize(group * shape.slots);
-  float* scores = scratch.data();
   const auto visible = [&](int64_t s) {
     const int64_t distance = int64_t{position} - positions[s];
     return positions[s] >= 0 && distance >= 0 && (!shape.window || distance < shape.window);
@@ -606,32 +603,46 @@ void AttendHead(const AttentionShape& shape, const T* q, const T* k, const T* v,
   int64_t first = 0, last = shape.slots;  // what of the cache is read
   while (last && !visible(last - 1)) --last;
   while (first < last && !visible(first)) ++first;
-  k += first * stride, v += first * stride, scores += first;
-  Scores(group, q, last - first, k, stride, size, scores, shape.slots);
-  for (int64_t s = first; s < last; ++s)
-    if (!visible(s))
-      for (int64_t g = 0; g < group; ++g) scores[g * shape.slots + s - first] = -INFINITY;
+  k += first * stride, v += first * stride;
+  const int64_t count = last - first, padded = (count + kLanes - 1) / kLanes * kLanes;
+  static thread_local std::vector<float> scores;  // [group, padded]: whole registers
+  if (int64_t(scores.size()) < group * padded) scores.resize(group * padded);
+  for (int64_t s = 0; s < count; ++s)  // short rows far apart: no prefetcher foresees them
+    for (int64_t h = 0; h < size; h += 64 / sizeof(T)) {
+      __builtin_prefetch(k + s * stride + h);
+      __builtin_prefetch(v + s * stride + h, 0, 2);
+    }
+  Scores(group, q, count, k, stride, size, scores.data(), padded);
+  for (int64_t s = 0; s < padded; ++s)
+    if (s >= count || !visible(first + s))
+      for (int64_t g = 0; g < group; ++g) scores[g * padded + s] = -INFINITY;
   const float scale = 1 / std::sqrt(float(size));
   for (int64_t g = 0; g < group; ++g) {
-    float *row = scores + g * shape.slots, top = sinks[g];
-    for (int64_t s = 0; s < last - first; ++s) top = std::max(top, row[s] *= scale);
-    float total = std::exp(sinks[g] - top);
-    for (int64_t s = 0; s < last - first; s += kLanes) {
-      const int64_t lanes = std::min<int64_t>(kLanes, last - first - s);
-      const Sums weights = Exponential(Spread(row + s, lanes) - top);
-      std::memcpy(row + s, &weights, lanes * sizeof *row);
-      for (int64_t lane = 0; lane < lanes; ++lane) total += weights[lane];
+    float* row = scores.data() + g * padded;
+    Sums tops = Sums{} + sinks[g], totals = {};
+    for (int64_t s = 0; s < padded; s += kLanes) {
+      const Sums scaled = Spread(row + s, kLanes) * scale;
+      tops = scaled > tops ? scaled : tops;
+      std::memcpy(row + s, &scaled, sizeof scaled);
     }
-    for (int64_t s = 0; s < last - first; ++s) row[s] /= total;
+    float top = sinks[g];
+    for (int lane = 0; lane < kLanes; ++lane) top = std::max(top, tops[lane]);
+    for (int64_t s = 0; s < padded; s += kLanes) {
+      const Sums weights = Exponential(Spread(row + s, kLanes) - top);
+      totals += weights;
+      std::memcpy(row + s, &weights, sizeof weights);
+    }
+    const float share = 1 / (Total(totals) + std::exp(sinks[g] - top));
+    for (int64_t s = 0; s < padded; ++s) row[s] *= share;
   }
-  constexpr int kTogether = 4;  // query heads that share a read of v
+  constexpr int kTogether = 8;  // query heads that share a read of v
   for (int64_t h = 0; h < size; h += kLanes)
     for (int64_t g = 0; g < group; g += kTogether) {
       const int64_t lanes = std::min<int64_t>(kLanes, size - h), heads = std::min<int64_t>(kTogether, group - g);
       Sums sums[kTogether] = {};
-      for (int64_t s = 0; s < last - first; ++s) {
+      for (int64_t s = 0; s < count; ++s) {
         const Sums value = Spread(v + s * stride + h, lanes);
-        for (int64_t i = 0; i < kTogether; ++i) sums[i] += scores[(g + std::min(i, heads - 1)) * shape.slots + s] * value;
+        for (int64_t i = 0; i < kTogether; ++i) sums[i] += scores[(g + std::min(i, heads - 1)) * padded + s] * value;
       }
       for (int64_t i = 0; i < heads; ++i)
         for (int64_t lane = 0; lane < lanes; ++lane) Narrow(sums[i][lane], out + (g + i) * size + h + lane);
