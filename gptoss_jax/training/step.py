@@ -86,7 +86,8 @@ def forward_loss(config: TrainingConfig, trained: Mapping[str, jax.Array], froze
     capture = Capture(_ROUTING)
     x, _ = model.hidden_states(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, capture=capture,
                                dtype=train.compute_dtype, prepare=prepare, remat=train.remat, expert_transport=train.expert_transport)
-    total, tokens = loss.chunked_cross_entropy(model.unembed, x, batch.targets, batch.loss_weights, train.loss_chunk_tokens)
+    chunk = train.loss_chunk_tokens or loss.chunk_tokens(model_config.vocab_size, 1 if mesh is None else mesh.size)
+    total, tokens = loss.chunked_cross_entropy(model.unembed, x, batch.targets, batch.loss_weights, chunk)
     real = batch.segment_ids != 0
     loads, balance, z = [], jnp.float32(0), jnp.float32(0)
     share = 1 / (model_config.num_hidden_layers * parts)
