@@ -125,7 +125,7 @@ def _training(args: argparse.Namespace):
     stand_in = PRESETS.get(path.name) if config.init.checkpoint and not path.exists() else None
     config = resolve(config, stand_in)
     train, data = config.train, config.data
-    what = f"{train.mode}, {data.batch_size} rows of {data.row_tokens:,} tokens in {train.microbatches} parts, {train.compute_dtype}"
+    what = f"{train.mode}, batch {data.batch_size} x {data.row_tokens:,} tokens, microbatches {train.microbatches}, {train.compute_dtype}"
     facts = {"model": args.model, "what": f"{what}, {path.name}'s shapes" if stand_in else what, "device": args.device,
              "devices": math.prod(axes.values()), "mesh": axes, "overrides": args.overrides}
     if args.arithmetic:
@@ -164,7 +164,7 @@ def _host_devices(kind: str, count: int) -> None:
     """Let the CPU of this host be as many devices as are asked for, unless JAX has looked at them already."""
     import jax
 
-    if kind == "cpu" and count > 1:
+    if kind == "cpu" and count > max(jax.config.jax_num_cpu_devices, 1):
         try:
             jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:

@@ -242,8 +242,8 @@ def test_what_stays_of_a_published_model_in_training_is_what_hand_arithmetic_say
     assert facts["trained_weights_bytes"] == pytest.approx(4 * (matrices / 8 + others / 2), rel=0.002) and "frozen_weights_bytes" not in facts
 
 
-TRAINED = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2,
-           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 20, "sliding_window": 8, "layer_types": ["sliding_attention"] * 3}
+TRAINED = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2,
+           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 20, "sliding_window": 8}
 
 
 @pytest.fixture
@@ -255,17 +255,23 @@ def trained(tmp_path):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_a_training_step_is_planned_for_a_mesh_and_deep_ones_may_be_extended_from_shallow_ones(trained, capsys, monkeypatch):
-    monkeypatch.setattr(training_plan, "DEPTHS", (1, 2))
-    code, whole = planned_as_json(capsys, trained, "--device", "cpu", "--mesh", "expert=2")
-    assert code == 0 and whole["devices"] == 2 and whole["mesh"]["fsdp"] == 1
-    assert whole["collectives"]["the step"]["all-gather"][0] >= 3  # tokens to the experts of each layer
-    size = whole["temporaries_bytes"]["the step"]
-    assert whole["needed_bytes"] == sum(whole[f"{part}_bytes"] for part in ("trained_weights", "optimizer_state", "batch", "padding")) + size
-    _, extended = planned_as_json(capsys, trained, "--device", "cpu", "--mesh", "expert=2", "--quick")
-    assert extended["extended"] and extended["temporaries_bytes"]["the step"] == pytest.approx(size, rel=0.1)
-    for kind, (count, total) in whole["collectives"]["the step"].items():
-        assert extended["collectives"]["the step"][kind] == [pytest.approx(count, abs=2), pytest.approx(total, rel=0.1)], kind
+def test_a_training_step_is_planned_for_a_mesh(trained, capsys):
+    code, facts = planned_as_json(capsys, trained, "--device", "cpu", "--mesh", "expert=2")
+    assert code == 0 and facts["devices"] == 2 and facts["mesh"]["fsdp"] == 1
+    assert facts["collectives"]["the step"]["all-gather"][0] >= 1  # tokens, to the experts
+    parts = sum(facts[f"{part}_bytes"] for part in ("trained_weights", "optimizer_state", "batch", "padding"))
+    assert facts["needed_bytes"] == parts + facts["temporaries_bytes"]["the step"] and facts["padding_bytes"] < 100
+
+
+def test_a_deep_model_may_be_planned_from_shallow_ones(monkeypatch, capsys):
+    def compiled(config, mesh, exact=None):
+        layers = len(config.model.layer_types)
+        return 0, 1000 + 7 * layers, {"all-gather": (1 + 2 * layers, 10 * layers)}
+
+    monkeypatch.setattr(training_plan, "_compile", compiled)
+    _, facts = planned_as_json(capsys, str(CONFIGS / "sft_lora_120b.yaml"), "--device", "cpu", "--quick")
+    assert facts["extended"] and facts["temporaries_bytes"] == {"the step": 1000 + 7 * 36}
+    assert facts["collectives"]["the step"] == {"all-gather": [1 + 2 * 36, 360]}
 
 
 @pytest.mark.parametrize("device, module, mesh", [("H100", "jax_plugins.xla_cuda13", "data=1"), ("H200", "jax_plugins.xla_cuda13", "expert=2,fsdp=2"),
