@@ -146,13 +146,14 @@ def _train(args: argparse.Namespace) -> None:
 
     from gptoss_jax import devices
     from gptoss_jax.inference import measure
-    from gptoss_jax.training import state as training
+    from gptoss_jax.training import memory_plan, state as training
     from gptoss_jax.training.config import load_config
     from gptoss_jax.training.optimizer import make_optimizer
     from gptoss_jax.training.step import make_train_step
 
     config, out = training.resolve(load_config(args.config, [])), _Output(args)
     optimizer, mesh = make_optimizer(config.optimizer, config.run.steps), training.training_mesh(config)
+    memory_plan.announce(config, mesh, _tell)
     state, frozen = training.initial_state(config, optimizer, mesh)
     shape = (config.data.batch_size, config.data.row_tokens)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)

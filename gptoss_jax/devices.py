@@ -19,7 +19,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -30,6 +30,10 @@ GPU_FRACTION = 0.95  # of a GPU's memory that JAX may take, by XLA_CLIENT_MEM_FR
 
 class DeviceError(ValueError):
     """A device kind or number that there isn't, or that can't be compiled for here; says what is missing."""
+
+
+class PlanError(ValueError):
+    """A memory plan that can't be made, or that doesn't fit; names what, the value and what was expected."""
 
 
 class OutOfMemory(ValueError):
@@ -218,3 +222,56 @@ def host_memory_bytes() -> int:
     except (OSError, KeyError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes of one device. parts: what stays there, by name. temporaries: of each compiled step; empty where nothing was compiled. padding: what
+    the device's layouts add to the parts, and small inputs. collectives: of each step, as `collectives`."""
+
+    memory: int
+    parts: Mapping[str, int]
+    padding: int = 0
+    temporaries: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    collectives: Mapping[str, Mapping[str, tuple[int, int]]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> int:
+        return self.kept + self.padding + max(self.temporaries.values(), default=0)
+
+    @property
+    def left(self) -> int:
+        return self.memory - self.needed
+
+    def table(self) -> list[str]:
+        """Return the lines to print: bytes of one device."""
+        rows = [*self.parts.items()]
+        rows += [("padding, small inputs", self.padding)] * (self.padding > 1e6)
+        rows += [(f"temporaries of {step}", size) for step, size in self.temporaries.items()] or [("temporaries", None)]
+        rows += [("sum, with the largest" if len(self.temporaries) > 1 else "sum", self.needed), ("of", self.memory), ("left", self.left)]
+        return [f"  {name:<28}" + (f"{amount(size):>12}" if size is not None else "     unknown: not compiled") for name, size in rows]
+
+    def announce(self, where: str, write: Callable[[str], None]) -> None:
+        """Write a line of what the parts will take. Raises PlanError, the table written, where there is less memory."""
+        if self.left < 0:
+            for line in self.table():
+                write(line)
+            raise PlanError(f"{' and '.join(self.parts)} take {amount(self.needed)}, more than the {amount(self.memory)} free on {where}")
+        parts = ", ".join(f"{name} {amount(size)}" for name, size in self.parts.items())
+        write(f"[memory: {parts}, of {amount(self.memory)} free on {where}]")
+
+
+def amount(size: int) -> str:
+    """Spell a number of bytes."""
+    unit, name = (1e9, "GB") if abs(size) >= 1e8 else (1e6, "MB")
+    return f"{size / unit:,.2f} {name}"
+
+
+def free_here(sharing: int = 1) -> tuple[int, str]:
+    """Return (bytes left for arrays, where): of this process's first device, or of the part of this host that each of `sharing` CPU devices has."""
+    device = jax.local_devices()[0]
+    return usable_bytes(device) // (sharing if device.platform == "cpu" else 1), "this host" if device.platform == "cpu" else device.device_kind

@@ -107,7 +107,7 @@ class Examiner:
 
 def _dry_run(config) -> None:
     """Print what the run would do, section by section: nothing is trained, written or put on an accelerator."""
-    from gptoss_jax.training import data, dry_run
+    from gptoss_jax.training import data, dry_run, memory_plan
     from gptoss_jax.training.run_directory import load_vocabulary
     from gptoss_jax.training.state import resolve
 
@@ -115,10 +115,12 @@ def _dry_run(config) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_vocabulary(config, Path(scratch))
     source = data.open_data(dataclasses.replace(config.data, on_bad_record="skip"), tokenizer)  # to see all that is wrong at once
-    if not isinstance(source, data.Files):
+    if isinstance(source, data.Files):
+        for line in dry_run.report(source, config.data, tokenizer, colour=sys.stdout.isatty()):
+            print(line)
+    else:
         print("data        synthetic conversations without end")
-        return
-    for line in dry_run.report(source, config.data, tokenizer, colour=sys.stdout.isatty()):
+    for line in memory_plan.summary(config):
         print(line)
 
 

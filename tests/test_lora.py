@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_step import assert_close, configured, keep_gradients, random_batches, quickly_compiled, small_checkpoint  # noqa: F401 (fixtures)
+from test_step import DATA, TINY, assert_close, configured, keep_gradients, random_batches, quickly_compiled, small_checkpoint  # noqa: F401 (fixtures)
 
 from gptoss_jax import checkpoint, mxfp4
 from gptoss_jax.checkpoint.errors import CheckpointError
-from gptoss_jax.model import lora
+from gptoss_jax.model import GptOss, lora
 from gptoss_jax.model.weights import declare
 from gptoss_jax.training.config import LORA_TARGETS
 from gptoss_jax.training.export import export
@@ -105,6 +105,24 @@ def test_an_expert_that_was_not_trained_keeps_its_bytes(small_checkpoint, tmp_pa
             matrix = mxfp4.decode(*old).T + 2 * a @ b
             expected = mxfp4.decode(*mxfp4.encode(np.ascontiguousarray(matrix.T)))
             assert (mxfp4.decode(*new) == expected).mean() > 0.999  # a product summed in another order may round to the other side
+
+
+def merged(path):
+    """Export the tiny checkpoint with adapters whose products are exact in float32: the files have the same bytes wherever they are made."""
+    config = configured(TINY, mode="lora", rank=2, alpha=2.0, targets=LORA_TARGETS)
+    random = np.random.default_rng(5)
+    export(config, {name: jax.numpy.asarray(random.integers(-4, 5, weight.shape) / (16 if name.endswith("A") else 64), "float32")
+                    for name, weight in lora.declare_adapters(config.model, 2, LORA_TARGETS).items()}, path)
+
+
+def test_an_export_has_the_logits_that_transformers_computes_of_it(tmp_path):
+    """Oracle: transformers in float32 on the same directory (tests/data/merged_adapters), to 1e-4."""
+    merged(tmp_path / "merged")
+    oracle, run = np.load(DATA / "merged_adapters" / "logits.npz"), jax.jit(GptOss.__call__)
+    found, base = (run(checkpoint.load(path, dtype="float32"), oracle["input_ids"][None])[0, oracle["positions"]]
+                   for path in (tmp_path / "merged", TINY))
+    np.testing.assert_allclose(found, oracle["logits"], atol=1e-4)
+    assert np.abs(base - oracle["logits"]).mean() > 0.1
 
 
 def test_a_peft_directory_holds_the_same_adapters_in_pefts_names_and_shapes(small_checkpoint, tmp_path):  # noqa: F811

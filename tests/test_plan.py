@@ -1,6 +1,7 @@
 """The memory plan: bytes against hand arithmetic and against compiled programs, the search, what is refused."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,16 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax import command, devices, generate, plan, sharding
 from gptoss_jax.config import FULL, PRESETS, SLIDING, GptOssConfig
 from gptoss_jax.inference import memory_plan
-from gptoss_jax.inference.memory_plan import Plan, Planner
+from gptoss_jax.devices import Plan
+from gptoss_jax.inference.memory_plan import Planner
 from gptoss_jax.model import cost
+from gptoss_jax.training import memory_plan as training_plan
 
 SMALL = GptOssConfig(vocab_size=512, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2,
                      num_attention_heads=8, num_key_value_heads=4, head_dim=16, sliding_window=32, max_position_embeddings=512)
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+LORA_20B, FULL_20B = (str(CONFIGS / f"{name}.yaml") for name in ("sft_lora_20b", "sft_full_20b"))
 
 
 def experts_by_hand(experts):
@@ -65,17 +71,17 @@ def planned():
 
 
 def test_the_compiled_step_holds_weights_and_cache_and_little_else(planned):
-    assert planned.weights == cost.weight_bytes(SMALL) and planned.cache == cost.cache_bytes(SMALL, 2, 256)
+    assert planned.parts["weights"] == cost.weight_bytes(SMALL) and planned.parts["cache"] == cost.cache_bytes(SMALL, 2, 256)
     assert planned.padding < 1000  # token ids, lengths, settings
     assert set(planned.temporaries) == {"prefill", "decode"} and all(0 < size < 1e8 for size in planned.temporaries.values())
-    assert planned.needed == planned.weights + planned.cache + planned.padding + max(planned.temporaries.values())
+    assert planned.needed == planned.parts["weights"] + planned.parts["cache"] + planned.padding + max(planned.temporaries.values())
     assert planned.collectives == {"prefill": {}, "decode": {}}
 
 
 def test_a_mesh_divides_the_weights_and_shows_its_collectives():
     config = SMALL.replace(num_hidden_layers=1)
     found = Planner(config, "cpu", {"expert": 4}).at(1, 64)
-    assert found.weights == cost.weight_bytes(config, mesh=cost.abstract_mesh(expert=4)) < cost.weight_bytes(config)
+    assert found.parts["weights"] == cost.weight_bytes(config, mesh=cost.abstract_mesh(expert=4)) < cost.weight_bytes(config)
     count, size = found.collectives["decode"]["all-reduce"]
     assert count >= 1 and size >= 96 * 2  # of the layer's output
 
@@ -105,7 +111,7 @@ def test_the_longest_context_and_largest_batch_fit_and_the_next_ones_hardly_woul
     planner.memory = weights + 40 * memory
 
     def compiled(config, batch, context):
-        return Plan(planner.memory, weights, cost.cache_bytes(config, batch, context), temporaries={"decode": temporaries(batch, context)})
+        return Plan(planner.memory, {"weights": weights, "cache": cost.cache_bytes(config, batch, context)}, temporaries={"decode": temporaries(batch, context)})
 
     def needs(batch, context):
         return weights + cost.cache_bytes(config, batch, context) + temporaries(batch, context)
@@ -137,7 +143,14 @@ def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(c
     (["gpt-oss-20b", "--context", "0"], "context is 0, expected 2 to the model's maximum of 131072"),
     (["gpt-oss-20b", "--context", "131073"], "context is 131073, expected"),
     (["gpt-oss-20b", "--batch", "3"], "batch is 3, expected a power of two"),
-    (["gpt-oss-20b", "--mesh", "experts=8"], "--mesh 'experts=8': 'experts=8' found, expected each of data, fsdp, expert, tensor"),
+    (["gpt-oss-20b", "--mesh", "experts=8"], "--mesh 'experts=8': 'experts=8' found, expected each of data, fsdp, expert, tensor once"),
+    (["gpt-oss-20b", "--mesh", "context=2"], "'context=2' found, expected each of data, fsdp, expert, tensor once"),
+    (["gpt-oss-20b", "--data.batch_size", "8"], "--data.batch_size: of a training configuration, found with model 'gpt-oss-20b'"),
+    (["no/such.yaml"], "no/such.yaml: No such file"),
+    ([LORA_20B, "--context", "8"], "--context 8: of inference, found with a training configuration, expected --data.row_tokens 8"),
+    ([LORA_20B, "--mesh", "expert=3"], "data.batch_size: 8 found, expected a multiple of 24"),
+    ([LORA_20B, "--init.checkpoint", "/no/such/model"], "/no/such/model"),
+    ([FULL_20B, "--mesh", "fsdp=7", "--data.batch_size=14"], "7 don't divide"),
     (["gpt-oss-20b", "--mesh", "expert=5"], "mesh axes expert 5 don't divide"),
     (["tiny", "--device", "cpu", "--mesh", "data=16"], "device cpu: 8 here, expected 16"),
 ])
@@ -161,7 +174,7 @@ def test_steps_compile_for_a_device_that_is_not_here(device, module, axes):
     if not devices._importable(module):
         pytest.skip(f"compiling for {device} needs the wheel of {module}")
     found = Planner(SMALL, device, axes).at(1, 256)
-    assert found.memory > 14e9 and found.left > 0 and found.weights == cost.weight_bytes(SMALL, mesh=cost.abstract_mesh(**axes))
+    assert found.memory > 14e9 and found.left > 0 and found.parts["weights"] == cost.weight_bytes(SMALL, mesh=cost.abstract_mesh(**axes))
     assert ("all-reduce" in found.collectives["decode"]) == bool(axes)
 
 
@@ -184,8 +197,8 @@ def test_generate_says_what_it_will_take_and_refuses_what_does_not_fit(capfd, mo
     assert generate.main(["What is 17 + 25?"]) == 2
     out, err = capfd.readouterr()
     lines = err.splitlines()
-    assert out == "" and [line.split()[0] for line in lines[:6]] == ["weights", "cache", "temporaries", "sum,", "of", "left"] and "-" in lines[5]
-    assert len(lines) == 7 and "weights and a cache of 1 x 2,048 tokens take" in lines[6] and "more than the 3.00 MB free" in lines[6]
+    assert out == "" and [line.split()[0] for line in lines[:6]] == ["weights", "cache", "temporaries", "sum", "of", "left"] and "-" in lines[5]
+    assert len(lines) == 7 and "weights and cache of 1 x 2,048 tokens take" in lines[6] and "more than the 3.00 MB free" in lines[6]
     said = []
     monkeypatch.undo()
     memory_plan.announce(SMALL, 1, 64, write=said.append)
@@ -203,4 +216,69 @@ def test_the_share_of_a_gpu_is_stated_once_and_leaves_the_users_own_alone(monkey
 def test_layers_of_one_kind_only_are_planned_too():
     for kind in (SLIDING, FULL):
         config = SMALL.replace(layer_types=(kind, kind))
-        assert memory_plan.by_arithmetic(config, 1, 512, memory=0).cache == 2 * 2 * 4 * 16 * 2 * (32 if kind == SLIDING else 512)
+        assert memory_plan.by_arithmetic(config, 1, 512, memory=0).parts["cache"] == 2 * 2 * 4 * 16 * 2 * (32 if kind == SLIDING else 512)
+
+
+# --- training ----------------------------------------------------------------------------------------------------------------------
+
+
+def planned_as_json(capsys, *argv):
+    code = plan.main([*argv, "--json"])
+    out, err = capsys.readouterr()
+    assert code < 2, err
+    return code, json.loads(out)
+
+
+def test_what_stays_of_a_published_model_in_training_is_what_hand_arithmetic_says(capsys):
+    """Rank 8 on attention and experts of 24 layers; and 4 bytes a weight, the experts' split over all of eight devices."""
+    attention = 8 * (2 * 64 * 64 + 2 * 8 * 64 + 4 * 2880)  # q and o have 4096 and 2880, k and v 512 and 2880
+    experts = 8 * 32 * (2880 + 5760 + 2 * 2880)
+    code, facts = planned_as_json(capsys, LORA_20B, "--arithmetic")
+    assert code == 0 and facts["frozen_weights_bytes"] == 13_761_264_768 and facts["mesh"]["expert"] == 1
+    assert facts["trained_weights_bytes"] == 4 * 24 * (attention + experts) and facts["batch_bytes"] == 5 * 4 * 8 * 4096
+    assert 0 < facts["optimizer_state_bytes"] - 2 * facts["trained_weights_bytes"] < 100  # counts
+    _, facts = planned_as_json(capsys, FULL_20B, "--arithmetic", "--mesh", "expert=4,fsdp=2")
+    matrices, others = 24 * 32 * 3 * 2880 * 2880, 2 * 201_088 * 2880 + 24 * 2 * (64 + 8) * 64 * 2880
+    assert facts["trained_weights_bytes"] == pytest.approx(4 * (matrices / 8 + others / 2), rel=0.002) and "frozen_weights_bytes" not in facts
+
+
+TRAINED = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2,
+           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 20, "sliding_window": 8}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"model": TRAINED, "data": {"row_tokens": 16, "batch_size": 4}, "mesh": {"fsdp": 2}}))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield str(file)
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_training_step_is_planned_for_a_mesh(trained, capsys):
+    code, facts = planned_as_json(capsys, trained, "--device", "cpu", "--mesh", "expert=2")
+    assert code == 0 and facts["devices"] == 2 and facts["mesh"]["fsdp"] == 1
+    assert facts["collectives"]["the step"]["all-gather"][0] >= 1  # tokens, to the experts
+    parts = sum(facts[f"{part}_bytes"] for part in ("trained_weights", "optimizer_state", "batch", "padding"))
+    assert facts["needed_bytes"] == parts + facts["temporaries_bytes"]["the step"] and facts["padding_bytes"] < 100
+
+
+def test_a_deep_model_may_be_planned_from_shallow_ones(monkeypatch, capsys):
+    def compiled(config, mesh, exact=None):
+        layers = len(config.model.layer_types)
+        return 0, 1000 + 7 * layers, {"all-gather": (1 + 2 * layers, 10 * layers)}
+
+    monkeypatch.setattr(training_plan, "_compile", compiled)
+    _, facts = planned_as_json(capsys, str(CONFIGS / "sft_lora_120b.yaml"), "--device", "cpu", "--quick")
+    assert facts["extended"] and facts["temporaries_bytes"] == {"the step": 1000 + 7 * 36}
+    assert facts["collectives"]["the step"] == {"all-gather": [1 + 2 * 36, 360]}
+
+
+@pytest.mark.parametrize("device, module, mesh", [("H100", "jax_plugins.xla_cuda13", "data=1"), ("H200", "jax_plugins.xla_cuda13", "expert=2,fsdp=2"),
+                                                  ("v5p", "libtpu", "expert=2,fsdp=2")], ids=str)
+def test_a_training_step_compiles_for_devices_that_are_not_here(device, module, mesh, trained, capsys):
+    if not devices._importable(module):
+        pytest.skip(f"compiling for {device} needs the wheel of {module}")
+    assert plan.main([trained, "--device", device, "--mesh", mesh]) == 0
+    out = capsys.readouterr().out
+    assert "temporaries of the step" in out and "it fits" in out and ("collectives of the step" in out) == (mesh != "data=1")

@@ -141,6 +141,11 @@ def test_the_logits_of_a_whole_batch_never_exist():
     assert "8x24x320x" not in text and "192x320x" not in text
 
 
+def test_as_many_logits_exist_at_a_time_as_their_vocabulary_and_devices_allow():
+    assert loss.chunk_tokens(201_088) == 256 and loss.chunk_tokens(201_088, 8) == 2048  # 4 bytes x 201,088 x 256 are 206 MB
+    assert loss.chunk_tokens(1 << 30) == 1
+
+
 def test_router_losses_count_as_much_as_their_coefficients_say():
     config = configured(balance_coefficient=0.5, z_coefficient=0.25)
     weights = initial_state(config, optax.sgd(1.0))[0].trained

@@ -5,54 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-
 from gptoss_jax import devices, sharding
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.devices import Plan, PlanError
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.model import GptOss, cost
 
 _CONTEXT_STEP = 1024
 _TRIES = 4
-
-
-class PlanError(ValueError):
-    """A plan that can't be made, or that doesn't fit; names what, the value and what was expected."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Bytes of one device. temporaries: of each compiled step; empty where nothing was compiled. padding: what the device's layouts add to
-    weights and cache, and small inputs. collectives: of each step, as `devices.collectives`."""
-
-    memory: int
-    weights: int
-    cache: int
-    padding: int = 0
-    temporaries: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    collectives: Mapping[str, Mapping[str, tuple[int, int]]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def needed(self) -> int:
-        return self.weights + self.cache + self.padding + max(self.temporaries.values(), default=0)
-
-    @property
-    def left(self) -> int:
-        return self.memory - self.needed
-
-    def table(self) -> list[str]:
-        """Return the lines to print: bytes of one device."""
-        rows = [("weights", self.weights), ("cache", self.cache)]
-        rows += [("padding, small inputs", self.padding)] * (self.padding > 1e6)
-        rows += [(f"temporaries of {step}", size) for step, size in self.temporaries.items()] or [("temporaries", None)]
-        rows += [("sum, with the largest", self.needed), ("of", self.memory), ("left", self.left)]
-        return [f"  {name:<28}" + (f"{amount(size):>12}" if size is not None else "     unknown: not compiled") for name, size in rows]
-
-
-def amount(size: int) -> str:
-    """Spell a number of bytes."""
-    unit, name = (1e9, "GB") if abs(size) >= 1e8 else (1e6, "MB")
-    return f"{size / unit:,.2f} {name}"
 
 
 def check_request(config: GptOssConfig, batch: int, context: int) -> None:
@@ -65,20 +25,14 @@ def check_request(config: GptOssConfig, batch: int, context: int) -> None:
 
 def by_arithmetic(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bfloat16", mesh=None, memory: int) -> Plan:
     """Return the plan of weights and cache alone: exact, and temporaries unknown. Raises ShardingError."""
-    return Plan(memory, cost.weight_bytes(config, dtype, mesh), cost.cache_bytes(config, batch, context, dtype, mesh))
+    return Plan(memory, {"weights": cost.weight_bytes(config, dtype, mesh), "cache": cost.cache_bytes(config, batch, context, dtype, mesh)})
 
 
 def announce(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bfloat16", mesh=None, write: Callable[[str], None]) -> None:
     """Write a line of what weights and cache will take of this process's first device. Raises PlanError, the table written, where it has less."""
-    device = jax.local_devices()[0]
-    where = "this host" if device.platform == "cpu" else device.device_kind
-    plan = by_arithmetic(config, batch, context, dtype=dtype, mesh=mesh, memory=devices.usable_bytes(device))
-    if plan.left < 0:
-        for line in plan.table():
-            write(line)
-        raise PlanError(f"weights and a cache of {batch} x {context:,} tokens take {amount(plan.needed)}, more than the {amount(plan.memory)} "
-                        f"free on {where}")
-    write(f"[memory: weights {amount(plan.weights)}, cache {amount(plan.cache)}, of {amount(plan.memory)} free on {where}]")
+    memory, where = devices.free_here()
+    weights, cache = by_arithmetic(config, batch, context, dtype=dtype, mesh=mesh, memory=memory).parts.values()
+    Plan(memory, {"weights": weights, f"cache of {batch} x {context:,} tokens": cache}).announce(where, write)
 
 
 class Planner:
@@ -121,18 +75,18 @@ class Planner:
         shallow = self.config.replace(num_hidden_layers=len(kinds), layer_types=kinds)
 
         def extra(plan: Plan) -> int:
-            return plan.needed - plan.weights - plan.cache
+            return plan.needed - plan.kept
 
         found, constant = extra(known), extra(known) - extra(self._compile(shallow, *point(at)))
         refused = None
         for _ in range(_TRIES):
-            fitting = [value for value in candidates if (refused is None or value < refused) and known.weights + self._cache(*point(value))
+            fitting = [value for value in candidates if (refused is None or value < refused) and known.parts["weights"] + self._cache(*point(value))
                        + found * (1 if refused is None else value / refused) <= self.memory]
             if not fitting:
                 return None
             guess = fitting[-1]
             found = extra(self._compile(shallow, *point(guess))) + constant
-            if known.weights + self._cache(*point(guess)) + found <= self.memory:
+            if known.parts["weights"] + self._cache(*point(guess)) + found <= self.memory:
                 return guess
             refused = guess
         return None
@@ -151,11 +105,11 @@ class Planner:
                 try:
                     step = devices.finish(lowered)
                 except devices.OutOfMemory as error:
-                    temporaries[name] = (error.needed_bytes or self.memory + 1) - exact.weights - exact.cache
+                    temporaries[name] = (error.needed_bytes or self.memory + 1) - exact.kept
                     continue
                 memory = step.memory
                 if name == "decode":  # which takes every weight
-                    padding = max(memory.arguments_bytes - exact.weights - exact.cache, 0)
+                    padding = max(memory.arguments_bytes - exact.kept, 0)
                 temporaries[name] = memory.temporaries_bytes + memory.outputs_bytes
                 collectives[name] = step.collectives
             self._seen[key] = dataclasses.replace(exact, padding=padding, temporaries=temporaries, collectives=collectives)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from gptoss_jax.kernels.expert_matmul.reference import swiglu
 from gptoss_jax.model.exchange import Exchange
 from gptoss_jax.model.linear import Linear
 
-_FEW_ROWS = 512  # from here on sorting them is cheaper than comparing each with each
+_FEW_ROWS = 512  # from here on sorting them is cheaper than comparing each with each, or each token's experts with each other
 
 
 class PackedWeight(nnx.Variable):
@@ -102,6 +103,8 @@ class MoE(nnx.Module):
         logits = self.router(x_BTD, jnp.float32, mesh=mesh)
         count = self.config.num_experts_per_tok
         by_rank, by_sorting = (functools.partial(f, count=count) for f in (_top_by_rank, _top_by_sorting))
+        if math.prod(logits.shape[:-1]) * count > _FEW_ROWS:
+            return logits, *by_sorting(logits)
         return logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
 
     def __call__(self, x_BTD, indices_BTA, weights_BTA, real_BT, mesh, transport="gather"):

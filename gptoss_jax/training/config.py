@@ -100,7 +100,7 @@ class TrainConfig:
     compute_dtype: str = _field("float32", choices=("float32", "bfloat16"))
     remat: str = _field("layer", choices=("none", "dots", "layer"))  # kept for the backward pass: all, matrix products, layers' inputs
     microbatches: int = _field(1, low=1)  # a batch is computed in so many parts, one after the other
-    loss_chunk_tokens: int = _field(1024, low=1)  # whose logits exist at a time
+    loss_chunk_tokens: int | None = _field(None, low=1)  # whose logits exist at a time; null: as many as take 256 MiB of a device
     balance_coefficient: float = _field(0.0, low=0)  # of the router's load-balancing loss
     z_coefficient: float = _field(0.0, low=0)  # of the router's z-loss
     expert_transport: str = _field("gather", choices=("gather", "all_to_all"))  # of tokens to experts on other devices
@@ -130,7 +130,7 @@ class OptimizerConfig:
     """The update rule, and a learning rate that warms up, stays, and decays to `final_fraction` of it over the last `decay_fraction` of
     the steps. no_decay: patterns of the names of weights without weight decay; rates: the first that matches a name counts."""
 
-    kind: str = _field("adamw", choices=("adamw", "muon"))  # muon: for the matrices of the layers, AdamW for all else
+    kind: str = _field("adamw", choices=("adamw", "muon", "adafactor"))  # muon: for the matrices of the layers, AdamW for all else
     learning_rate: float = _field(1e-3, low=0)
     rates: tuple[RateConfig, ...] = ()
     warmup_steps: int = _field(100, low=0)

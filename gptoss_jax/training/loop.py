@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from gptoss_jax.checkpoint.training_state import StateStore
 from gptoss_jax.model import GptOss
-from gptoss_jax.training import data, report, run_directory, speed
+from gptoss_jax.training import data, memory_plan, report, run_directory, speed
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
 from gptoss_jax.training.examples import Question
 from gptoss_jax.training.export import export
@@ -72,6 +72,7 @@ class _Run:
         stack.callback(self.store.close)
         self.like, _ = abstract_state(config, self.optimizer, mesh)
         check_rates(config.optimizer, self.like.trained)
+        memory_plan.announce(config, mesh, _tell)
         self.state, self.frozen = self._start()
         self.step = int(self.state.step)
         self.reporter, self.learning_rate = self._reporter(), schedule(config.optimizer, run.steps)
@@ -94,8 +95,7 @@ class _Run:
         _check_same_run(record["config"], self.config)
         self.batches.set_state(record["data"])
         state, frozen = self.store.restore(step, self.like), load_frozen(self.config, self.mesh)
-        if jax.process_index() == 0:
-            print(f"resumed from step {step}", file=sys.stderr)
+        _tell(f"resumed from step {step}")
         return state, frozen
 
     def _reporter(self) -> report.Reporter | report.Silent:
@@ -221,6 +221,11 @@ class _Run:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("exported")  # the others wait for the first, whose work this is
         return destination
+
+
+def _tell(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+_LOGITS_BYTES = 256 << 20  # on a device, of a chunk; their gradients take as much again
+
 
 def cross_entropy(logits_BTV, targets_BT, weights_BT):
     """Return (sum of weighted losses, sum of weights), both float32: their quotient is the masked mean.
@@ -42,6 +44,11 @@ def chunked_cross_entropy(unembed: Callable[[jax.Array], jax.Array], x_BTD, targ
 
     total, _ = jax.lax.scan(add, jnp.float32(0), tuple(map(chunked, (x_BTD, targets_BT, weights_BT))))
     return total, weights_BT.astype(jnp.float32).sum()
+
+
+def chunk_tokens(vocab_size: int, devices: int = 1) -> int:
+    """Return how many tokens' logits to compute at a time, a power of two: spread over `devices` they take at most 256 MiB of each."""
+    return 1 << (max(_LOGITS_BYTES * devices // (4 * vocab_size), 1).bit_length() - 1)
 
 
 def expert_load(indices_BTA, real_BT, num_experts: int):

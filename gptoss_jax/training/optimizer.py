@@ -1,4 +1,4 @@
-"""The optimizer: AdamW or Muon behind gradient clipping, on a warmup-stable-decay schedule; rates and decay by weight name."""
+"""The optimizer: AdamW, Muon or Adafactor behind gradient clipping, on a warmup-stable-decay schedule; rates and decay by weight name."""
 
 from __future__ import annotations
 
@@ -37,13 +37,18 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Return clipping by global norm, then the update rule of `config.kind`, then the factors of `config.rates`, over weights by name.
 
     Muon (Jordan et al. 2024) orthogonalises the momentum of the layers' matrices, each expert's by itself; embedding, unembedding,
-    router and vectors have AdamW at the same rate, without decay. A step whose gradients aren't finite changes nothing.
+    router and vectors have AdamW at the same rate, without decay. Adafactor (Shazeer and Stern 2018) keeps, of matrices, means of squares by row
+    and by column only, and no momentum; its updates are as large as AdamW's, so that they share rate and decay. A step whose gradients
+    aren't finite changes nothing.
     """
     rate, decays = schedule(config, steps), _by_name(lambda name: not _matches(name, config.no_decay))
     if config.kind == "muon":
         rule = optax.contrib.muon(
             rate, weight_decay=config.weight_decay, adam_b1=config.beta1, adam_b2=config.beta2, eps=config.epsilon,
             weight_decay_mask=decays, muon_weight_dimension_numbers=_muon_dims, consistent_rms=_MUON_RMS)
+    elif config.kind == "adafactor":
+        rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.add_decayed_weights(config.weight_decay, decays),
+                           optax.scale_by_learning_rate(rate))
     else:
         rule = optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=config.epsilon, weight_decay=config.weight_decay, mask=decays)
     parts = [rule] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm), rule]

@@ -16,6 +16,7 @@ from gptoss_jax import mxfp4, sharding
 from gptoss_jax.checkpoint import load_weights
 from gptoss_jax.checkpoint.loading import load_targets, resolve as resolve_path
 from gptoss_jax.checkpoint.opening import open_checkpoint
+from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model import lora
 from gptoss_jax.model.weights import Weight, declare, initialize
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
@@ -41,8 +42,8 @@ class Batch(NamedTuple):
     positions: jax.Array
 
 
-def resolve(config: TrainingConfig) -> TrainingConfig:
-    """Return the configuration with the model that `init.checkpoint` holds.
+def resolve(config: TrainingConfig, stand_in: GptOssConfig | None = None) -> TrainingConfig:
+    """Return the configuration with the model that `init.checkpoint` holds, or with `stand_in` for a checkpoint that isn't there to be opened.
 
     Raises TrainingConfigError for what doesn't fit together, and what opening the checkpoint raises; nothing is allocated.
     """
@@ -50,7 +51,7 @@ def resolve(config: TrainingConfig) -> TrainingConfig:
     if path:
         if config.model is not None:
             raise TrainingConfigError(f"model: a section found with init.checkpoint {path!r}, expected none: the checkpoint has its own")
-        config = dataclasses.replace(config, model=open_checkpoint(resolve_path(path)).config)
+        config = dataclasses.replace(config, model=stand_in or open_checkpoint(resolve_path(path)).config)
     elif config.model is None:
         raise TrainingConfigError("model: missing, expected the section or init.checkpoint")
     if train.mode == "lora":
@@ -138,6 +139,13 @@ def data_part(mesh: Mesh | None) -> tuple[int, int]:
     first, size = int(mine[0]), len(mine)
     whole = size == mine[-1] - first + 1 and first % size == 0 and split % size == 0
     return (first // size, split // size) if whole else (0, 1)  # rows that don't lie together: all of them
+
+
+def abstract_batch(config: TrainingConfig, mesh: Mesh) -> Batch:
+    """Return a batch as ShapeDtypeStructs with shardings."""
+    shape = (config.data.batch_size, config.data.row_tokens)
+    place = NamedSharding(mesh, sharding.compute_spec(shape, ("batch", "tokens"), mesh))
+    return Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_weights" else jnp.int32, sharding=place) for name in Batch._fields))
 
 
 def place_batch(batch: Batch, mesh: Mesh | None = None) -> Batch:

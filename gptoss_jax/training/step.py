@@ -21,7 +21,7 @@ from gptoss_jax.model.transformer import Capture, GptOss
 from gptoss_jax.model.weights import declare
 from gptoss_jax.training import loss
 from gptoss_jax.training.config import TrainConfig, TrainingConfig
-from gptoss_jax.training.state import Batch, TrainState, Weights, abstract_state
+from gptoss_jax.training.state import Batch, TrainState, Weights, abstract_state, declare_trained
 
 _EXPERT_MATRIX = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 _ROUTING = ("layers.*.router_logits", "layers.*.router_indices")
@@ -80,13 +80,14 @@ def forward_loss(config: TrainingConfig, trained: Mapping[str, jax.Array], froze
     of the parts sum to those of the batch.
     """
     train, model_config = config.train, config.model
-    prepare = functools.partial(_prepare, train, _gathered_axes(config, mesh), mesh)
+    prepare = functools.partial(_prepare, train, _stored_places(config, mesh), _gathered_axes(config, mesh), mesh)
     weights = {name: value if name.startswith("model.layers.") else prepare(name, value) for name, value in (frozen | trained).items()}
     model = GptOss(model_config, weights, mesh=mesh)
     capture = Capture(_ROUTING)
     x, _ = model.hidden_states(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, capture=capture,
                                dtype=train.compute_dtype, prepare=prepare, remat=train.remat, expert_transport=train.expert_transport)
-    total, tokens = loss.chunked_cross_entropy(model.unembed, x, batch.targets, batch.loss_weights, train.loss_chunk_tokens)
+    chunk = train.loss_chunk_tokens or loss.chunk_tokens(model_config.vocab_size, 1 if mesh is None else mesh.size)
+    total, tokens = loss.chunked_cross_entropy(model.unembed, x, batch.targets, batch.loss_weights, chunk)
     real = batch.segment_ids != 0
     loads, balance, z = [], jnp.float32(0), jnp.float32(0)
     share = 1 / (model_config.num_hidden_layers * parts)
@@ -102,22 +103,31 @@ def forward_loss(config: TrainingConfig, trained: Mapping[str, jax.Array], froze
 
 def model_weights(config: TrainingConfig, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> Weights:
     """Return the weights of the model that the forward pass computes with, by name: for evaluation and sampled generations."""
-    return {name: _prepare(config.train, {}, None, name, value) for name, value in (frozen | trained).items()}
+    return {name: _prepare(config.train, {}, {}, None, name, value) for name, value in (frozen | trained).items()}
 
 
-def _prepare(train: TrainConfig, gathered: Mapping[str, tuple], mesh, name: str, value: jax.Array) -> jax.Array:
+def _prepare(train: TrainConfig, stored: Mapping[str, NamedSharding], gathered: Mapping[str, tuple], mesh, name: str, value: jax.Array) -> jax.Array:
     """Return a stored weight as it is computed with.
 
     On the grid: experts rounded to MXFP4 and all else to bfloat16, what an export will hold, with straight-through gradients. What `fsdp`
-    splits is gathered here, in the dtype it is computed in.
+    splits is gathered in the dtype it is computed in: here, the experts' by `model.moe`.
     """
+    if name in stored:  # a constraint of its gradient, too: those of all layers wait for the optimizer, and whole ones would fill a device
+        value = jax.lax.with_sharding_constraint(value, stored[name])
     if name.endswith("lora_B"):
         value = value * (train.alpha / train.rank)
     if train.mode == "qat":
         value = mxfp4.fake_quantize(value, 1) if _EXPERT_MATRIX.search(name) else _round_bfloat16(value)
     if name in gathered:
         value = sharding.constrain(value.astype(train.compute_dtype), gathered[name], mesh)
+    elif gathered and _EXPERT_MATRIX.search(name):
+        value = value.astype(train.compute_dtype)
     return value
+
+
+def _stored_places(config: TrainingConfig, mesh) -> dict[str, NamedSharding]:
+    """Return where what is trained lies, if on several devices."""
+    return {} if mesh is None or mesh.size == 1 else sharding.shardings(declare_trained(config), mesh)
 
 
 def _gathered_axes(config: TrainingConfig, mesh) -> dict[str, tuple[str | None, ...]]:

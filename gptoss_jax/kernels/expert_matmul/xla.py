@@ -20,18 +20,14 @@ _LARGEST_TILE = 512
 def expert_matmul(x_MI, weight, bias_EO, group_sizes_E):
     """Same signature and result as `reference.expert_matmul`; differentiable in x, bias and a dense weight. Packed weights are constants."""
     tiles = _Tiles(x_MI.shape[0], group_sizes_E)
-    x = _pad_rows(x_MI, tiles.rows)
 
     def body(tile, out):
-        expert, start, _ = tiles.locate(tile)
-        y = _dot(_rows(x, start, tiles.rows), _matrix(weight, expert, x.dtype), transpose=isinstance(weight, Mxfp4Weight))
-        y = (y + bias_EO[expert].astype(jnp.float32)).astype(x.dtype)
-        # A tile may reach into the next expert's rows; tiles come in order, so that expert overwrites them.
-        return jax.lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
+        expert, start, mine = tiles.locate(tile)
+        y = _dot(_rows(x_MI, start, tiles.rows), _matrix(weight, expert, x_MI.dtype), transpose=isinstance(weight, Mxfp4Weight))
+        return _put_rows(out, (y + bias_EO[expert].astype(jnp.float32)).astype(x_MI.dtype), start, mine)
 
-    out = jnp.zeros((x.shape[0], bias_EO.shape[1]), x.dtype)
-    out = jax.lax.fori_loop(0, tiles.count, body, out)[: x_MI.shape[0]]
-    return jnp.where((jnp.arange(x_MI.shape[0]) < tiles.total)[:, None], out, 0)
+    out = jnp.zeros((x_MI.shape[0], bias_EO.shape[1]), x_MI.dtype)
+    return jax.lax.fori_loop(0, tiles.count, body, out) if len(out) else out
 
 
 def _forward_rule(x_MI, weight, bias_EO, group_sizes_E):
@@ -43,23 +39,20 @@ def backward(residuals, g_MO):
     x_MI, weight, bias_EO, group_sizes_E = residuals
     packed = isinstance(weight, Mxfp4Weight)
     tiles = _Tiles(x_MI.shape[0], group_sizes_E)
-    x, g = _pad_rows(x_MI, tiles.rows), _pad_rows(g_MO, tiles.rows)
 
     def body(tile, carry):
         dx, dweight, dbias = carry
         expert, start, mine = tiles.locate(tile)
-        g_tile = jnp.where(mine[:, None], _rows(g, start, tiles.rows), 0)
-        dx_tile = _dot(g_tile, _matrix(weight, expert, x.dtype), transpose=not packed).astype(x.dtype)
-        dx = jax.lax.dynamic_update_slice_in_dim(dx, dx_tile, start, axis=0)
+        g_tile = jnp.where(mine[:, None], _rows(g_MO, start, tiles.rows), 0)
+        dx = _put_rows(dx, _dot(g_tile, _matrix(weight, expert, x_MI.dtype), transpose=not packed).astype(x_MI.dtype), start, mine)
         dbias = dbias.at[expert].add(g_tile.astype(jnp.float32).sum(axis=0))
         if not packed:
-            dweight = dweight.at[expert].add(_dot(_rows(x, start, tiles.rows).T, g_tile, transpose=False))
+            dweight = dweight.at[expert].add(_dot(_rows(x_MI, start, tiles.rows).T, g_tile, transpose=False))
         return dx, dweight, dbias
 
     dweight = jnp.zeros(() if packed else weight.shape, jnp.float32)
-    carry = jnp.zeros_like(x), dweight, jnp.zeros(bias_EO.shape, jnp.float32)
+    carry = jnp.zeros_like(x_MI), dweight, jnp.zeros(bias_EO.shape, jnp.float32)
     dx, dweight, dbias = jax.lax.fori_loop(0, tiles.count, body, carry)
-    dx = jnp.where((jnp.arange(x_MI.shape[0]) < tiles.total)[:, None], dx[: x_MI.shape[0]], 0)
     if packed:
         dweight = Mxfp4Weight(*(np.zeros(part.shape, jax.dtypes.float0) for part in weight))
     else:
@@ -75,18 +68,19 @@ class _Tiles:
 
     def __init__(self, num_rows: int, group_sizes_E):
         mean = -(-num_rows // group_sizes_E.shape[0])
-        self.rows = min(_LARGEST_TILE, 1 << (mean - 1).bit_length())
+        self.rows = min(_LARGEST_TILE, 1 << (mean - 1).bit_length(), max(num_rows, 1))
         tiles_E = -(-group_sizes_E // self.rows)
         self._last_tile_E, self._last_row_E = jnp.cumsum(tiles_E), jnp.cumsum(group_sizes_E)
         self._tiles_E, self._sizes_E = tiles_E, group_sizes_E
-        self.count, self.total = self._last_tile_E[-1], self._last_row_E[-1]
+        self._latest_start, self.count = num_rows - self.rows, self._last_tile_E[-1]
 
     def locate(self, tile):
-        """Return (expert, first row, which of the tile's rows are the expert's own)."""
+        """Return (expert, first row, which of the tile's rows are its own: others' are before it where the array would end, or after it)."""
         expert = jnp.searchsorted(self._last_tile_E, tile, side="right").astype(jnp.int32)
         first = self._last_row_E[expert] - self._sizes_E[expert]
         start = first + (tile - self._last_tile_E[expert] + self._tiles_E[expert]) * self.rows
-        return expert, start, start + jnp.arange(self.rows) < self._last_row_E[expert]
+        row = jnp.minimum(start, self._latest_start) + jnp.arange(self.rows)
+        return expert, row[0], (row >= start) & (row < self._last_row_E[expert])
 
 
 def _matrix(weight, expert, dtype):
@@ -105,5 +99,7 @@ def _rows(x, start, count):
     return jax.lax.dynamic_slice_in_dim(x, start, count, axis=0)
 
 
-def _pad_rows(x, count):
-    return jnp.pad(x, ((0, count), (0, 0)))
+def _put_rows(out, values, start, mine):
+    """Write the rows that are `mine`: copies of whole arrays, to pad them or to cut them, would be the largest of a training step."""
+    values = jnp.where(mine[:, None], values, _rows(out, start, len(mine)))
+    return jax.lax.dynamic_update_slice_in_dim(out, values, start, axis=0)
