@@ -44,9 +44,12 @@ def quickly_compiled():
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory):
     """SMALL with random weights, experts packed."""
-    path = tmp_path_factory.mktemp("small") / "checkpoint"
-    weights = initialize(declare(SMALL, dtype="float32", packed=False), 1, stddev=0.3)
-    checkpoint.save_huggingface(path, SMALL, {name: value + 0.1 if value.ndim < 3 else value for name, value in weights.items()})
+    return save_checkpoint(tmp_path_factory.mktemp("small") / "checkpoint", SMALL)
+
+
+def save_checkpoint(path, model):
+    weights = initialize(declare(model, dtype="float32", packed=False), 1, stddev=0.3)
+    checkpoint.save_huggingface(path, model, {name: value + 0.1 if value.ndim < 3 else value for name, value in weights.items()})
     return path
 
 

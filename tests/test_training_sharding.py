@@ -12,7 +12,7 @@ from gptoss_jax.training.config import MeshConfig, TrainingConfigError
 from gptoss_jax.training.state import abstract_state, initial_state, place_batch, resolve, training_mesh
 from gptoss_jax.training.step import make_train_step
 
-STEPS = 5
+STEPS = 20
 
 
 def losses_of(path, mesh=MeshConfig(), **train):
