@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
+from test_step import quickly_compiled  # noqa: F401 (a fixture)
 
 from gptoss_jax.kernels.attention import reference
 from gptoss_jax.model import ring
@@ -53,7 +54,7 @@ def results(attend, q, k, v, sinks, g, tags):
     return out, *pull_back(g)
 
 
-@pytest.mark.parametrize("window", [None, 1, 6, 7, 8, 13])  # shards of 6: a window of 7 reaches one shard back, 8 two, all others see more
+@pytest.mark.parametrize("window", [None, 1, 7, 8])  # shards of 6: a window of 7 reaches one shard back, of 8 two
 def test_attention_and_gradients_of_split_rows_are_those_of_whole_rows(window):
     mesh, tags = make_mesh(tensor=2, context=4), packed_rows(24)
     ours, expected = (jax.jit(functools.partial(results, attend, tags=tags))(*arrays(24)) for attend in (split(mesh, window), whole(window)))
