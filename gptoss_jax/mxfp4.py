@@ -61,8 +61,8 @@ def encode(values, *, steady: bool = False):
     steady: numbers that came from MXFP4 and moved a little go back to where they came from. A largest magnitude of 4 that moved to 3.999 has
     a smaller logarithm: by the specification's rule it would saturate in half the scale, at 3. Here what rounds up to the next power of two
     (7 and more of 8) has that one's scale.
-    Values must be finite: an infinity or NaN has no code; numpy input holding one raises
-    Mxfp4Error, traced input can't be checked (NaN becomes 6 there).
+    Values must be finite: an infinity or NaN has no code; numpy input holding one raises Mxfp4Error, traced input can't be checked (NaN
+    becomes 6 there).
     """
     if values.shape[-1] % BLOCK:
         raise Mxfp4Error(f"values {values.shape}: last dim is {values.shape[-1]}, expected a multiple of {BLOCK}")

@@ -50,7 +50,8 @@ def main(part=0, parts=1):
         difference = np.abs(found / expected[mode] - 1).max()
         failed |= difference > TOLERANCE[mode]
         axes = " x ".join(f"{axis} {size}" for axis, size in vars(mesh).items() if size > 1)
-        print(f"{'! ' if difference > TOLERANCE[mode] else '  '}{mode:4} {axes:36} {transport:10} {difference:.1e}  {time.monotonic() - began:4.1f} s", flush=True)
+        mark = "!" if difference > TOLERANCE[mode] else " "
+        print(f"{mark} {mode:4} {axes:36} {transport:10} {difference:.1e}  {time.monotonic() - began:4.1f} s", flush=True)
     return int(failed)
 
 

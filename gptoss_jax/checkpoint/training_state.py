@@ -25,8 +25,8 @@ class StateStore:
     """Numbered checkpoints in a directory; each appears complete or not at all.
 
     keep: so many of the newest stay, and with keep_best so many of those with the lowest `metric`; the others go. Saving runs in the
-    background (arrays are copied first); `check` looks after it and `close` waits for it. The directory belongs to one job at a time: what an interrupted save
-    left there is removed.
+    background (arrays are copied first); `check` looks after it and `close` waits for it. The directory belongs to one job at a time: what
+    an interrupted save left there is removed.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2, keep_best: int = 0, metric: str = "eval_loss"):

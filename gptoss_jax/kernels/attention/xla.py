@@ -18,7 +18,7 @@ from gptoss_jax.kernels.attention import reference
 BLOCK = 128  # prefill of 512 tokens of the 20b shape on two CPU cores: 488 tokens/s, 396 with 512
 _DENSE_SCORES = 1 << 17  # up to here one matrix of scores is smaller than what surrounds it, and faster
 _EMPTY = -1  # position of padding: of a key nobody sees, of a query nobody reads
-LOWEST = -1e30  # instead of -inf, whose differences are NaN
+_LOWEST = -1e30  # instead of -inf, whose differences are NaN
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_segments=None, k_segments=None, window=None):
@@ -46,7 +46,7 @@ def _blockwise(q, k, v, sinks, q_tags, k_tags, window):
 
 
 def forward(q, k, v, sinks, q_tags, k_tags, window):
-    """Return (attention [B, T, N, H] in q's dtype, its top score, the sum of exp(score - top)), the last two float32 [B, T, N], of whole blocks.
+    """Return (attention [B, T, N, H] in q's dtype; its top score and the sum of exp(score - top), float32 [B, T, N]), of whole blocks.
 
     sinks: float32 [N] or, for a part of the keys that is to be merged with others, None: where a query sees none of them, the top is so
     low that the part weighs nothing. The sum's logarithm isn't taken, as that would round it where the top is large.
@@ -54,7 +54,7 @@ def forward(q, k, v, sinks, q_tags, k_tags, window):
     B, T, N, H = q.shape
     K, G = k.shape[2], N // k.shape[2]
     rows, cols = min(BLOCK, T), min(BLOCK, k.shape[1])
-    first_top = jnp.full((1, K, G, 1), LOWEST) if sinks is None else sinks.reshape(1, K, G, 1)
+    first_top = jnp.full((1, K, G, 1), _LOWEST) if sinks is None else sinks.reshape(1, K, G, 1)
     bounds = _block_bounds(k_tags, cols)
 
     def one_query_block(_, i):
@@ -152,7 +152,7 @@ _blockwise.defvjp(_forward_rule, _backward_rule)
 def _scores(q_BTKGH, k_BSKH, q_tags, k_tags, window):
     scores = _einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * (1 / math.sqrt(q_BTKGH.shape[-1]))
     seen = reference.visible(q_tags[0], k_tags[0], q_tags[1], k_tags[1], window)
-    return jnp.where(seen[:, None, None], scores, LOWEST)
+    return jnp.where(seen[:, None, None], scores, _LOWEST)
 
 
 def _block_bounds(k_tags, cols):
