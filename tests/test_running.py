@@ -27,7 +27,7 @@ from gptoss_jax.training.state import declare_trained, resolve
 from gptoss_jax.training.synthetic import clock
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 20
+STEPS = 8
 CONFIGS, LAUNCH = sorted((ROOT / "configs").glob("*.yaml")), ROOT / "launch"
 TINY_VOCABULARY = ROOT / "gptoss_jax" / "assets" / "tiny" / "tokenizer.model"
 SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=4 "
@@ -311,7 +311,7 @@ def test_model_flops_are_counted_by_what_is_active_and_what_is_trained():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of 20 steps that nothing interrupts, on one device."""
+    """A run of 8 steps that nothing interrupts, on one device."""
     directory = tmp_path_factory.mktemp("whole")
     assert finetune.main(words(directory, f"--run.steps={STEPS}", "--run.save_every_steps=3")) == 0
     return directory
