@@ -24,6 +24,7 @@ BLOCK_BYTES = BLOCK // 2
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _SCALE_BIAS = 127
 _MAX_EXPONENT = 2  # of e2m1: its largest value is 1.5 * 2^2
+_QUARTER = 1 << 21  # of a float32's mantissa: carries 1.75 and more into the exponent
 
 
 class Mxfp4Error(ValueError):
@@ -51,13 +52,17 @@ def decode(blocks, scales, dtype="float32"):
     return values.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK)
 
 
-def encode(values):
+def encode(values, *, steady: bool = False):
     """Encode numbers as MXFP4, rounding to nearest even (OCP MX v1.0, section 6.3).
 
     values: float [..., C * 32], numpy or JAX. Returns (blocks uint8 [..., C, 16], scales uint8 [..., C]) of the same kind.
     The scale is 2^(floor(log2 of the block's largest magnitude) - 2); what rounds past 6 saturates to 6. A block of zeros gets the
-    scale byte 0 and keeps its signs. Values must be finite: an infinity or NaN has no code; numpy input holding one raises
-    Mxfp4Error, traced input can't be checked (NaN becomes 6 there).
+    scale byte 0 and keeps its signs.
+    steady: numbers that came from MXFP4 and moved a little go back to where they came from. A largest magnitude of 4 that moved to 3.999 has
+    a smaller logarithm: by the specification's rule it would saturate in half the scale, at 3. Here what rounds up to the next power of two
+    (7 and more of 8) has that one's scale.
+    Values must be finite: an infinity or NaN has no code; numpy input holding one raises Mxfp4Error, traced input can't be checked (NaN
+    becomes 6 there).
     """
     if values.shape[-1] % BLOCK:
         raise Mxfp4Error(f"values {values.shape}: last dim is {values.shape[-1]}, expected a multiple of {BLOCK}")
@@ -68,7 +73,8 @@ def encode(values):
     bits = groups.view(np.uint32) if xp is np else jax.lax.bitcast_convert_type(groups, jnp.uint32)
     sign = (bits >> 31).astype(xp.uint8) << 3
     magnitude_bits = bits & xp.uint32(0x7FFFFFFF)
-    exponent = (magnitude_bits.max(axis=-1) >> 23).astype(xp.int32) - 127  # floor(log2), by the bits: exact, denormals at the bottom
+    largest_bits = magnitude_bits.max(axis=-1) + xp.uint32(_QUARTER if steady else 0)
+    exponent = (largest_bits >> 23).astype(xp.int32) - 127  # floor(log2), by the bits: exact, denormals at the bottom
     scale = xp.clip(exponent - _MAX_EXPONENT + _SCALE_BIAS, 0, 254)
     if xp is np:
         scaled = np.ldexp(np.abs(groups), _SCALE_BIAS - scale[..., None])
@@ -89,12 +95,12 @@ _ROUND_UP_FROM = ((0.25, True), (0.75, False), (1.25, True), (1.75, False), (2.5
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def fake_quantize(values, axis=-1):
-    """Round numbers to the MXFP4 grid, blocks of 32 along `axis`: exactly what `encode` then `decode` give, in the same dtype.
+    """Round numbers to the MXFP4 grid, blocks of 32 along `axis`: exactly what steady `encode` then `decode` give, in the same dtype.
 
     The gradient passes straight through (Bengio et al. 2013), so that a model can be trained on the grid it will be stored in.
     """
     moved = jnp.moveaxis(values, axis, -1)
-    return jnp.moveaxis(decode(*encode(moved), dtype=values.dtype), -1, axis)
+    return jnp.moveaxis(decode(*encode(moved, steady=True), dtype=values.dtype), -1, axis)
 
 
 fake_quantize.defvjp(lambda values, axis: (fake_quantize(values, axis), None), lambda axis, _, gradient: (gradient,))

@@ -103,7 +103,7 @@ def test_an_expert_that_was_not_trained_keeps_its_bytes(small_checkpoint, tmp_pa
             assert same == [True, True] if expert == 3 else not same[0]
             a, b = (np.asarray(trained[f"{stem}_lora_{part}"][expert]) for part in "AB")
             matrix = mxfp4.decode(*old).T + 2 * a @ b
-            expected = mxfp4.decode(*mxfp4.encode(np.ascontiguousarray(matrix.T)))
+            expected = mxfp4.decode(*mxfp4.encode(np.ascontiguousarray(matrix.T), steady=True))
             assert (mxfp4.decode(*new) == expected).mean() > 0.999  # a product summed in another order may round to the other side
 
 

@@ -27,6 +27,7 @@ from gptoss_jax.training.state import declare_trained, resolve
 from gptoss_jax.training.synthetic import clock
 
 ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 8
 CONFIGS, LAUNCH = sorted((ROOT / "configs").glob("*.yaml")), ROOT / "launch"
 TINY_VOCABULARY = ROOT / "gptoss_jax" / "assets" / "tiny" / "tokenizer.model"
 SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=4 "
@@ -176,17 +177,23 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay_loadable(tmp_path)
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_save_that_fails_in_the_background_is_told_by_the_next(tmp_path, monkeypatch):
-    store = StateStore(tmp_path)
-    store.save(1, {"weights": jnp.zeros(8)}, {"step": 1})
+def test_a_save_that_fails_in_the_background_is_told_at_the_next_look(tmp_path, monkeypatch):
+    store, state = StateStore(tmp_path), {"weights": jnp.zeros(8)}
+    store.save(1, state, {"step": 1})
     store.close()
+    store.check()
 
-    def full(*_, **__):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store._checkpointer, "save_checkpointables_async", full)
+    monkeypatch.setattr(store._checkpointer._manager, "_finalize_checkpoint", full)
+    store.save(2, state, {"step": 1})
     with pytest.raises(CheckpointError, match="a checkpoint can't be saved: no space left on the disk; step 1 is the newest complete one"):
-        store.save(2, {"weights": jnp.zeros(8)}, {"step": 1})
+        for _ in range(1000):
+            store.check()
+            time.sleep(0.01)
+    store.check()  # it is told once
+    store.close()
 
 
 # --- a run's directory -------------------------------------------------------------------------------------------------------------
@@ -306,23 +313,23 @@ def test_model_flops_are_counted_by_what_is_active_and_what_is_trained():
 def whole(tmp_path_factory):
     """A run of 8 steps that nothing interrupts, on one device."""
     directory = tmp_path_factory.mktemp("whole")
-    assert finetune.main(words(directory, "--run.steps=8", "--run.save_every_steps=3")) == 0
+    assert finetune.main(words(directory, f"--run.steps={STEPS}", "--run.save_every_steps=3")) == 0
     return directory
 
 
 def test_sigterm_saves_and_ends_with_143_and_the_same_command_goes_on(tmp_path, whole, capsys, monkeypatch):
-    command = words(tmp_path, "--run.steps=8", "--run.save_every_steps=100")
+    command = words(tmp_path, f"--run.steps={STEPS}", "--run.save_every_steps=100")
     with monkeypatch.context() as patch:
         after_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert finetune.main(command) == 143
-    assert "SIGTERM: step 5 of 8 is saved; the same command goes on from there" in capsys.readouterr().err
+    assert f"SIGTERM: step 5 of {STEPS} is saved; the same command goes on from there" in capsys.readouterr().err
     assert finetune.main(command) == 0
     assert exported(tmp_path) == exported(whole)
     assert [line["loss"] for line in metrics(tmp_path)] == [line["loss"] for line in metrics(whole)]
 
 
 def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else(tmp_path, whole, capsys):
-    command = words(tmp_path, "--run.steps=8", "--run.save_every_steps=1")
+    command = words(tmp_path, f"--run.steps={STEPS}", "--run.save_every_steps=1")
     run = subprocess.Popen([sys.executable, "-m", "gptoss_jax.finetune", *command], cwd=ROOT, stderr=subprocess.DEVNULL,
                            env=os.environ | {"PYTHONPATH": str(ROOT)})
     while run.poll() is None and not any((tmp_path / "checkpoints").glob("[23]*")):
@@ -382,15 +389,15 @@ def start_together(command, count):
 
 
 def test_two_processes_of_four_devices_train_as_one_process_does(tmp_path, whole, capsys):
-    command = words(tmp_path, "--run.steps=8", "--run.save_every_steps=3", "--mesh.data=2", "--mesh.expert=4")
+    command = words(tmp_path, f"--run.steps={STEPS}", "--run.save_every_steps=3", "--mesh.data=2", "--mesh.expert=4")
     first, second = [(run.communicate(timeout=200), run.returncode) for run in start_together(command, 2)]
     assert (first[1], second[1]) == (0, 0), (first, second)
-    assert "step 8/8" in first[0][1] and "step" not in second[0][1]  # one of them reports
+    assert f"step {STEPS}/{STEPS}" in first[0][1] and "step" not in second[0][1]  # one of them reports
     losses, expected = ([line["loss"] for line in metrics(directory)] for directory in (tmp_path, whole))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)  # float32 sums in another order
     assert len(exported(tmp_path)) == len(exported(whole))
-    assert finetune.main(words(tmp_path, "--run.steps=9", "--run.save_every_steps=3")) == 0  # on another mesh: one device
-    assert "resumed from step 8" in capsys.readouterr().err
+    assert finetune.main(words(tmp_path, f"--run.steps={STEPS + 1}", "--run.save_every_steps=3")) == 0  # on another mesh: one device
+    assert f"resumed from step {STEPS}" in capsys.readouterr().err
 
 
 def test_a_start_by_nothing_that_jax_knows_is_one_line():

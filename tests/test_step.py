@@ -1,6 +1,7 @@
 """One training step: against PyTorch, and the same whatever is kept in memory, in parts or at a time."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,12 @@ def quickly_compiled():
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory):
     """SMALL with random weights, experts packed."""
-    path = tmp_path_factory.mktemp("small") / "checkpoint"
-    weights = initialize(declare(SMALL, dtype="float32", packed=False), 1, stddev=0.3)
-    checkpoint.save_huggingface(path, SMALL, {name: value + 0.1 if value.ndim < 3 else value for name, value in weights.items()})
+    return save_checkpoint(tmp_path_factory.mktemp("small") / "checkpoint", SMALL)
+
+
+def save_checkpoint(path, model):
+    weights = initialize(declare(model, dtype="float32", packed=False), 1, stddev=0.3)
+    checkpoint.save_huggingface(path, model, {name: value + 0.1 if value.ndim < 3 else value for name, value in weights.items()})
     return path
 
 
@@ -177,6 +181,19 @@ def test_the_export_of_quantised_training_computes_what_its_last_forward_did(tmp
     np.testing.assert_allclose(logits, apply(used), atol=2e-5)
     total, count = loss.cross_entropy(logits, batch.targets, batch.loss_weights)
     np.testing.assert_allclose(total / count, make_eval_step(config)(state.trained, frozen, batch)["loss"], rtol=1e-6)
+
+
+def test_quantised_training_starts_at_the_checkpoint_and_tiny_steps_stay_there():
+    """Of the embedded checkpoint's blocks a third have 4 as their largest magnitude, and another scale when that becomes smaller."""
+    config = configured("tiny", mode="qat")
+    weights = initial_state(config, optax.sgd(1.0))[0].trained
+    rng = np.random.default_rng(0)
+    moved = {name: value + 1e-6 * rng.choice([-1, 1], value.shape).astype(np.float32) for name, value in weights.items()}
+    for name, used in model_weights(config, moved, {}).items():
+        if re.search("gate_up_proj$|down_proj$", name):
+            np.testing.assert_array_equal(used, weights[name], err_msg=name)
+        else:
+            np.testing.assert_allclose(used, weights[name], rtol=2**-7, atol=2e-6, err_msg=name)
 
 
 def test_gradients_pass_straight_through_the_grid():

@@ -14,7 +14,7 @@ from gptoss_jax.training.optimizer import make_optimizer
 from gptoss_jax.training.state import abstract_state, initial_state, place_batch, resolve, training_mesh
 from gptoss_jax.training.step import make_train_step
 
-STEPS = 5
+STEPS = 20
 
 
 def losses_of(path, mesh=MeshConfig(), **train):
@@ -40,8 +40,9 @@ def expected(small_checkpoint):  # noqa: F811
 
 @pytest.mark.parametrize(("mode", "mesh", "train"), [
     ("lora", MeshConfig(data=2, fsdp=2, expert=2), {}),
+    ("lora", MeshConfig(expert=2, tensor=2, context=2), {"expert_transport": "all_to_all"}),
     ("full", MeshConfig(fsdp=2, tensor=2, context=2), {"microbatches": 2}),
-    ("full", MeshConfig(expert=2, tensor=2, context=2), {"expert_transport": "all_to_all"}),
+    ("full", MeshConfig(expert=2, context=4), {}),
 ], ids=str)
 def test_losses_on_a_mesh_are_those_of_one_device(mode, mesh, train, small_checkpoint, expected):  # noqa: F811
     np.testing.assert_allclose(losses_of(small_checkpoint, mesh, mode=mode, **train), expected[mode], rtol=1e-5)

@@ -25,8 +25,8 @@ class StateStore:
     """Numbered checkpoints in a directory; each appears complete or not at all.
 
     keep: so many of the newest stay, and with keep_best so many of those with the lowest `metric`; the others go. Saving runs in the
-    background (arrays are copied first); `close` waits for it. The directory belongs to one job at a time: what an interrupted save
-    left there is removed.
+    background (arrays are copied first); `check` looks after it and `close` waits for it. The directory belongs to one job at a time: what
+    an interrupted save left there is removed.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2, keep_best: int = 0, metric: str = "eval_loss"):
@@ -39,6 +39,7 @@ class StateStore:
                                     keep_checkpoints_without_metrics=False))
         self._checkpointer = ocp.training.Checkpointer(
             self._directory, preservation_policy=_KEPT.AnyPreservationPolicy(kept))
+        self._saving = False  # or nobody has looked yet how it went
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the tracebacks of failures that it raises as well
 
     def latest_step(self) -> int | None:
@@ -67,6 +68,14 @@ class StateStore:
             return
         with self._failing():  # forced: otherwise a save that comes while another is being written is left out
             self._checkpointer.save_checkpointables_async(step, {"state": state, "record": record}, metrics=metrics, force=True)
+        self._saving = True
+
+    def check(self) -> None:
+        """Raise CheckpointError when a save has failed in the background. Waits for nothing: to be called after every step."""
+        if self._saving and not self._checkpointer.is_saving_in_progress():
+            self._saving = False
+            with self._failing():
+                self._checkpointer.wait()
 
     def record(self, step: int) -> dict[str, Any]:
         """Return the JSON object of a step. Raises CheckpointError when it can't be read."""

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax import sharding
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.kernels.attention import attention
-from gptoss_jax.model import cache as cache_lib
+from gptoss_jax.model import cache as cache_lib, ring
 from gptoss_jax.model.linear import Linear
 from gptoss_jax.model.rope import rotate
 
@@ -50,22 +50,22 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(B, T, -1), mesh=mesh), cache
 
     def _attend(self, q, k, v, sinks, *tags, mesh, order):
-        """Attend, each device for its rows and heads; where `context` splits the rows' tokens, to the keys of all devices of a row.
+        """Attend, each device for its rows and heads and, where `context` splits the rows' tokens, for its tokens.
 
         tags: positions of queries and of keys, segments of both or None; order: of `attention`.
         """
 
         def local(q, k, v, sinks, *tags):
-            if context is not None:
-                k, v, *key_tags = (None if x is None else jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v, *tags[1::2]))
-                tags = (tags[0], key_tags[0], tags[2], key_tags[1])
             names = ("q_positions", "k_positions", "q_segments", "k_segments")
-            return attention(q, k, v, sinks, **dict(zip(names, tags)), window=self.window, order=order if context is None else None)
+            return attention(q, k, v, sinks, **dict(zip(names, tags)), window=self.window, order=order)
 
-        context = None
+        def part_of_rows(q, k, v, sinks, positions, _, segments, __):
+            return ring.attention(q, k, v, sinks, positions=positions, segments=segments, window=self.window, axis=context)
+
         if mesh is None or mesh.size == 1:
             return local(q, k, v, sinks, *tags)
         rows, context, heads, _ = sharding.compute_spec(k.shape, ("batch", "tokens" if order == "aligned" else None, "kv_heads", None), mesh)
         wide, narrow = P(rows, context, heads), P(rows, context)
-        run = jax.shard_map(local, mesh=mesh, in_specs=(wide, wide, wide, P(heads), *(narrow,) * 4), out_specs=wide, check_vma=False)
+        run = jax.shard_map(local if context is None else part_of_rows, mesh=mesh, in_specs=(wide, wide, wide, P(heads), *(narrow,) * 4),
+                            out_specs=wide, check_vma=False)
         return run(q, k, v, sinks, *tags)

@@ -82,7 +82,8 @@ class _Run:
         self.questions, self.answer = [], None
         if run.answer_every_steps and answer_with is not None:
             if jax.process_count() > 1:
-                self.reporter.say("run.answer_every_steps: left out, answers are given in runs of one process")
+                self.reporter.say(f"run.answer_every_steps: left out in a run of {jax.process_count()} processes, as generating takes a model "
+                                  "whose weights one process holds")
             else:
                 self.questions, self.answer = source.questions(run.answers), answer_with(tokenizer, run.answer_tokens)
 
@@ -140,6 +141,7 @@ class _Run:
                                 f"enough for run.steps, {run.steps}")
         self.state, metrics = self.train_step(self.state, self.frozen, place_batch(data.to_batch(rows), self.mesh))
         self.step += 1
+        self.store.check()
         self.pending.append((self.step, metrics, rows))
 
         def due(every: int | None) -> bool:

@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels.attention import reference
+from gptoss_jax.kernels.attention import reference, xla
 
 try:
     from jax._src.cudnn import fused_attention_stablehlo as fused
@@ -62,16 +62,12 @@ def forward(q, k, v, sinks, tags, window, order):
 
 
 def backward(q, k, v, sinks, tags, out, lse, g, window):
-    """Return the gradients of q, k, v and sinks for order "aligned". out, lse: of `forward`.
-
-    The sink is a key of logit `sink` whose value is zero: dsink = -P_sink * sum(g * out).
-    """
+    """Return the gradients of q, k, v and sinks for order "aligned". out, lse: of `forward`."""
     H = q.shape[-1]
     wide_q, wide_k, wide_v = _with_segments(q, k, v, tags["q_segments"])
     extra = [(0, 0)] * 3 + [(0, wide_q.shape[-1] - H)]
     grads = _backward(wide_q, wide_k, wide_v, lse, jnp.pad(out, extra), jnp.pad(g.astype(q.dtype), extra), scale=H**-0.5, window=window)
-    delta = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    dsinks = -(jnp.exp(sinks.astype(jnp.float32) - lse) * delta).sum(axis=(0, 1))
+    _, dsinks = xla.delta_and_sink_gradient(sinks, out, lse, g)
     return *(grad[..., :H] for grad in grads), dsinks.astype(sinks.dtype)
 
 

@@ -27,26 +27,34 @@ def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_se
     if T * S <= _DENSE_SCORES:
         return reference.attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, q_positions=q_positions, k_positions=k_positions,
                                    q_segments=q_segments, k_segments=k_segments, window=window)
-    if q_segments is None:
-        q_segments, k_segments = jnp.zeros_like(q_positions), jnp.zeros_like(k_positions)
-    q_pad, k_pad = -T % min(BLOCK, T), -S % min(BLOCK, S)
-    out = _blockwise(
-        _pad(q_BTNH, q_pad, 0), _pad(k_BSKH, k_pad, 0), _pad(v_BSKH, k_pad, 0), sinks_N.astype(jnp.float32),
-        (_pad(q_positions, q_pad, _EMPTY), _pad(q_segments, q_pad, _EMPTY)),
-        (_pad(k_positions, k_pad, _EMPTY), _pad(k_segments, k_pad, _EMPTY)), window)
-    return out[:, :T]
+    q, q_tags = whole_blocks((q_BTNH,), q_positions, q_segments)
+    keys, k_tags = whole_blocks((k_BSKH, v_BSKH), k_positions, k_segments)
+    return _blockwise(*q, *keys, sinks_N.astype(jnp.float32), q_tags, k_tags, window)[:, :T]
+
+
+def whole_blocks(arrays, positions_BT, segments_BT):
+    """Return (arrays [B, T, ...], their tags: positions and segments) with T padded to whole blocks."""
+    T = positions_BT.shape[1]
+    pad = -T % min(BLOCK, T)
+    segments_BT = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
+    return tuple(_pad(x, pad, 0) for x in arrays), (_pad(positions_BT, pad, _EMPTY), _pad(segments_BT, pad, _EMPTY))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _blockwise(q, k, v, sinks, q_tags, k_tags, window):
-    return _forward(q, k, v, sinks, q_tags, k_tags, window)[0]
+    return forward(q, k, v, sinks, q_tags, k_tags, window)[0]
 
 
-def _forward(q, k, v, sinks, q_tags, k_tags, window):
+def forward(q, k, v, sinks, q_tags, k_tags, window):
+    """Return (attention [B, T, N, H] in q's dtype; its top score and the sum of exp(score - top), float32 [B, T, N]), of whole blocks.
+
+    sinks: float32 [N] or, for a part of the keys that is to be merged with others, None: where a query sees none of them, the top is so
+    low that the part weighs nothing. The sum's logarithm isn't taken, as that would round it where the top is large.
+    """
     B, T, N, H = q.shape
     K, G = k.shape[2], N // k.shape[2]
     rows, cols = min(BLOCK, T), min(BLOCK, k.shape[1])
-    sinks_KG = sinks.reshape(K, G)[None, :, :, None]
+    first_top = jnp.full((1, K, G, 1), _LOWEST) if sinks is None else sinks.reshape(1, K, G, 1)
     bounds = _block_bounds(k_tags, cols)
 
     def one_query_block(_, i):
@@ -66,34 +74,52 @@ def _forward(q, k, v, sinks, q_tags, k_tags, window):
             return jax.lax.cond(_meet(tags_i, bounds, j, window), visit, lambda state: state, state)
 
         # The sink opens the softmax: weight one at its own logit, no value.
-        top = jnp.broadcast_to(sinks_KG, (B, K, G, rows))
+        top = jnp.broadcast_to(first_top, (B, K, G, rows))
         state = (jnp.zeros((B, K, G, rows, H), jnp.float32), top, jnp.ones_like(top))
         acc, top, total = jax.lax.fori_loop(0, k.shape[1] // cols, add_key_block, state)
         out = (acc / total[..., None]).astype(q.dtype)
-        return None, (jnp.moveaxis(out, 3, 1).reshape(B, rows, N, H), top + jnp.log(total))
+        return None, tuple(jnp.moveaxis(x, 3, 1).reshape(B, rows, N, *x.shape[4:]) for x in (out, top, total))
 
-    _, (out, lse) = jax.lax.scan(one_query_block, None, jnp.arange(T // rows))
-    return jnp.moveaxis(out, 0, 1).reshape(B, T, N, H), lse  # lse [blocks, B, K, G, rows], the sink included
+    _, parts = jax.lax.scan(one_query_block, None, jnp.arange(T // rows))
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]) for x in parts)
 
 
 def _forward_rule(q, k, v, sinks, q_tags, k_tags, window):
-    out, lse = _forward(q, k, v, sinks, q_tags, k_tags, window)
-    return out, (q, k, v, sinks, q_tags, k_tags, out, lse)
+    out, top, total = forward(q, k, v, sinks, q_tags, k_tags, window)
+    return out, (q, k, v, sinks, q_tags, k_tags, out, top + jnp.log(total))
 
 
 def _backward_rule(window, residuals, g):
-    """dS = P * (dP - delta) with delta = sum(dO * O); the sink is a key of logit `sink` whose value is zero, so dsink = -P_sink * delta."""
     q, k, v, sinks, q_tags, k_tags, out, lse = residuals
+    delta, dsinks = delta_and_sink_gradient(sinks, out, lse, g)
+    gradients = (dx.astype(x.dtype) for x, dx in zip((q, k, v), backward(q, k, v, q_tags, k_tags, lse, delta, g, window)))
+    return *gradients, dsinks, *no_gradients((q_tags, k_tags))
+
+
+def delta_and_sink_gradient(sinks, out, lse, g):
+    """Return (delta = sum(dO * O) [B, T, N], which all scores' gradients share; the sinks' gradient [N]), float32.
+
+    The sink is a key of logit `sink` whose value is zero, so dsink = -P_sink * delta.
+    """
+    delta = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    return delta, -(jnp.exp(sinks.astype(jnp.float32) - lse) * delta).sum(axis=(0, 1))
+
+
+def no_gradients(tags):
+    """Return the gradients of integers: none."""
+    return jax.tree.map(lambda tag: np.zeros(tag.shape, jax.dtypes.float0), tags)
+
+
+def backward(q, k, v, q_tags, k_tags, lse, delta, g, window):
+    """Return the gradients of q, k and v, float32, of whole blocks: dS = P * (dP - delta). k and v may be a part of the keys that `lse` is of."""
     B, T, N, H = q.shape
     K, G = k.shape[2], N // k.shape[2]
     rows, cols = min(BLOCK, T), min(BLOCK, k.shape[1])
     bounds = _block_bounds(k_tags, cols)
-    delta = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)  # [B, T, N]
 
-    def one_query_block(carry, block):
-        i, lse_i = block
+    def one_query_block(carry, i):
         q_i, g_i = (_block(x, i, rows).reshape(B, rows, K, G, H) for x in (q, g))
-        delta_i = jnp.moveaxis(_block(delta, i, rows).reshape(B, rows, K, G), 1, 3)
+        lse_i, delta_i = (jnp.moveaxis(_block(x, i, rows).reshape(B, rows, K, G), 1, 3) for x in (lse, delta))
         tags_i = [_block(tag, i, rows) for tag in q_tags]
 
         def add_key_block(j, state):
@@ -111,18 +137,13 @@ def _backward_rule(window, residuals, g):
 
             return jax.lax.cond(_meet(tags_i, bounds, j, window), visit, lambda state: state, state)
 
-        dk, dv, dsinks = carry
         dq = jnp.zeros((B, rows, K, G, H), jnp.float32)
-        dq, dk, dv = jax.lax.fori_loop(0, k.shape[1] // cols, add_key_block, (dq, dk, dv))
-        sink_weight = jnp.exp(sinks.reshape(K, G)[None, :, :, None] - lse_i)
-        return (dk, dv, dsinks - (sink_weight * delta_i).sum(axis=(0, 3))), dq
+        dq, *carry = jax.lax.fori_loop(0, k.shape[1] // cols, add_key_block, (dq, *carry))
+        return tuple(carry), dq
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    (dk, dv, dsinks), dq = jax.lax.scan(one_query_block, (zeros, zeros, jnp.zeros((K, G), jnp.float32)),
-                                        (jnp.arange(T // rows), lse))
-    dq = jnp.moveaxis(dq, 0, 1).reshape(q.shape).astype(q.dtype)
-    no_gradient = [tuple(np.zeros(tag.shape, jax.dtypes.float0) for tag in tags) for tags in (q_tags, k_tags)]
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), dsinks.reshape(N), *no_gradient
+    (dk, dv), dq = jax.lax.scan(one_query_block, (zeros, zeros), jnp.arange(T // rows))
+    return jnp.moveaxis(dq, 0, 1).reshape(q.shape), dk, dv
 
 
 _blockwise.defvjp(_forward_rule, _backward_rule)
