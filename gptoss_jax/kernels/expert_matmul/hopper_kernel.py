@@ -64,25 +64,44 @@ def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
     return min(num_rows // ALIGNMENT, num_rows // rows + num_experts + 1)
 
 
-def tiles(group_sizes_E, num_rows: int, rows: int):
-    """Cut rows sorted by expert into tiles: int32 [3, T] of expert, first row, number of rows, the last two in ALIGNMENTs; int32 [1], how many.
+class Tiles(NamedTuple):
+    """table: int32 [3, T] of expert, first row, number of rows, the last two in ALIGNMENTs; count: int32 [1], how many of them there are."""
 
-    Group sizes and num_rows are multiples of ALIGNMENT. Rows past the groups' sum belong to expert E. T is the most tiles there can be.
+    table: jax.Array
+    count: jax.Array
+
+
+def tiles(group_sizes_E, num_rows: int, rows: int) -> Tiles:
+    """Cut rows sorted by expert into tiles of at most `rows`.
+
+    Group sizes and num_rows are multiples of ALIGNMENT. Rows past the groups' sum belong to expert E, which means nobody.
     """
     E, height = group_sizes_E.shape[0], rows // ALIGNMENT
     sizes = jnp.append(group_sizes_E, num_rows - group_sizes_E.sum()).astype(jnp.int32) // ALIGNMENT
-    row_end, tile_end = jnp.cumsum(sizes), jnp.cumsum(-(-sizes // height))
+    row_end, tile_end = ends(sizes), ends(-(-sizes // height))
     tile = jnp.arange(_most_tiles(num_rows, E, rows), dtype=jnp.int32)
     expert = jnp.minimum((tile_end <= tile[:, None]).sum(axis=1, dtype=jnp.int32), E)
     first = row_end[expert] - sizes[expert] + (tile - tile_end[expert] + -(-sizes[expert] // height)) * height
-    return jnp.stack([expert, first, jnp.clip(row_end[expert] - first, 0, height)]), tile_end[-1:]
+    return Tiles(jnp.stack([expert, first, jnp.clip(row_end[expert] - first, 0, height)]), tile_end[-1:])
 
 
-def matmul(x_MI, weight, bias_EO, group_sizes_E, plan: Plan, *, limit: float = 0.0, alpha: float = 0.0):
-    """Run the kernel: x bfloat16 [M, in], bias bfloat16 or float32 [E, out]; M and group sizes are multiples of ALIGNMENT.
+def tile_for_each(expert_T) -> Tiles:
+    """Give each of these experts ALIGNMENT rows, in this order: nothing is left to compute."""
+    T = expert_T.shape[0]
+    return Tiles(jnp.stack([expert_T, jnp.arange(T, dtype=jnp.int32), jnp.ones(T, jnp.int32)]), jnp.full(1, T, jnp.int32))
+
+
+def ends(sizes_E):
+    """Return the cumulative sum of few numbers, by comparing: one kernel that fuses with others, where a scan is some."""
+    index = jnp.arange(sizes_E.shape[0])
+    return jnp.where(index <= index[:, None], sizes_E, 0).sum(axis=1, dtype=jnp.int32)
+
+
+def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, limit: float = 0.0, alpha: float = 0.0):
+    """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
-    HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16.
+    HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
     gated = isinstance(weight, HopperGateUpWeight)
     M = x_MI.shape[0]
@@ -190,8 +209,7 @@ def matmul(x_MI, weight, bias_EO, group_sizes_E, plan: Plan, *, limit: float = 0
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))
-    table, count = tiles(group_sizes_E, M, N)
-    out = run(table, count, x_MI, weight.words, weight.scales, bias_EO)
+    out = run(*tiles, x_MI, weight.words, weight.scales, bias_EO)
     return out[0] if splits == 1 else out
 
 
