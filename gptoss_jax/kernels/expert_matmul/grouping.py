@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-_FEW_ROWS = 512  # from here on sorting them is cheaper than comparing each with each
+FEW_ROWS = 512  # from here on sorting them is cheaper than comparing each with each
 
 
 def by_expert(x_TD, expert_TA, weight_TA, experts: int, apply: Callable):
@@ -26,7 +26,7 @@ def by_expert(x_TD, expert_TA, weight_TA, experts: int, apply: Callable):
 def group(expert_M, experts: int):
     """Return (which row comes where when sorted by expert, where each row comes, rows of each expert)."""
     sort, compare = (functools.partial(f, experts=experts) for f in (by_sorting, by_comparing))
-    if expert_M.shape[0] > _FEW_ROWS:
+    if expert_M.shape[0] > FEW_ROWS:
         return sort(expert_M)
     return jax.lax.platform_dependent(expert_M, cuda=compare, default=sort)
 

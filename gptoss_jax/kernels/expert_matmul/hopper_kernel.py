@@ -44,16 +44,21 @@ class Plan(NamedTuple):
         return 40, min(240, each + (each - 40) // self.warpgroups // 8 * 8)
 
 
-def plan(num_rows: int, weight) -> Plan:
-    """Choose tile, step, ring and split for `num_rows` rows over all experts."""
+def tile_rows(num_rows: int, experts: int) -> int:
+    """Return N for so many rows: twice the mean, so that most experts' rows fit one tile."""
+    return min(128, max(ALIGNMENT, 1 << (2 * -(-num_rows // experts) - 1).bit_length()))
+
+
+def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
+    """Choose tile, step, ring and split for `num_rows` rows over all experts. rows: of each tile, where all have as many."""
     E, outs, ins = weight.scales.shape[:3]
-    # Twice the mean, so that most experts' rows fit one tile; no more than there are.
-    rows = min(128, max(ALIGNMENT, 1 << (2 * -(-num_rows // E) - 1).bit_length()), 1 << num_rows.bit_length() - 1)
+    most = num_rows // rows if rows else None
+    rows = rows or min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
     warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
     room = _SHARED_BYTES - warpgroups * rows * GROUP * 4  # beside the rows that are on their way out
     group = warpgroups * (2048 + 128) + rows * 2 * GROUP
     groups = next(n for n in (3, 2, 1) if ins % n == 0 and (n == 1 or room // (n * group) >= _FEWEST_STAGES))
-    units, steps = _most_tiles(num_rows, E, rows) * (outs // warpgroups), ins // groups
+    units, steps = (most or _most_tiles(num_rows, E, rows)) * (outs // warpgroups), ins // groups
     splits = 1
     if isinstance(weight, HopperWeight) and units < SMS:  # few rows: fill the grid with parts of sums
         splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-steps // n))
@@ -65,9 +70,14 @@ def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
 
 
 class Tiles(NamedTuple):
-    """table: int32 [3, T] of expert, first row, number of rows, the last two in ALIGNMENTs; count: int32 [1], how many of them there are."""
+    """Of each tile its expert, first row and number of rows, int32 [T], the last two in ALIGNMENTs; count: int32 [1], how many there are.
 
-    table: jax.Array
+    Arrays apart, not a table: what is constant of them takes no kernel.
+    """
+
+    expert: jax.Array
+    first: jax.Array
+    rows: jax.Array
     count: jax.Array
 
 
@@ -82,13 +92,33 @@ def tiles(group_sizes_E, num_rows: int, rows: int) -> Tiles:
     tile = jnp.arange(_most_tiles(num_rows, E, rows), dtype=jnp.int32)
     expert = jnp.minimum((tile_end <= tile[:, None]).sum(axis=1, dtype=jnp.int32), E)
     first = row_end[expert] - sizes[expert] + (tile - tile_end[expert] + -(-sizes[expert] // height)) * height
-    return Tiles(jnp.stack([expert, first, jnp.clip(row_end[expert] - first, 0, height)]), tile_end[-1:])
+    return Tiles(expert, first, jnp.clip(row_end[expert] - first, 0, height), tile_end[-1:])
 
 
-def tile_for_each(expert_T) -> Tiles:
-    """Give each of these experts ALIGNMENT rows, in this order: nothing is left to compute."""
-    T = expert_T.shape[0]
-    return Tiles(jnp.stack([expert_T, jnp.arange(T, dtype=jnp.int32), jnp.ones(T, jnp.int32)]), jnp.full(1, T, jnp.int32))
+def tiles_of_few(expert_M, experts: int, rows: int):
+    """Give rows of any order slots in tiles of `rows`, by comparing each row with each: five kernels, where sorting them is a dozen.
+
+    Returns (a row for each slot, int32 [S], any where the slot is spare; the slot of each row, int32 [M]; Tiles). An expert of `experts` or more is
+    nobody.
+    """
+    M = expert_M.shape[0]
+    T = min(M, M // rows + experts + 1)
+    row, slot, tile = (jnp.arange(count, dtype=jnp.int32) for count in (M, T * rows, T))
+    expert = jnp.minimum(expert_M, experts)
+    alike = expert == expert[:, None]
+    rank = (alike & (row < row[:, None])).sum(axis=1, dtype=jnp.int32)  # among the rows of its expert
+    opens = rank % rows == 0  # a tile
+    tile_M = (opens & ((expert < expert[:, None]) | alike & (rank <= rank[:, None]))).sum(axis=1, dtype=jnp.int32) - 1
+    slot_M = tile_M * rows + rank % rows
+    expert_T = jnp.where(opens & (tile_M == tile[:, None]), expert, 0).sum(axis=1, dtype=jnp.int32)
+    row_S = jnp.where(slot_M == slot[:, None], row, 0).sum(axis=1, dtype=jnp.int32)
+    return row_S, slot_M, whole_tiles(expert_T, rows, opens.sum(dtype=jnp.int32)[None])
+
+
+def whole_tiles(expert_T, rows: int, count=None) -> Tiles:
+    """Give each of these experts `rows` rows, in this order: nothing is left to compute."""
+    T, height = expert_T.shape[0], rows // ALIGNMENT
+    return Tiles(expert_T, np.arange(T, dtype=np.int32) * height, np.full(T, height, np.int32), np.full(1, T, np.int32) if count is None else count)
 
 
 def ends(sizes_E):
@@ -112,7 +142,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, limit: float = 0.
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = _Interpreted if plan.interpret else _Mosaic
 
-    def body(table, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
+    def body(tile_expert, tile_first, tile_rows, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         units = count[0] * (blocks * splits)
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
@@ -122,7 +152,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, limit: float = 0.
             at = block + i * plan.blocks
             tile, part, column = at // (blocks * splits), at // blocks % splits, at % blocks
             begin, end = part * steps // splits, (part + 1) * steps // splits
-            return tile, column, part, begin, jnp.where(table[0, tile] < E, end - begin, 0)
+            return tile, column, part, begin, jnp.where(tile_expert[tile] < E, end - begin, 0)
 
         @pl.when(me == wgs)
         def _copy():
@@ -130,7 +160,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, limit: float = 0.
 
             def copy_unit(i, done):
                 tile, column, _, begin, length = unit(i)
-                expert, first = table[0, tile], table[1, tile]
+                expert, first = tile_expert[tile], tile_first[tile]
 
                 def copy_step(step, _):
                     at = done + step
@@ -158,7 +188,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, limit: float = 0.
 
             def compute_unit(i, done):
                 tile, column, part, _, length = unit(i)
-                expert, first, rows = table[0, tile], table[1, tile], table[2, tile]
+                expert, first, rows = tile_expert[tile], tile_first[tile], tile_rows[tile]
 
                 def accumulate(acc):
                     def step(step, _):

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, HopperGateUpWeight, HopperWeight
@@ -92,30 +93,34 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned=False, interpret=Non
 def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, limit, alpha, interpret=None):
     """Same result as `expert_mlp` of this package, for bfloat16 rows, a HopperGateUpWeight and a HopperWeight; no look at the device.
 
-    A row a token and expert, in tiles of ALIGNMENT: those of one token need no grouping.
+    The rows of one token need no grouping, a tile each; few rows get tiles by comparing, many by sorting.
     """
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    (T, A), E = expert_TA.shape, gate_up_bias.shape[0]
+    (T, A), E, D = expert_TA.shape, gate_up_bias.shape[0], x_TD.shape[1]
+    rows = ALIGNMENT if T == 1 else hopper_kernel.tile_rows(T * A, E)
     if T == 1:
-        slots, slot_M = A * ALIGNMENT, jnp.arange(A) * ALIGNMENT
-        x_SD, tiles = jnp.broadcast_to(x_TD, (slots, x_TD.shape[1])), hopper_kernel.tile_for_each(expert_TA[0])
+        x_SD, slot_M = jnp.broadcast_to(x_TD, (A * rows, D)), np.arange(A) * rows
+        tiles = hopper_kernel.whole_tiles(expert_TA[0], rows)
+    elif T * A <= grouping.FEW_ROWS:
+        row_S, slot_M, tiles = hopper_kernel.tiles_of_few(expert_TA.reshape(-1), E, rows)
+        x_SD = x_TD[row_S // A]
     else:
         order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
         row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
-        x_SD, slot_M, slots = x_TD[order_M[row_S] // A], slot_M[place_M], len(row_S)
-        tiles = hopper_kernel.tiles(group_sizes_E, slots, _plan(slots, gate_up).rows)  # which both products share
-    h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, _plan(slots, gate_up, interpret), limit=limit, alpha=alpha)
-    plan = _plan(slots, down, interpret)
-    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, plan)
+        x_SD, slot_M = x_TD[order_M[row_S] // A], slot_M[place_M]
+        rows, tiles = None, hopper_kernel.tiles(group_sizes_E, len(row_S), hopper_kernel.plan(len(row_S), gate_up).rows)
+    plans = (_plan(len(x_SD), weight, interpret, rows) for weight in (gate_up, down))
+    h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, next(plans), limit=limit, alpha=alpha)
+    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, plan := next(plans))
     y_TAD = (y[slot_M] if plan.splits == 1 else y[:, slot_M].sum(axis=0)).reshape(T, A, -1).astype(jnp.float32)
     return (y_TAD * weight_TA[..., None]).sum(axis=1)
 
 
-def _plan(slots: int, weight, interpret=None):
+def _plan(slots: int, weight, interpret, rows: int | None = None):
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    plan = hopper_kernel.plan(slots, weight)
+    plan = hopper_kernel.plan(slots, weight, rows)
     return plan._replace(interpret=interpret, blocks=3) if interpret else plan
 
 
