@@ -24,14 +24,17 @@ def arrange(model) -> None:
     Projections become one on a single GPU only. Experts stay as they are, and a line in the log says why, where the Hopper kernel can't run,
     or doesn't compute right on this GPU. Adapters of either keep it as it is. The model may hold jax.ShapeDtypeStructs with shardings.
     """
-    placed = model.embed_tokens.weight.get_raw_value().sharding
-    if placed is None or next(iter(placed.device_set)).platform != "gpu":
-        return
-    device = min(placed.device_set, key=lambda device: device.process_index != jax.process_index())  # one of this process
-    for layer in model.layers:
-        if len(placed.device_set) == 1:
+    gpus = _gpus_of(model.embed_tokens.weight.get_raw_value())
+    for layer in model.layers if gpus else ():
+        if len(gpus) == 1:
             _join_projections(layer.self_attn)
-        _arrange_experts(layer.mlp.experts, device)
+        _arrange_experts(layer.mlp.experts, gpus[0])
+
+
+def _gpus_of(array) -> list[jax.Device]:
+    """Return the GPUs that hold an array, this process's first; none where it lies elsewhere."""
+    held = () if array.sharding is None else array.sharding.device_set
+    return sorted((device for device in held if device.platform == "gpu"), key=lambda device: device.process_index != jax.process_index())
 
 
 def _join_projections(attention: Attention) -> None:

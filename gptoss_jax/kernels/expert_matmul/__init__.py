@@ -43,9 +43,9 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     arguments = x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias
     arranged = isinstance(gate_up, HopperGateUpWeight) and isinstance(down, HopperWeight)
     if implementation == "mosaic_gpu":
+        mosaic_gpu.require("expert_mlp", x_TD, gate_up, gate_up_bias)
         if not arranged:
             raise ValueError("expert_mlp implementation 'mosaic_gpu' needs a HopperGateUpWeight and a HopperWeight")
-        mosaic_gpu.require("expert_mlp", x_TD, gate_up, gate_up_bias)
         return _mlp_on_hopper(*arguments, limit, alpha)
     if implementation == "auto" and arranged and _takes(x_TD, gate_up, gate_up_bias):
         return _mlp_on_hopper(*arguments, limit, alpha)
