@@ -204,8 +204,8 @@ def test_arranged_weights_run_and_have_gradients_where_there_is_no_gpu(caplog):
         scale = float(jnp.abs(theirs.astype(jnp.float32)).max())
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), rtol=2**-5, atol=2**-6 * scale)  # rounded at other places
     assert len([r for r in caplog.records if "mosaic_gpu" in r.message]) == 1
-    (x, chosen, _, _, bias, down, _), sizes = arguments, jnp.asarray([4, 0, 3, 2], jnp.int32)
-    both = [op.expert_matmul(jnp.tile(x, (1, 2)), w, jnp.zeros((4, 64)), sizes) for w in (hopper_layout.pack(down), down)]
+    (x, _, _, _, _, down, bias), sizes = arguments, jnp.asarray([4, 0, 3, 2], jnp.int32)
+    both = [op.expert_matmul(x, w, bias, sizes) for w in (hopper_layout.pack(down), down)]
     np.testing.assert_allclose(*(y.astype(jnp.float32) for y in both), rtol=2**-7, atol=1e-3)
 
 

@@ -113,8 +113,8 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     plans = (_plan(len(x_SD), weight, interpret, rows) for weight in (gate_up, down))
     h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, next(plans), limit=limit, alpha=alpha)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, plan := next(plans))
-    y_TAD = (y[slot_M] if plan.splits == 1 else y[:, slot_M].sum(axis=0)).reshape(T, A, -1).astype(jnp.float32)
-    return (y_TAD * weight_TA[..., None]).sum(axis=1)
+    y_MD = y[slot_M] if plan.splits == 1 else y[:, slot_M].sum(axis=0)
+    return grouping.weighted_sum(y_MD.reshape(T, A, D), weight_TA)
 
 
 def _plan(slots: int, weight, interpret, rows: int | None = None):
