@@ -113,7 +113,7 @@ def begin(arguments, record):
 
 
 def kernels(arguments, record) -> None:
-    """Check the Hopper kernel's order of registers, and every implementation of every op, against the reference; then time them at the model's shapes."""
+    """Check the Hopper kernel's order of registers, and every implementation of every op, against the reference; then time them."""
     config, limits = begin(arguments, record)
     from gptoss_jax.inference import measure
     from gptoss_jax.kernels.expert_matmul import mosaic_gpu
@@ -299,7 +299,8 @@ def transformers_rival(arguments, record) -> None:
     record(what="transformers decode", version=transformers.__version__, batch=1, context=128, dtype="bfloat16", tokens_per_second=16 / seconds)
 
 
-SECTIONS = {"kernels": kernels, "variants": variants, "model": model, "load": load, "torch": torch_ceilings, "triton": triton_rival, "transformers": transformers_rival}
+SECTIONS = {"kernels": kernels, "variants": variants, "model": model, "load": load, "torch": torch_ceilings, "triton": triton_rival,
+            "transformers": transformers_rival}
 
 
 def show(path: pathlib.Path) -> None:

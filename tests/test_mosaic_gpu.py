@@ -217,7 +217,9 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
     interpret = plgpu.InterpretGPUParams()
-    assert hopper_check.disagreement(interpret) is None
+    asked = []
+    jax.make_jaxpr(lambda x: asked.append(hopper_check.disagreement(interpret)) or x)(1.0)  # while a program is traced
+    assert asked == [None]
     monkeypatch.setattr(hopper_check, "CASES", [(HopperWeight, 64, 64, (0, 8))])
     right = hopper_kernel._Interpreted.scale
     with monkeypatch.context() as patch:
@@ -228,7 +230,6 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
     assert mosaic_gpu.device_unmet(hopper) is None  # not here to be asked
     monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
-    monkeypatch.setattr(jax, "devices", lambda: [hopper])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(mosaic_gpu, "wrong_here", lambda: "a kernel that computes right here (found 50.0% wrong)")
     arguments = mlp_arguments(3)

@@ -78,8 +78,8 @@ class Layer(nnx.Module):
 class GptOss(nnx.Module):
     """The model: an nnx.Module and a pytree. A weight's path in it is its Hugging Face name, without the leading `model.`.
 
-    weights: every array by Hugging Face name (`model.weights.declare`), experts packed or dense; or `arrays()` of a model. Activations have the dtype of the
-    embedding. mesh: where the weights lie, if on several devices; `jax.set_mesh` takes precedence.
+    weights: every array by Hugging Face name (`model.weights.declare`), experts packed or dense; or `arrays()` of a model. Activations have
+    the dtype of the embedding. mesh: where the weights lie, if on several devices; `jax.set_mesh` takes precedence.
     """
 
     def __init__(self, config: GptOssConfig, weights: Mapping[str, jax.Array], *, mesh=None):

@@ -36,8 +36,8 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     """Return each token's weighted sum over its experts' down(swiglu(gate_up(x))), float32 [T, D]; differentiable in all but packed weights.
 
     expert: int32 [T, A]; an expert of E or more is somebody else's and adds nothing. gate_up: [E, 2F, D], gate and up interleaved, and down
-    [E, D, F] with their biases as `expert_matmul` takes them, or arranged as HopperGateUpWeight and HopperWeight: then "auto" is "mosaic_gpu", rounded
-    once, where the program runs on a GPU. implementation: as of `expert_matmul`.
+    [E, D, F] with their biases as `expert_matmul` takes them, or arranged as HopperGateUpWeight and HopperWeight: then "auto" is "mosaic_gpu",
+    with h rounded once, where the program runs on a GPU. implementation: as of `expert_matmul`.
     """
     _check(implementation)
     arguments = x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias

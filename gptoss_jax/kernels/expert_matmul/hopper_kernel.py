@@ -8,6 +8,7 @@ multiplies 64 outputs.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -127,6 +128,7 @@ def ends(sizes_E):
     return jnp.where(index <= index[:, None], sizes_E, 0).sum(axis=1, dtype=jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "limit", "alpha"))  # so that a kernel is made once for all layers
 def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, limit: float = 0.0, alpha: float = 0.0):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 

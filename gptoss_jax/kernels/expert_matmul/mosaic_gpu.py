@@ -32,8 +32,8 @@ def unmet(x, weight, bias_EO) -> str | None:
 
 
 def device_unmet(device: jax.Device | None = None) -> str | None:
-    """Return what a device, JAX's first if none is named, lacks; None for a Hopper GPU that computes right, or one that isn't here to be asked."""
-    device = device or jax.devices()[0]
+    """Return what a device lacks, by default this process's first; None for a Hopper GPU that computes right, or one that isn't here to be asked."""
+    device = device or jax.local_devices()[0]
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"a Hopper GPU (found {device.device_kind})"
     return wrong_here() if device in jax.local_devices() else None
