@@ -13,7 +13,7 @@ from gptoss_jax.inference import measure
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.kernels import expert_matmul
 from gptoss_jax.kernels.expert_matmul import mosaic_gpu
-from gptoss_jax.model import GptOss, arrangement
+from gptoss_jax.model import GptOss, arrangement, cost
 
 CONFIG = GptOssConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_local_experts=8, num_experts_per_tok=2,
                       num_attention_heads=6, num_key_value_heads=2, head_dim=16, sliding_window=16, max_position_embeddings=64)
@@ -67,21 +67,21 @@ def test_what_the_kernel_cannot_take_stays_as_it_is_and_one_line_says_why(as_on_
 
 @pytest.mark.skipif(not HAS_KERNEL, reason="the kernel needs jax 0.11.2")
 def test_on_a_mesh_each_device_arranges_its_experts_where_their_shares_allow(as_on_a_hopper):
-    tokens = jnp.arange(20)[None].repeat(2, axis=0)
-    for axes, fits in ((dict(expert=2, tensor=2, fsdp=2), True), (dict(expert=2, tensor=4), False)):  # 128 hidden: 2 shares of 64
-        config = CONFIG.replace(num_attention_heads=8, num_key_value_heads=4)
-        mesh = sharding.make_mesh(**axes)
-        model = GptOss(config, measure.random_weights(config, mesh=mesh), mesh=mesh)
-        before = dict(model.weights())
-        logits = np.asarray(run(model, tokens)) if fits else None
-        model.arrange()
-        arrays = model.arrays()
-        assert ("model.layers.0.mlp.experts.down_proj_hopper_words" in arrays) == fits and "model.layers.0.self_attn.q_proj.weight" in arrays
-        if fits:
-            words = arrays["model.layers.0.mlp.experts.gate_up_proj_hopper_words"]
-            assert words.sharding.spec == before["model.layers.0.mlp.experts.gate_up_proj_scales"].sharding.spec
-            same_bits(model.weights(), before)
-            np.testing.assert_allclose(run(model, tokens), logits, atol=0.05 * logits.std())
+    config, tokens = CONFIG.replace(num_attention_heads=8, num_key_value_heads=4), jnp.arange(20)[None].repeat(2, axis=0)
+    mesh = sharding.make_mesh(expert=2, tensor=2, fsdp=2)
+    model = GptOss(config, measure.random_weights(config, mesh=mesh), mesh=mesh)
+    before, logits = dict(model.weights()), np.asarray(run(model, tokens))
+    model.arrange()
+    arrays = model.arrays()
+    words = arrays["model.layers.0.mlp.experts.gate_up_proj_hopper_words"]
+    assert words.sharding.spec == before["model.layers.0.mlp.experts.gate_up_proj_scales"].sharding.spec
+    assert "model.layers.0.self_attn.q_proj.weight" in arrays
+    same_bits(model.weights(), before)
+    np.testing.assert_allclose(run(model, tokens), logits, atol=0.05 * logits.std())
+    mesh = sharding.make_mesh(expert=2, tensor=4)  # 32 of 128 hidden on each
+    model = GptOss(config, cost.abstract_weights(config, mesh=mesh), mesh=mesh)
+    model.arrange()
+    assert "model.layers.0.mlp.experts.down_proj_blocks" in model.arrays()
 
 
 def test_nothing_is_arranged_where_no_gpu_holds_it():
