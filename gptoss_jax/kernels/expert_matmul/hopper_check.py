@@ -6,6 +6,7 @@ GPU shows; a model is worth a second of looking.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 
 import jax
@@ -22,6 +23,11 @@ CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16)), (HopperWeight, 128, 576, (8
 
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # this may be asked while a program is traced, which is a matter of its thread
+        return thread.submit(_disagreement, interpret).result()
+
+
+def _disagreement(interpret):
     try:
         return next((found for case in CASES if (found := _compare(*case, interpret))), None)
     except Exception as error:  # whatever a compiler, a driver or an older GPU may raise: the model runs without this kernel
@@ -48,5 +54,4 @@ def _compare(kind, outputs, inputs, sizes, interpret):
 
 
 def _now(function, *arguments) -> np.ndarray:
-    """Compile and call apart, as this may be asked while a program is traced, where a plain call would become part of it."""
-    return np.asarray(jax.jit(function).lower(*arguments).compile()(*arguments), np.float32)
+    return np.asarray(jax.jit(function)(*arguments), np.float32)
