@@ -23,7 +23,7 @@ import time
 import traceback
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHARES = {"kernels": 0.18, "model": 0.27, "load": 0.08, "torch": 0.04, "triton": 0.06, "transformers": 0.10}  # of the time; a model's for each
+SHARES = {"kernels": 0.17, "variants": 0.08, "model": 0.25, "load": 0.06, "torch": 0.04, "triton": 0.06, "transformers": 0.09}  # a model's for each
 FIRST = ((1, 128), (1, 8192), (16, 128), (64, 8192), (1, 131_072), (64, 128), (256, 128), (4, 128))  # what matters most is measured first
 
 
@@ -43,7 +43,7 @@ def main() -> int:
     if arguments.section:
         return run_section(arguments)
     end, failed = time.monotonic() + arguments.seconds, 0
-    plan = [("kernels", arguments.models[0]), *(("model", model) for model in arguments.models),
+    plan = [("kernels", arguments.models[0]), ("variants", arguments.models[0]), *(("model", model) for model in arguments.models),
             *((section, arguments.models[-1]) for section in ("load", "torch", "triton", "transformers"))]
     for section, model in plan:
         seconds = min(max(SHARES[section] * arguments.seconds, 20), end - time.monotonic())
@@ -113,10 +113,12 @@ def begin(arguments, record):
 
 
 def kernels(arguments, record) -> None:
-    """Check every implementation of every op against the reference, then time it at the model's shapes."""
+    """Check the Hopper kernel's order of registers, and every implementation of every op, against the reference; then time them."""
     config, limits = begin(arguments, record)
     from gptoss_jax.inference import measure
+    from gptoss_jax.kernels.expert_matmul import mosaic_gpu
 
+    record(what="check", op="hopper", missing=mosaic_gpu.device_unmet())
     context = min(8192, config.max_position_embeddings, max(arguments.contexts))
     for case in measure.cases(config, 4, min(context, 1024), experts=min(8, config.num_local_experts)):
         for how in case.implementations:
@@ -132,6 +134,41 @@ def kernels(arguments, record) -> None:
                     in_time(arguments, record, row, lambda: measure.kernel(case, how, limits, repetitions=3, seconds=0.05))
 
 
+def variants(arguments, record) -> None:
+    """Time the Hopper kernel by tile, parts of the sum and stages: which plan is best can't be told from the compiled program."""
+    config, limits = begin(arguments, record)
+    import jax
+    import jax.numpy as jnp
+
+    from gptoss_jax.inference import measure
+    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_layout, mosaic_gpu
+
+    if missing := mosaic_gpu.device_unmet():
+        return record(skipped=f"needs {missing}")
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+
+    E, D, F = config.num_local_experts, config.hidden_size, config.intermediate_size
+    key = jax.random.key(0, impl="rbg")
+    for kind, outputs, inputs in ((HopperGateUpWeight, 2 * F, D), (HopperWeight, D, F)):
+        weight, bias = hopper_layout.random(key, E, outputs, inputs, kind), jnp.zeros((E, outputs), jnp.bfloat16)
+        for active, rows in [(config.num_experts_per_tok, 8), *((E // 2, rows) for rows in (8, 16, 32, 64, 128))]:
+            x = jax.random.normal(key, (active * rows, inputs), jnp.bfloat16)
+            planned = hopper_kernel.plan(len(x), weight, rows)
+            plans = {planned} if rows > 8 else {planned, planned._replace(stages=max(planned.stages // 2, 2))}
+            if kind is HopperWeight and active == config.num_experts_per_tok:
+                plans |= {planned._replace(splits=splits) for splits in (1, 2, 3)}
+            for plan in plans:
+
+                def run(how, x, first, weight, bias, plan=plan, active=active, rows=rows):
+                    tiles = hopper_kernel.whole_tiles((first + jnp.arange(active, dtype=jnp.int32)) % E, rows)
+                    return hopper_kernel.matmul(x, weight, bias, tiles, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
+
+                case = measure.Case("hopper", f"{kind.__name__} {active} x {rows} rows", (), run, x, (jnp.int32(0), weight, bias),
+                                    active * outputs * inputs * 17 // 32, 2 * len(x) * outputs * inputs)
+                row = {"what": "variant", "size": case.size, "splits": plan.splits, "stages": plan.stages, "planned": plan == planned}
+                in_time(arguments, record, row, lambda: measure.kernel(case, "", limits, repetitions=3, seconds=0.02))
+
+
 def model(arguments, record) -> None:
     """Decode and prefill with random weights, what matters most first; points that can't fit are left out."""
     config, limits = begin(arguments, record)
@@ -144,7 +181,9 @@ def model(arguments, record) -> None:
     memory = devices.usable_bytes()
     start = time.monotonic()
     model = GptOss(config, jax.block_until_ready(measure.random_weights(config)))
-    record(what="weights", seconds=time.monotonic() - start)
+    model.arrange()
+    by_kernel = any(name.endswith("hopper_words") for name in model.arrays())
+    record(what="weights", seconds=time.monotonic() - start, experts="mosaic_gpu" if by_kernel else "xla")
     grid = [(batch, context) for batch in arguments.batches for context in arguments.contexts if context <= config.max_position_embeddings]
     points = [("decode", *point) for point in sorted(grid, key=lambda point: FIRST.index(point) if point in FIRST else len(FIRST))]
     prompts = [("prefill", 1, min(tokens, config.max_position_embeddings - 1)) for tokens in arguments.prompts]
@@ -260,7 +299,8 @@ def transformers_rival(arguments, record) -> None:
     record(what="transformers decode", version=transformers.__version__, batch=1, context=128, dtype="bfloat16", tokens_per_second=16 / seconds)
 
 
-SECTIONS = {"kernels": kernels, "model": model, "load": load, "torch": torch_ceilings, "triton": triton_rival, "transformers": transformers_rival}
+SECTIONS = {"kernels": kernels, "variants": variants, "model": model, "load": load, "torch": torch_ceilings, "triton": triton_rival,
+            "transformers": transformers_rival}
 
 
 def show(path: pathlib.Path) -> None:
@@ -271,6 +311,10 @@ def show(path: pathlib.Path) -> None:
         if row.get("what") in ("decode", "prefill") and "tokens_per_second" in row:
             print(f"{row['model']} {row['what']:8} batch {row['batch']:4} context {row['context']:7,}: {row['tokens_per_second']:12,.1f} tokens/s, "
                   f"{row['floor_fraction']:6.1%} of the floor")
+        elif row.get("op") == "hopper" and row["what"] == "check":
+            print(f"Hopper kernel: {row['missing'] and 'needs ' + row['missing'] or 'equals the reference'}")
+        elif "floor_fraction" in row and (row.get("planned") or row.get("auto") and row["op"] == "expert_mlp"):
+            print(f"{row['model']} {row['op']} {row['size']}: {row['seconds'] * 1e6:,.1f} us, {row['floor_fraction']:6.1%} of the floor")
         elif "skipped" in row or "failed" in row:
             missing[row["model"], row["section"], row.get("skipped") or row["failed"]] += 1
     for (model, section, why), count in missing.items():

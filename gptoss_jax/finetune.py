@@ -92,8 +92,8 @@ class Examiner:
         from gptoss_jax.text import harmony
 
         if self._engine is None:
-            self._engine = Engine(model, self._tokenizer)
-        self._engine.weights = model.weights()
+            self._engine = Engine(model, self._tokenizer, arrange=False)  # its weights are training's own
+        self._engine.weights = model.arrays()
         prompts = [harmony.render(question.messages, self._tokenizer, next_role="assistant") for question in questions]
         answers = []
         completions = self._engine.generate(prompts, Sampling(temperature=0), max_new_tokens=self._max_new_tokens)

@@ -75,7 +75,8 @@ def main(folder):
         weight = kind(shape((*groups, 4, 128), jnp.uint32), shape((*groups, 32), jnp.uint32))
         plan = hopper_kernel.plan(rows, weight)
         with jax.set_mesh(mesh):
-            jax.jit(lambda *a: hopper_kernel.matmul(*a, plan, limit=7.0, alpha=1.702)).lower(
+            jax.jit(lambda x, weight, bias, sizes: hopper_kernel.matmul(
+                x, weight, bias, hopper_kernel.tiles(sizes, rows, plan.rows), plan, limit=7.0, alpha=1.702)).lower(
                 shape((rows, inputs), jnp.bfloat16), weight, shape((experts, outputs), jnp.bfloat16), shape((experts,), jnp.int32)).compile()
         print(json.dumps({"device": device, "all_rows": rows, "gated": gated, **plan._asdict(), **report(dump)}), flush=True)
 

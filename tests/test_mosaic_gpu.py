@@ -17,8 +17,8 @@ import pytest
 
 from gptoss_jax import mxfp4
 from gptoss_jax.kernels import expert_matmul as op
-from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, hopper_layout, mosaic_gpu, reference
-from gptoss_jax.model.moe import Experts
+from gptoss_jax.kernels.expert_matmul import (
+    HopperGateUpWeight, HopperWeight, Mxfp4Weight, grouping, hopper_check, hopper_layout, mosaic_gpu, reference)
 
 KINDS = [HopperWeight, HopperGateUpWeight]
 needs_new_jax = pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
@@ -70,21 +70,6 @@ def test_the_kernels_decoding_is_exact_for_every_code_and_scale(kind):
 def test_random_weights_are_valid_ones(kind):
     weight = hopper_layout.unpack(hopper_layout.random(jax.random.key(0), 2, 128, 64, kind))
     assert weight.blocks.shape == (2, 128, 2, 16) and (weight.scales == 120).all() and len(np.unique(weight.blocks)) == 256
-
-
-def test_experts_are_rearranged_both_or_not_at_all():
-    gate_up, down = packed(2, 128, 64), packed(2, 64, 64)
-    weights = {"x.gate_up_proj_blocks": gate_up.blocks, "x.gate_up_proj_scales": gate_up.scales, "x.gate_up_proj_bias": jnp.zeros((2, 128)),
-               "x.down_proj_blocks": down.blocks, "x.down_proj_scales": down.scales, "x.down_proj_bias": jnp.zeros((2, 64))}
-    config = types.SimpleNamespace(swiglu_limit=7.0, swiglu_alpha=1.702)
-    experts = Experts(config, "x", weights)
-    experts.rearrange_for_hopper()
-    assert isinstance(experts.matrix("gate_up_proj"), HopperGateUpWeight) and isinstance(experts.matrix("down_proj"), HopperWeight)
-    np.testing.assert_array_equal(hopper_layout.unpack(experts.matrix("down_proj")).blocks, down.blocks)
-    experts = Experts(config, "x", weights | {"x.down_proj_scales": down.scales.at[1, 2, 1].set(200)})
-    with pytest.raises(mxfp4.Mxfp4Error, match="at most 128"):
-        experts.rearrange_for_hopper()
-    assert isinstance(experts.matrix("gate_up_proj"), Mxfp4Weight)
 
 
 def test_what_the_layout_has_no_room_for_is_refused():
@@ -151,37 +136,113 @@ def test_every_unit_of_the_grid_is_planned_within_a_hoppers_limits(kind):
 def test_tiles_cover_every_row_once():
     hopper_kernel = pytest.importorskip("gptoss_jax.kernels.expert_matmul.hopper_kernel") if jax.__version_info__ >= (0, 11, 2) else pytest.skip("jax")
     for sizes, rows, height in (([0, 16, 0, 40], 64, 16), ([0, 0, 0, 0], 24, 8), ([128, 0, 8, 0], 136, 32)):
-        table, count = hopper_kernel.tiles(jnp.asarray(sizes, jnp.int32), rows, height)
+        expert_of, firsts, talls, count = map(np.asarray, hopper_kernel.tiles(jnp.asarray(sizes, jnp.int32), rows, height))
         owner = np.full(rows, -1)
-        for expert, first, tall in np.asarray(table).T[: int(count[0])]:
+        for expert, first, tall in list(zip(expert_of, firsts, talls))[: int(count[0])]:
             assert (owner[first * 8 : (first + tall) * 8] == -1).all() and 0 < tall <= height // 8
             owner[first * 8 : (first + tall) * 8] = expert
         np.testing.assert_array_equal(owner, np.repeat(np.arange(5), [*sizes, rows - sum(sizes)]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_arranged_weights_run_and_have_gradients_where_there_is_no_gpu(kind, caplog):
-    weight = packed(3, 128, 64)
-    random = np.random.default_rng(2)
-    x, bias = jnp.asarray(random.standard_normal((9, 64)), jnp.bfloat16), jnp.asarray(random.standard_normal((3, 128)), jnp.float32)
-    sizes = jnp.asarray([4, 0, 3], jnp.int32)
-    op._say.cache_clear()
+def mlp_arguments(tokens, experts=4, active=2, width=64, hidden=64, seed=2):
+    """x, experts of each token (one of nobody), their weights, both matrices as stored and their biases."""
+    random = np.random.default_rng(seed)
+    chosen = np.argsort(random.random((tokens, experts)), axis=1)[:, :active].astype(np.int32)
+    chosen[-1, -1] = experts + 3
+    gate_up, down = packed(experts, 2 * hidden, width), packed(experts, width, hidden, seed=1)
+    biases = (jnp.asarray(random.standard_normal((experts, outputs)), jnp.bfloat16) for outputs in (2 * hidden, width))
+    x, weights = jnp.asarray(random.standard_normal((tokens, width)), jnp.bfloat16), jnp.asarray(random.random((tokens, active)), jnp.float32)
+    return x, jnp.asarray(chosen), weights, gate_up, next(biases), down, next(biases)
 
-    def run(x, bias, weight, sized):
+
+def arranged(arguments):
+    kinds = {3: HopperGateUpWeight, 5: HopperWeight}
+    return [hopper_layout.pack(part, kinds[index]) if index in kinds else part for index, part in enumerate(arguments)]
+
+
+@needs_new_jax
+@pytest.mark.parametrize("tokens,few", [(1, 512), (21, 512), (21, 0)], ids=["one token", "few rows, compared", "many rows, sorted"])
+def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, few, monkeypatch):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(grouping, "FEW_ROWS", few)
+    arguments = mlp_arguments(tokens)
+    out = mosaic_gpu.expert_mlp(*arranged(arguments), limit=7.0, alpha=1.702, interpret=plgpu.InterpretGPUParams())
+    expected = op.expert_mlp(arguments[0].astype(jnp.float32), *arguments[1:], limit=7.0, alpha=1.702, implementation="reference")
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, rtol=2**-6, atol=2**-6 * float(jnp.abs(expected).max()))  # h and y of each expert are rounded
+
+
+@needs_new_jax
+@pytest.mark.parametrize("rows", [8, 16])
+def test_few_rows_get_whole_tiles_of_one_expert_each(rows):
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+
+    random = np.random.default_rng(rows)
+    for count, high in ((1, 3), (40, 1), (40, 7), (96, 5)):
+        expert = random.integers(0, high, count).astype(np.int32)  # 5 and 6 are nobody's
+        row_of, slot_of, tiles = (np.asarray(x) if not isinstance(x, tuple) else x for x in hopper_kernel.tiles_of_few(jnp.asarray(expert), 5, rows))
+        assert len(set(slot_of)) == count and (row_of[slot_of] == np.arange(count)).all()
+        assert (np.asarray(tiles.expert)[slot_of // rows] == np.minimum(expert, 5)).all()
+        sizes = np.bincount(np.minimum(expert, 5))
+        assert int(tiles.count[0]) == sum(-(-sizes // rows)) and max(slot_of) < rows * int(tiles.count[0]) <= len(row_of)
+
+
+def test_arranged_weights_run_and_have_gradients_where_there_is_no_gpu(caplog):
+    arguments = mlp_arguments(9)
+    op.say.cache_clear()
+
+    def run(arguments, x, weights, gate_up_bias, down_bias):
+        _, chosen, _, gate_up, _, down, _ = arguments
         with caplog.at_level(logging.INFO, "gptoss_jax"):
-            if kind is HopperGateUpWeight:
-                return op.expert_swiglu(x, weight, bias, sized, limit=7.0, alpha=1.702)
-            return op.expert_matmul(x, weight, bias, sized)
+            return op.expert_mlp(x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit=7.0, alpha=1.702)
 
-    arranged = hopper_layout.pack(weight, kind)
-    np.testing.assert_array_equal(run(x, bias, arranged, sizes), run(x, bias, weight, sizes))
-    gradients = [jax.grad(lambda x, bias: run(x, bias, w, sizes).astype(jnp.float32).sum(), argnums=(0, 1))(x, bias) for w in (arranged, weight)]
+    trained = [arguments[index] for index in (0, 2, 4, 6)]
+    np.testing.assert_allclose(run(arranged(arguments), *trained), run(arguments, *trained), rtol=2**-6, atol=2**-4)  # maybe other kernels'
+    gradients = [jax.grad(lambda *trained: run(kind, *trained).sum(), argnums=(0, 1, 2, 3))(*trained) for kind in (arranged(arguments), arguments)]
     for ours, theirs in zip(*gradients, strict=True):
-        np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), rtol=2**-6, atol=2e-2)  # rounded at other places
+        scale = float(jnp.abs(theirs.astype(jnp.float32)).max())
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), rtol=2**-5, atol=2**-6 * scale)  # rounded at other places
     assert len([r for r in caplog.records if "mosaic_gpu" in r.message]) == 1
+    (x, _, _, _, _, down, bias), sizes = arguments, jnp.asarray([4, 0, 3, 2], jnp.int32)
+    both = [op.expert_matmul(x, w, bias, sizes) for w in (hopper_layout.pack(down), down)]
+    np.testing.assert_allclose(*(y.astype(jnp.float32) for y in both), rtol=2**-7, atol=1e-3)
 
 
-def test_named_it_says_what_is_missing():
+@needs_new_jax
+def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, caplog):
+    """Right, then with a wrong order of registers, then not compiling; then what a Hopper GPU that computes wrong comes to."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+
+    interpret = plgpu.InterpretGPUParams()
+    asked = []
+    jax.make_jaxpr(lambda x: asked.append(hopper_check.disagreement(interpret)) or x)(1.0)  # while a program is traced
+    assert asked == [None]
+    monkeypatch.setattr(hopper_check, "CASES", [(HopperWeight, 64, 64, (0, 8))])
+    right = hopper_kernel._Interpreted.scale
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper_kernel._Interpreted, "scale", lambda pairs, factors: right((pairs[1], pairs[0], *pairs[2:]), factors))
+        assert "a kernel that computes right here (found " in hopper_check.disagreement(interpret)
+        patch.setattr(hopper_check, "CASES", [(HopperWeight, 64, 64, (0, 16))])  # which isn't compiled yet
+        patch.setattr(hopper_kernel._Interpreted, "scale", lambda pairs, factors: right(pairs[:2], factors))
+        assert "a kernel that runs here (found IndexError" in hopper_check.disagreement(interpret)
+    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
+    assert mosaic_gpu.device_unmet(hopper) is None  # not here to be asked
+    monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(mosaic_gpu, "wrong_here", lambda: "a kernel that computes right here (found 50.0% wrong)")
+    arguments = mlp_arguments(3)
+    with pytest.raises(ValueError, match=r"expert_mlp implementation 'mosaic_gpu' needs a kernel that computes right here \(found 50.0% wrong\)"):
+        op.expert_mlp(*arranged(arguments), limit=7.0, alpha=1.702, implementation="mosaic_gpu")
+    op.say.cache_clear()
+    with caplog.at_level(logging.INFO, "gptoss_jax"):
+        program = jax.make_jaxpr(lambda *a: op.expert_mlp(*a, limit=7.0, alpha=1.702))(*arranged(arguments))
+    assert "mosaic" not in str(program) and ["computes right here" in r.message for r in caplog.records] == [True]
+
+
+def test_named_it_says_what_is_missing(monkeypatch):
     weight, x, sizes = packed(2, 64, 64), jnp.ones((4, 64), jnp.bfloat16), jnp.full(2, 2, jnp.int32)
     bias = jnp.zeros((2, 64))
     if jax.__version_info__ < mosaic_gpu.OLDEST_JAX:
@@ -194,8 +255,11 @@ def test_named_it_says_what_is_missing():
                                ((x, hopper_layout.pack(weight, HopperGateUpWeight)), "a HopperWeight")):
         with pytest.raises(ValueError, match=f"expert_matmul implementation 'mosaic_gpu' needs {message}"):
             op.expert_matmul(*arguments, bias, sizes, implementation="mosaic_gpu")
-    with pytest.raises(ValueError, match=r"expert_swiglu implementation 'mosaic_gpu' needs a Hopper GPU \(found cpu\)"):
-        op.expert_swiglu(x, weight, bias, sizes, limit=7.0, alpha=1.702, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match=r"expert_mlp implementation 'mosaic_gpu' needs a Hopper GPU \(found cpu\)"):
+        op.expert_mlp(*arranged(mlp_arguments(3)), limit=7.0, alpha=1.702, implementation="mosaic_gpu")
+    monkeypatch.setattr(mosaic_gpu, "device_unmet", lambda: None)
+    with pytest.raises(ValueError, match="expert_mlp implementation 'mosaic_gpu' needs a HopperGateUpWeight and a HopperWeight"):
+        op.expert_mlp(*mlp_arguments(3), limit=7.0, alpha=1.702, implementation="mosaic_gpu")
 
 
 @needs_new_jax

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.kernels.expert_matmul import grouping
 from gptoss_jax.model import moe
 
 
@@ -33,7 +34,7 @@ def test_comparing_groups_rows_as_a_stable_sort_does(rows, experts):
     random = np.random.default_rng(rows)
     for high in (1, experts, experts + 1, experts + 7):  # one expert has all; some have none; rows of nobody here come last
         expert = jnp.asarray(random.integers(0, high, rows).astype(np.int32))
-        ours, expected = (f(expert, experts=experts) for f in (moe._group_by_comparing, moe._group_by_sorting))
+        ours, expected = (f(expert, experts=experts) for f in (grouping.by_comparing, grouping.by_sorting))
         for a, b in zip(ours, expected, strict=True):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype == jnp.int32

@@ -56,10 +56,11 @@ class Engine:
     max_context: tokens of prompt and answer together, at most the config's max_position_embeddings. prefill_chunk: tokens of a prompt
     computed at once; memory for activations grows with it, not with the prompt. steps_per_dispatch: tokens of a row decoded before the
     host sees them, at most (it starts with one and doubles); None takes what suits the device. Tokens are the same with any.
+    arrange: on a GPU, rearrange the model's weights in place for it (`GptOss.arrange`), as they are never twice in memory.
     """
 
     def __init__(self, model: GptOss, tokenizer=None, *, max_context: int | None = None, prefill_chunk: int = 512,
-                 steps_per_dispatch: int | None = None):
+                 steps_per_dispatch: int | None = None, arrange: bool = True):
         config = model.config
         limit = config.max_position_embeddings
         self.max_context = limit if max_context is None else max_context
@@ -67,13 +68,17 @@ class Engine:
             raise ValueError(f"max_context is {max_context}, expected 2 to max_position_embeddings = {limit}")
         if prefill_chunk < _SMALLEST_CHUNK or prefill_chunk & (prefill_chunk - 1):
             raise ValueError(f"prefill_chunk is {prefill_chunk}, expected a power of two of at least {_SMALLEST_CHUNK}")
-        self.steps_per_dispatch = _STEPS.get(jax.default_backend(), 8) if steps_per_dispatch is None else steps_per_dispatch
+        if arrange:
+            model.arrange()
+        self.weights = model.arrays()
+        self._home = self.weights["model.embed_tokens.weight"].sharding
+        platform = jax.default_backend() if self._home is None else next(iter(self._home.device_set)).platform
+        self.steps_per_dispatch = _STEPS.get(platform, 8) if steps_per_dispatch is None else steps_per_dispatch
         if self.steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch is {steps_per_dispatch}, expected at least 1")
         self.config, self.mesh, self.prefill_chunk = config, model.mesh or sharding.ambient_mesh(), prefill_chunk
         self.stop_ids = frozenset(config.eos_token_ids if tokenizer is None else tokenizer.stop_ids)
         self.sampleable = config.vocab_size if tokenizer is None else min(tokenizer.sampleable, config.vocab_size)
-        self.weights = model.weights()
         self.dtype = self.weights["model.embed_tokens.weight"].dtype
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
         self._first = jax.jit(self._first_token, static_argnames=("kind",))
@@ -164,7 +169,7 @@ class Engine:
 
     def _place(self, *trees):
         if self.mesh is None:
-            return self.weights["model.embed_tokens.weight"].sharding
+            return self._home
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else everywhere, trees)
 
@@ -212,20 +217,23 @@ class Engine:
         return cache, (ids_B, open_B), (all_ids, all_logprobs, done)
 
     def lower(self, batch: int, length: int) -> dict[str, jax.stages.Lowered]:
-        """Lower the steps, of `batch` rows over a cache of `length` slots, with the sampler that takes most memory. Nothing is allocated or run.
+        """Lower what runs, for `batch` rows over a cache of `length` slots, with the sampler that takes most memory. Nothing is allocated or run.
 
         The model may hold jax.ShapeDtypeStructs, with shardings of devices that aren't here.
         """
         abstract = jax.ShapeDtypeStruct
-        home = self.weights["model.embed_tokens.weight"].sharding
-        everywhere = home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        everywhere = self._home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         cache = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
         hidden = abstract((batch, self.config.hidden_size), self.dtype, sharding=everywhere)
         chunk = min(self.prefill_chunk, max(_SMALLEST_CHUNK, _power_of_two(length)))
         ids, steps = abstract((batch,), np.int32), abstract((batch,), np.int32)
         kind, settings = stack([Sampling(top_k=1)] * batch)
-        return {"prefill": self._prefill.lower(self.weights, (cache, hidden), abstract((batch, chunk), np.int32), ids),
-                "decode": self._decode.lower(self.weights, cache, ids, settings, steps, kind=kind)}
+        if self.steps_per_dispatch == 1:
+            decode = self._decode.lower(self.weights, cache, ids, settings, steps, kind=kind)
+        else:
+            rows, one = (ids, abstract((batch,), np.bool)), abstract((), np.int32)
+            decode = self._decode_many.lower(self.weights, cache, rows, settings, one, one, steps, kind=kind)
+        return {"prefill": self._prefill.lower(self.weights, (cache, hidden), abstract((batch, chunk), np.int32), ids), "decode": decode}
 
     def _check(self, prompts) -> None:
         for row, prompt in enumerate(prompts):

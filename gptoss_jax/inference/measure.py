@@ -26,7 +26,7 @@ from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.kernels import attention, expert_matmul
 from gptoss_jax.kernels.cache_write import cache_write
 from gptoss_jax.kernels.dense_matmul import dense_matmul
-from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, mosaic_gpu
+from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, mosaic_gpu
 from gptoss_jax.model import GptOss, cost
 from gptoss_jax.model.cache import abstract_cache
 
@@ -193,15 +193,21 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
         shape = (E, out, inputs // 32)
         return Mxfp4Weight(_draw("_blocks", (*shape, 16), None, next(keys)), _draw("_scales", shape, None, next(keys)))
 
-    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(E), (batch, 1)), axis=1)[:, :A]
-    sizes = jnp.asarray(np.bincount(chosen.ravel(), minlength=E), jnp.int32)
+    chosen = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(E), (batch, 1)), axis=1)[:, :A], jnp.int32)
+    sizes = jnp.bincount(chosen.ravel(), length=E).astype(jnp.int32)
     used, item = int((sizes > 0).sum()), jnp.dtype(dtype).itemsize
-    found = []
-    for name, out, inputs in (("gate_up", 2 * F, D), ("down", D, F)):
+    gate_up, down = (packed(2 * F, D), normal(E, 2 * F)), (packed(D, F), normal(E, D))
+
+    def mlp(how, x, chosen, *weights):
+        scores = jnp.full(chosen.shape, 1 / A, jnp.float32)
+        return expert_matmul.expert_mlp(x, chosen, scores, *weights, limit=c.swiglu_limit, alpha=c.swiglu_alpha, implementation=how)
+
+    found = [Case("expert_mlp", f"{batch} tokens", tuple(expert_matmul.IMPLEMENTATIONS), mlp, normal(batch, D), (chosen, *gate_up, *down),
+                  used * 3 * D * F * 17 // 32, 6 * batch * A * D * F)]
+    for name, out, inputs, weight in (("gate_up", 2 * F, D, gate_up), ("down", D, F, down)):
         found.append(Case("expert_matmul", f"{name} {batch * A} rows", tuple(expert_matmul.IMPLEMENTATIONS),
-                          lambda how, x, weight, bias, sizes: expert_matmul.expert_matmul(x, weight, bias, sizes, implementation=how),
-                          normal(batch * A, inputs), (packed(out, inputs), normal(E, out), sizes),
-                          used * out * inputs * 17 // 32, 2 * batch * A * out * inputs))
+                          lambda how, x, sizes, weight, bias: expert_matmul.expert_matmul(x, weight, bias, sizes, implementation=how),
+                          normal(batch * A, inputs), (sizes, *weight), used * out * inputs * 17 // 32, 2 * batch * A * out * inputs))
     positions = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), (batch, context))
     for window in (None, c.sliding_window):
         slots = context if window is None else min(window, context)
@@ -230,15 +236,16 @@ def chosen_implementation(case: Case) -> str:
 
 def _arranged(case: Case, implementation: str) -> tuple:
     """Return the arrays as a model on this device keeps them: experts rearranged for Hopper where its kernel is what runs."""
-    if case.op == "expert_matmul" and implementation in ("auto", "mosaic_gpu") and mosaic_gpu.device_unmet() is None:
-        return (expert_matmul.pack(case.arrays[0]), *case.arrays[1:])
-    return case.arrays
+    if implementation not in ("auto", "mosaic_gpu") or mosaic_gpu.device_unmet() is not None:
+        return case.arrays
+    kinds = iter((HopperGateUpWeight, HopperWeight) if case.op == "expert_mlp" else (HopperWeight,))
+    return tuple(expert_matmul.pack(part, next(kinds)) if isinstance(part, Mxfp4Weight) else part for part in case.arrays)
 
 
 def compare(case: Case, implementation: str) -> float:
     """Return the relative error (norm of the difference over the norm) against the reference; cache_write's reference is "xla"."""
     reference = "reference" if "reference" in case.implementations else "xla"
-    expected, found = (np.asarray(jax.jit(functools.partial(case.run, how))(case.carry, *case.arrays), np.float32)
+    expected, found = (np.asarray(jax.jit(functools.partial(case.run, how))(case.carry, *_arranged(case, how)), np.float32)
                        for how in (reference, implementation))
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
@@ -249,8 +256,9 @@ def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: in
     @jax.jit
     def loop(count, carry, arrays):
         def body(index, carry):
-            turned = (*arrays[:2], jnp.roll(arrays[2], index * 5)) if case.op == "expert_matmul" else arrays
-            out = case.run(implementation, carry, *turned)
+            turn = {"expert_matmul": lambda sizes: jnp.roll(sizes, index * 5), "expert_mlp": lambda chosen: (chosen + index * 5) % len(arrays[2]),
+                    "hopper": lambda first: first + index * 5}
+            out = case.run(implementation, carry, turn.get(case.op, lambda same: same)(arrays[0]), *arrays[1:])
             return out if case.op == "cache_write" else carry + (out.ravel()[0] * 0).astype(carry.dtype)
 
         return jax.lax.fori_loop(0, count, body, carry)
@@ -279,7 +287,7 @@ def _batches(run: Callable, repetitions: int, calls: int) -> list[float]:
 def unmet(case: Case, implementation: str) -> str | None:
     """Return why an implementation can't run this case here, None if it can."""
     try:
-        jax.jit(functools.partial(case.run, implementation)).lower(case.carry, *case.arrays).compile()
+        jax.jit(functools.partial(case.run, implementation)).lower(case.carry, *_arranged(case, implementation)).compile()
     except Exception as error:  # whatever refuses, a kernel or a compiler: it is reported, and the others are measured
         return str(error).strip().splitlines()[0][:200]
     return None

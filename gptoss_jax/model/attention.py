@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -15,6 +16,8 @@ from gptoss_jax.model import cache as cache_lib, ring
 from gptoss_jax.model.linear import Linear
 from gptoss_jax.model.rope import rotate
 
+PROJECTIONS, QKV = ("q_proj", "k_proj", "v_proj"), "qkv_proj"  # as published; as one, see `arrangement`
+
 
 class Attention(nnx.Module):
     """Grouped-query attention; window and sinks as openai/gpt-oss `gpt_oss/torch/model.py: AttentionBlock`."""
@@ -23,9 +26,8 @@ class Attention(nnx.Module):
         prefix = f"model.layers.{layer}.self_attn"
         self.config = config
         self.window = config.sliding_window if config.layer_types[layer] == SLIDING else None
-        self.q_proj = Linear(weights, f"{prefix}.q_proj")
-        self.k_proj = Linear(weights, f"{prefix}.k_proj")
-        self.v_proj = Linear(weights, f"{prefix}.v_proj")
+        for name in (QKV,) if f"{prefix}.{QKV}.weight" in weights else PROJECTIONS:
+            setattr(self, name, Linear(weights, f"{prefix}.{name}"))
         self.o_proj = Linear(weights, f"{prefix}.o_proj")
         self.sinks = nnx.Param(weights[f"{prefix}.sinks"])
 
@@ -34,9 +36,7 @@ class Attention(nnx.Module):
         c = self.config
         implementation = "auto" if mesh is None or mesh.size == 1 else "xla"
         B, T, _ = x_BTD.shape
-        q = self.q_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_attention_heads, c.head_dim)
-        k = self.k_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_key_value_heads, c.head_dim)
-        v = self.v_proj(x_BTD, mesh=mesh).reshape(B, T, c.num_key_value_heads, c.head_dim)
+        q, k, v = (x.reshape(B, T, -1, c.head_dim) for x in self._project(x_BTD, mesh))
         q = sharding.constrain(rotate(q, *rope), ("batch", "tokens", "heads", None), mesh)
         k = sharding.constrain(rotate(k, *rope), ("batch", "tokens", "kv_heads", None), mesh)
         if cache is None:
@@ -48,6 +48,12 @@ class Attention(nnx.Module):
         tags = (positions_BT, key_positions, segments_BT, key_segments)
         out = self._attend(q, k.astype(q.dtype), v.astype(q.dtype), self.sinks[...], *tags, mesh=mesh, order=order)
         return self.o_proj(out.reshape(B, T, -1), mesh=mesh), cache
+
+    def _project(self, x_BTD, mesh):
+        if not hasattr(self, QKV):
+            return [getattr(self, name)(x_BTD, mesh=mesh) for name in PROJECTIONS]
+        query, kv = (heads * self.config.head_dim for heads in (self.config.num_attention_heads, self.config.num_key_value_heads))
+        return jnp.split(getattr(self, QKV)(x_BTD, mesh=mesh), (query, query + kv), axis=-1)
 
     def _attend(self, q, k, v, sinks, *tags, mesh, order):
         """Attend, each device for its rows and heads and, where `context` splits the rows' tokens, for its tokens.

@@ -14,12 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, expert_matmul, expert_swiglu, pack
+from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, expert_matmul, expert_mlp, grouping
 from gptoss_jax.kernels.expert_matmul.reference import swiglu
 from gptoss_jax.model.exchange import Exchange
 from gptoss_jax.model.linear import Linear
-
-_FEW_ROWS = 512  # from here on sorting them is cheaper than comparing each with each, or each token's experts with each other
 
 
 class PackedWeight(nnx.Variable):
@@ -52,8 +50,8 @@ class Experts(nnx.Module):
             if f"{prefix}.{name}" in weights:
                 setattr(self, name, nnx.Param(weights[f"{prefix}.{name}"]))
             else:
-                setattr(self, f"{name}_blocks", PackedWeight(weights[f"{prefix}.{name}_blocks"]))
-                setattr(self, f"{name}_scales", PackedWeight(weights[f"{prefix}.{name}_scales"]))
+                for part in ARRANGED if f"{prefix}.{name}_{ARRANGED[0]}" in weights else STORED:
+                    setattr(self, f"{name}_{part}", PackedWeight(weights[f"{prefix}.{name}_{part}"]))
             setattr(self, f"{name}_bias", nnx.Param(weights[f"{prefix}.{name}_bias"]))
             for part in ("lora_A", "lora_B"):
                 full = f"{prefix}.{name}_{part}"
@@ -63,28 +61,23 @@ class Experts(nnx.Module):
         """Return `gate_up_proj` or `down_proj` as the kernels take it: Mxfp4Weight, its arrangement for Hopper, or dense [E, in, out]."""
         if hasattr(self, name):
             return getattr(self, name)[...]
-        if hasattr(self, f"{name}_words"):
-            return _FOR_HOPPER[name](getattr(self, f"{name}_words")[...], getattr(self, f"{name}_scales")[...])
-        return Mxfp4Weight(getattr(self, f"{name}_blocks")[...], getattr(self, f"{name}_scales")[...])
+        kind, parts = (FOR_HOPPER[name], ARRANGED) if hasattr(self, f"{name}_{ARRANGED[0]}") else (Mxfp4Weight, STORED)
+        return kind(*(getattr(self, f"{name}_{part}").get_raw_value() for part in parts))  # abstract weights have no [...]
 
     def linear(self, name: str) -> ExpertLinear:
         """Return `gate_up_proj` or `down_proj` as it is applied."""
         low_rank = (getattr(self, f"{name}_{part}") for part in ("lora_A", "lora_B"))
         return ExpertLinear(self.matrix(name), getattr(self, f"{name}_bias")[...], *(None if part is None else part[...] for part in low_rank))
 
-    def rearrange_for_hopper(self):
-        """Keep packed matrices as the Hopper kernel reads them instead of the checkpoint's arrays: to run on one device, not to save or train.
-
-        Dense ones stay. Raises Mxfp4Error, having changed nothing, where a matrix can't be.
-        """
-        packed = {name: pack(self.matrix(name), kind) for name, kind in _FOR_HOPPER.items() if hasattr(self, f"{name}_blocks")}
-        for name, weight in packed.items():
-            delattr(self, f"{name}_blocks")
-            setattr(self, f"{name}_words", PackedWeight(weight.words))
-            setattr(self, f"{name}_scales", PackedWeight(weight.scales))
+    def keep(self, name: str, weight) -> None:
+        """Keep a packed matrix arranged for Hopper in place of the one as stored."""
+        for stored, arranged, array in zip(STORED, ARRANGED, weight, strict=True):
+            delattr(self, f"{name}_{stored}")
+            setattr(self, f"{name}_{arranged}", PackedWeight(array))
 
 
-_FOR_HOPPER = {"gate_up_proj": HopperGateUpWeight, "down_proj": HopperWeight}
+FOR_HOPPER = {"gate_up_proj": HopperGateUpWeight, "down_proj": HopperWeight}
+STORED, ARRANGED = ("blocks", "scales"), ("hopper_words", "hopper_scales")
 
 
 class MoE(nnx.Module):
@@ -103,7 +96,7 @@ class MoE(nnx.Module):
         logits = self.router(x_BTD, jnp.float32, mesh=mesh)
         count = self.config.num_experts_per_tok
         by_rank, by_sorting = (functools.partial(f, count=count) for f in (_top_by_rank, _top_by_sorting))
-        if math.prod(logits.shape[:-1]) * count > _FEW_ROWS:
+        if math.prod(logits.shape[:-1]) * count > grouping.FEW_ROWS:
             return logits, *by_sorting(logits)
         return logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
 
@@ -122,23 +115,14 @@ class MoE(nnx.Module):
     def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear):
         """Compute the experts whose matrices are here, float32 [B, T, D]; an index of E or more is somebody else's and adds nothing."""
         B, T, D = x_BTD.shape
-        E, A = gate_up.bias.shape[0], indices_BTA.shape[-1]
-        expert_M = indices_BTA.reshape(-1)
-        by_sorting = functools.partial(_group_by_sorting, experts=E)
-        if B * T * A <= _FEW_ROWS:
-            by_comparing = functools.partial(_group_by_comparing, experts=E)
-            order_M, back_M, group_sizes = jax.lax.platform_dependent(expert_M, cuda=by_comparing, default=by_sorting)
-        else:
-            order_M, back_M, group_sizes = by_sorting(expert_M)
-        x_MD = jnp.broadcast_to(x_BTD[0], (A, D)) if B * T == 1 else x_BTD.reshape(-1, D)[order_M // A]
+        rows = x_BTD.reshape(B * T, D), indices_BTA.reshape(B * T, -1), weights_BTA.reshape(B * T, -1)
+        limit, alpha = self.experts.limit, self.experts.alpha
         if gate_up.lora_A is None:
-            h_MF = expert_swiglu(x_MD, gate_up.matrix, gate_up.bias, group_sizes, limit=self.experts.limit, alpha=self.experts.alpha)
+            out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha)
         else:
-            h_MF = swiglu(gate_up(x_MD, group_sizes), self.experts.limit, self.experts.alpha)
-        y_MD = down(h_MF, group_sizes)
-        y_BTAD = y_MD[back_M].reshape(B, T, A, D).astype(jnp.float32)
-        # One by one: XLA makes a product of matrices of a sum over A, whose overhead on CPUs is 0.2 ms a token and layer.
-        return functools.reduce(jnp.add, (y_BTAD[:, :, i] * weights_BTA[..., i, None] for i in range(A)))
+            out_TD = grouping.by_expert(*rows, gate_up.bias.shape[0],
+                                        lambda x_MD, group_sizes_E: down(swiglu(gate_up(x_MD, group_sizes_E), limit, alpha), group_sizes_E))
+        return out_TD.reshape(B, T, D)
 
     def _sharded(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, *, mesh, transport):
         """Expert and tensor parallelism: tokens travel to the devices that hold their experts, and the results back to the tokens.
@@ -187,8 +171,8 @@ class MoE(nnx.Module):
 
 def _spec(linear: ExpertLinear, expert, in_axis, out_axis) -> ExpertLinear:
     """Return how a linear map of all experts lies on the mesh."""
-    packed = isinstance(linear.matrix, Mxfp4Weight)
-    matrix = Mxfp4Weight(*(P(expert, out_axis, in_axis),) * 2) if packed else P(expert, in_axis, out_axis)
+    packed = isinstance(linear.matrix, tuple)  # as stored, or arranged for Hopper
+    matrix = type(linear.matrix)(*(P(expert, out_axis, in_axis),) * 2) if packed else P(expert, in_axis, out_axis)
     low_rank = (None, None) if linear.lora_A is None else (P(expert, in_axis), P(expert, None, out_axis))
     return ExpertLinear(matrix, P(expert, out_axis), *low_rank)
 
@@ -208,19 +192,3 @@ def _top_by_rank(logits, *, count: int):
     chosen, indices = jnp.where(place, logits[..., None, :], 0).sum(axis=-1), jnp.where(place, expert, 0).sum(axis=-1)
     weights = [jnp.exp(chosen[..., i] - chosen[..., 0]) for i in range(count)]
     return indices, jnp.stack(weights, axis=-1) / sum(weights[1:], weights[0])[..., None]
-
-
-def _group_by_sorting(expert_M, *, experts: int):
-    """Return (which row comes where when sorted by expert, where each row comes, rows of each expert)."""
-    order_M = jnp.argsort(expert_M, stable=True)
-    group_sizes_E = jnp.zeros(experts + 1, jnp.int32).at[jnp.minimum(expert_M, experts)].add(1)[:experts]
-    return order_M, jnp.argsort(order_M, stable=True), group_sizes_E
-
-
-def _group_by_comparing(expert_M, *, experts: int):
-    """The same for few rows, by comparing each with each: no sort and no scatter to launch."""
-    row_M = jnp.arange(expert_M.shape[0], dtype=jnp.int32)
-    earlier = (expert_M[None, :] < expert_M[:, None]) | (expert_M[None, :] == expert_M[:, None]) & (row_M[None, :] < row_M[:, None])
-    place_M = earlier.sum(axis=1, dtype=jnp.int32)
-    order_M = jnp.where(place_M[None, :] == row_M[:, None], row_M, 0).sum(axis=1, dtype=jnp.int32)
-    return order_M, place_M, (expert_M[None, :] == jnp.arange(experts)[:, None]).sum(axis=1, dtype=jnp.int32)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.model import arrangement
 from gptoss_jax.model import cache as cache_lib
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.linear import Linear, RMSNorm
@@ -77,8 +78,8 @@ class Layer(nnx.Module):
 class GptOss(nnx.Module):
     """The model: an nnx.Module and a pytree. A weight's path in it is its Hugging Face name, without the leading `model.`.
 
-    weights: every array by Hugging Face name (`model.weights.declare`), experts packed or dense. Activations have the dtype of the
-    embedding. mesh: where the weights lie, if on several devices; `jax.set_mesh` takes precedence.
+    weights: every array by Hugging Face name (`model.weights.declare`), experts packed or dense; or `arrays()` of a model. Activations have
+    the dtype of the embedding. mesh: where the weights lie, if on several devices; `jax.set_mesh` takes precedence.
     """
 
     def __init__(self, config: GptOssConfig, weights: Mapping[str, jax.Array], *, mesh=None):
@@ -152,13 +153,21 @@ class GptOss(nnx.Module):
         """Return logits float32 [..., V] of final hidden states [..., D]."""
         return self.lm_head(x, jnp.float32, mesh=sharding.ambient_mesh() or self.mesh)
 
-    def weights(self) -> dict[str, jax.Array]:
-        """Return every weight by its Hugging Face name, in the checkpoint's shapes."""
+    def arrange(self) -> None:
+        """Rearrange weights in place for the GPU that holds them, if one does; `weights` still gives them as published. See `arrangement`."""
+        arrangement.arrange(self)
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """Return what the constructor takes: every array as it is kept, the published weights but for what `arrange` made of them."""
         named = {}
         for path, variable in nnx.to_flat_state(nnx.state(self)):
             name = ".".join(str(part) for part in path)
             named[name if name.startswith("lm_head") else f"model.{name}"] = variable.get_raw_value()  # abstract weights have no [...]
         return named
+
+    def weights(self) -> Mapping[str, jax.Array]:
+        """Return every weight by its Hugging Face name, in the checkpoint's shapes; what `arrange` changed is put back when it is looked up."""
+        return arrangement.published(self.config, self.arrays())
 
     def replace(self, weights: Mapping[str, jax.Array]) -> GptOss:
         """Return a model with some weights exchanged by name. Raises ValueError for a name or shape that isn't the model's."""
@@ -168,7 +177,7 @@ class GptOss(nnx.Module):
                 raise ValueError(f"{name}: no such weight")
             if value.shape != named[name].shape:
                 raise ValueError(f"{name}: shape {value.shape} found, expected {named[name].shape}")
-        return GptOss(self.config, named | dict(weights), mesh=self.mesh)
+        return GptOss(self.config, {**named, **weights}, mesh=self.mesh)
 
 
 def _run(layer: Layer, x, rope, tags, cache, chunk, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, prepare=None):

@@ -56,7 +56,7 @@ def forward(q, k, v, sinks, tags, window, order):
         wide = _with_segments(q, k, v, tags["q_segments"])
         out, lse = _forward(*wide, scale=H**-0.5, causal=True, window=window)
         total = jnp.logaddexp(lse, sinks)
-        return (out[..., :H] * jnp.exp(lse - total)[..., None]).astype(q.dtype), total
+        return (out[..., :H].astype(jnp.float32) * jnp.exp(lse - total)[..., None]).astype(q.dtype), total
     out = _one_query(q, k, v, sinks, tags) if T == 1 else _chunk(q, k, v, sinks, tags, window, order)
     return out, jnp.zeros((B, T, N), jnp.float32)
 

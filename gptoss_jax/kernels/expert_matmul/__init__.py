@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from gptoss_jax.kernels import cpu_library
-from gptoss_jax.kernels.expert_matmul import cpu, mosaic_gpu, reference, xla
+from gptoss_jax.kernels.expert_matmul import cpu, grouping, mosaic_gpu, reference, xla
 from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight, pack, unpack
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight, swiglu
 
 IMPLEMENTATIONS = {"reference": reference.expert_matmul, "xla": xla.expert_matmul, "cpu": cpu.expert_matmul,
                    "mosaic_gpu": mosaic_gpu.expert_matmul}
 
-__all__ = ["IMPLEMENTATIONS", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "expert_matmul", "expert_swiglu", "pack", "unpack"]
+__all__ = ["IMPLEMENTATIONS", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "expert_matmul", "expert_mlp", "pack", "say", "unpack"]
 
 log = logging.getLogger("gptoss_jax")
 
@@ -32,12 +32,52 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, implementation: str =
     return _matmul(x_MI, weight, bias_EO, group_sizes_E, implementation)
 
 
-def expert_swiglu(x_MI, weight, bias_EO, group_sizes_E, *, limit: float, alpha: float, implementation: str = "auto"):
-    """Return `reference.swiglu` of `expert_matmul`, [M, out/2]: in one kernel, rounded once, where "mosaic_gpu" does it."""
+def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, *, limit: float, alpha: float, implementation: str = "auto"):
+    """Return each token's weighted sum over its experts' down(swiglu(gate_up(x))), float32 [T, D]; differentiable in all but packed weights.
+
+    expert: int32 [T, A]; an expert of E or more is somebody else's and adds nothing. gate_up: [E, 2F, D], gate and up interleaved, and down
+    [E, D, F] with their biases as `expert_matmul` takes them, or arranged as HopperGateUpWeight and HopperWeight: then "auto" is "mosaic_gpu",
+    with h rounded once, where the program runs on a GPU. implementation: as of `expert_matmul`.
+    """
     _check(implementation)
-    if implementation == "mosaic_gpu" or implementation == "auto" and isinstance(weight, HopperGateUpWeight) and _takes(x_MI, weight, bias_EO):
-        return _swiglu(x_MI, weight, bias_EO, group_sizes_E, limit, alpha, implementation)
-    return swiglu(_matmul(x_MI, weight, bias_EO, group_sizes_E, implementation), limit, alpha)
+    arguments = x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias
+    arranged = isinstance(gate_up, HopperGateUpWeight) and isinstance(down, HopperWeight)
+    if implementation == "mosaic_gpu":
+        mosaic_gpu.require("expert_mlp", x_TD, gate_up, gate_up_bias)
+        if not arranged:
+            raise ValueError("expert_mlp implementation 'mosaic_gpu' needs a HopperGateUpWeight and a HopperWeight")
+        return _mlp_on_hopper(*arguments, limit, alpha)
+    if implementation == "auto" and arranged and _takes(x_TD, gate_up, gate_up_bias):
+        return _mlp_on_hopper(*arguments, limit, alpha)
+    return _mlp(*arguments, limit, alpha, implementation)
+
+
+def _mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, limit, alpha, implementation="auto"):
+    def apply(x_MD, group_sizes_E):
+        h_MF = swiglu(_matmul(x_MD, gate_up, gate_up_bias, group_sizes_E, implementation), limit, alpha)
+        return _matmul(h_MF, down, down_bias, group_sizes_E, implementation)
+
+    return grouping.by_expert(x_TD, expert_TA, weight_TA, gate_up_bias.shape[0], apply)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _mlp_on_hopper(*arguments):
+    *arrays, limit, alpha = arguments
+    here, elsewhere = (functools.partial(f, limit=limit, alpha=alpha) for f in (mosaic_gpu.expert_mlp, _mlp))
+    return jax.lax.platform_dependent(*arrays, cuda=here, default=elsewhere)
+
+
+def _mlp_backward(limit, alpha, arrays, g_TD):
+    x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias = arrays
+
+    def run(x_TD, weight_TA, gate_up_bias, down_bias):
+        return _mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, limit, alpha)
+
+    dx, dweight, dgate_up_bias, ddown_bias = jax.vjp(run, x_TD, weight_TA, gate_up_bias, down_bias)[1](g_TD)
+    return dx, _no_gradient(expert_TA), dweight, _no_gradient(gate_up), dgate_up_bias, _no_gradient(down), ddown_bias
+
+
+_mlp_on_hopper.defvjp(lambda *arguments: (_mlp_on_hopper(*arguments), arguments[:7]), _mlp_backward)
 
 
 def _check(implementation):
@@ -76,41 +116,23 @@ def _backward(implementation, residuals, g_MO):
 _matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments[:4]), _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _swiglu(x_MI, weight, bias_EO, group_sizes_E, limit, alpha, implementation):
-    arguments = (x_MI, weight, bias_EO, group_sizes_E)
-    if implementation == "mosaic_gpu":
-        return mosaic_gpu.expert_swiglu(*arguments, limit=limit, alpha=alpha)
-    return jax.lax.platform_dependent(
-        *arguments, cuda=functools.partial(mosaic_gpu.run, kind=HopperGateUpWeight, limit=limit, alpha=alpha),
-        default=lambda *arguments: swiglu(_as_stored(*arguments), limit, alpha))
-
-
-def _swiglu_backward(limit, alpha, implementation, residuals, g_MF):
-    x_MI, weight, bias_EO, group_sizes_E = residuals
-    stored = unpack(weight) if isinstance(weight, HopperGateUpWeight) else weight
-    _, pull = jax.vjp(lambda x, bias: swiglu(xla.expert_matmul(x, stored, bias, group_sizes_E), limit, alpha), x_MI, bias_EO)
-    dx, dbias = pull(g_MF)
-    return dx, _no_gradient(weight), dbias, np.zeros(group_sizes_E.shape, jax.dtypes.float0)
-
-
-_swiglu.defvjp(lambda *arguments: (_swiglu(*arguments), arguments[:4]), _swiglu_backward)
-
-
-def _no_gradient(weight):
-    return type(weight)(*(np.zeros(part.shape, jax.dtypes.float0) for part in weight))
+def _no_gradient(tree):
+    return jax.tree.map(lambda part: np.zeros(part.shape, jax.dtypes.float0), tree)
 
 
 def _takes(x_MI, weight, bias_EO) -> bool:
     """Return whether "auto" compiles the Hopper kernel for these; say which, and why not, once in the log."""
     requirement = mosaic_gpu.unmet(x_MI, weight, bias_EO)
-    _say(requirement)
+    if requirement is None and jax.default_backend() == "gpu":  # where programs run; one may be compiled for a GPU elsewhere
+        requirement = mosaic_gpu.device_unmet()
+    say(requirement)
     return requirement is None
 
 
 @functools.cache
-def _say(requirement):
+def say(requirement: str | None) -> None:
+    """Log once what multiplies packed weights on a GPU, and why."""
     if requirement:
-        log.warning("expert_matmul: weights arranged for Hopper GPUs are multiplied by XLA, slowly: mosaic_gpu needs %s", requirement)
+        log.warning("expert_matmul: XLA, slowly, as mosaic_gpu needs %s", requirement)
     else:
-        log.info("expert_matmul: mosaic_gpu on the GPU, for weights arranged for Hopper")
+        log.info("expert_matmul: mosaic_gpu on the GPU")

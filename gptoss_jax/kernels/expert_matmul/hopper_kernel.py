@@ -8,6 +8,7 @@ multiplies 64 outputs.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -44,16 +45,21 @@ class Plan(NamedTuple):
         return 40, min(240, each + (each - 40) // self.warpgroups // 8 * 8)
 
 
-def plan(num_rows: int, weight) -> Plan:
-    """Choose tile, step, ring and split for `num_rows` rows over all experts."""
+def tile_rows(num_rows: int, experts: int) -> int:
+    """Return N for so many rows: twice the mean, so that most experts' rows fit one tile."""
+    return min(128, max(ALIGNMENT, 1 << (2 * -(-num_rows // experts) - 1).bit_length()))
+
+
+def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
+    """Choose tile, step, ring and split for `num_rows` rows over all experts. rows: of each tile, where all have as many."""
     E, outs, ins = weight.scales.shape[:3]
-    # Twice the mean, so that most experts' rows fit one tile; no more than there are.
-    rows = min(128, max(ALIGNMENT, 1 << (2 * -(-num_rows // E) - 1).bit_length()), 1 << num_rows.bit_length() - 1)
+    most = num_rows // rows if rows else None
+    rows = rows or min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
     warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
     room = _SHARED_BYTES - warpgroups * rows * GROUP * 4  # beside the rows that are on their way out
     group = warpgroups * (2048 + 128) + rows * 2 * GROUP
     groups = next(n for n in (3, 2, 1) if ins % n == 0 and (n == 1 or room // (n * group) >= _FEWEST_STAGES))
-    units, steps = _most_tiles(num_rows, E, rows) * (outs // warpgroups), ins // groups
+    units, steps = (most or _most_tiles(num_rows, E, rows)) * (outs // warpgroups), ins // groups
     splits = 1
     if isinstance(weight, HopperWeight) and units < SMS:  # few rows: fill the grid with parts of sums
         splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-steps // n))
@@ -64,25 +70,70 @@ def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
     return min(num_rows // ALIGNMENT, num_rows // rows + num_experts + 1)
 
 
-def tiles(group_sizes_E, num_rows: int, rows: int):
-    """Cut rows sorted by expert into tiles: int32 [3, T] of expert, first row, number of rows, the last two in ALIGNMENTs; int32 [1], how many.
+class Tiles(NamedTuple):
+    """Of each tile its expert, first row and number of rows, int32 [T], the last two in ALIGNMENTs; count: int32 [1], how many there are.
 
-    Group sizes and num_rows are multiples of ALIGNMENT. Rows past the groups' sum belong to expert E. T is the most tiles there can be.
+    Arrays apart, not a table: what is constant of them takes no kernel.
+    """
+
+    expert: jax.Array
+    first: jax.Array
+    rows: jax.Array
+    count: jax.Array
+
+
+def tiles(group_sizes_E, num_rows: int, rows: int) -> Tiles:
+    """Cut rows sorted by expert into tiles of at most `rows`.
+
+    Group sizes and num_rows are multiples of ALIGNMENT. Rows past the groups' sum belong to expert E, which means nobody.
     """
     E, height = group_sizes_E.shape[0], rows // ALIGNMENT
     sizes = jnp.append(group_sizes_E, num_rows - group_sizes_E.sum()).astype(jnp.int32) // ALIGNMENT
-    row_end, tile_end = jnp.cumsum(sizes), jnp.cumsum(-(-sizes // height))
+    row_end, tile_end = ends(sizes), ends(-(-sizes // height))
     tile = jnp.arange(_most_tiles(num_rows, E, rows), dtype=jnp.int32)
     expert = jnp.minimum((tile_end <= tile[:, None]).sum(axis=1, dtype=jnp.int32), E)
     first = row_end[expert] - sizes[expert] + (tile - tile_end[expert] + -(-sizes[expert] // height)) * height
-    return jnp.stack([expert, first, jnp.clip(row_end[expert] - first, 0, height)]), tile_end[-1:]
+    return Tiles(expert, first, jnp.clip(row_end[expert] - first, 0, height), tile_end[-1:])
 
 
-def matmul(x_MI, weight, bias_EO, group_sizes_E, plan: Plan, *, limit: float = 0.0, alpha: float = 0.0):
-    """Run the kernel: x bfloat16 [M, in], bias bfloat16 or float32 [E, out]; M and group sizes are multiples of ALIGNMENT.
+def tiles_of_few(expert_M, experts: int, rows: int):
+    """Give rows of any order slots in tiles of `rows`, by comparing each row with each: five kernels, where sorting them is a dozen.
+
+    Returns (a row for each slot, int32 [S], any where the slot is spare; the slot of each row, int32 [M]; Tiles). An expert of `experts` or more is
+    nobody.
+    """
+    M = expert_M.shape[0]
+    T = min(M, M // rows + experts + 1)
+    row, slot, tile = (jnp.arange(count, dtype=jnp.int32) for count in (M, T * rows, T))
+    expert = jnp.minimum(expert_M, experts)
+    alike = expert == expert[:, None]
+    rank = (alike & (row < row[:, None])).sum(axis=1, dtype=jnp.int32)  # among the rows of its expert
+    opens = rank % rows == 0  # a tile
+    tile_M = (opens & ((expert < expert[:, None]) | alike & (rank <= rank[:, None]))).sum(axis=1, dtype=jnp.int32) - 1
+    slot_M = tile_M * rows + rank % rows
+    expert_T = jnp.where(opens & (tile_M == tile[:, None]), expert, 0).sum(axis=1, dtype=jnp.int32)
+    row_S = jnp.where(slot_M == slot[:, None], row, 0).sum(axis=1, dtype=jnp.int32)
+    return row_S, slot_M, whole_tiles(expert_T, rows, opens.sum(dtype=jnp.int32)[None])
+
+
+def whole_tiles(expert_T, rows: int, count=None) -> Tiles:
+    """Give each of these experts `rows` rows, in this order: nothing is left to compute."""
+    T, height = expert_T.shape[0], rows // ALIGNMENT
+    return Tiles(expert_T, np.arange(T, dtype=np.int32) * height, np.full(T, height, np.int32), np.full(1, T, np.int32) if count is None else count)
+
+
+def ends(sizes_E):
+    """Return the cumulative sum of few numbers, by comparing: one kernel that fuses with others, where a scan is some."""
+    index = jnp.arange(sizes_E.shape[0])
+    return jnp.where(index <= index[:, None], sizes_E, 0).sum(axis=1, dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "limit", "alpha"))  # so that a kernel is made once for all layers
+def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, limit: float = 0.0, alpha: float = 0.0):
+    """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
-    HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16.
+    HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
     gated = isinstance(weight, HopperGateUpWeight)
     M = x_MI.shape[0]
@@ -93,7 +144,7 @@ def matmul(x_MI, weight, bias_EO, group_sizes_E, plan: Plan, *, limit: float = 0
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = _Interpreted if plan.interpret else _Mosaic
 
-    def body(table, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
+    def body(tile_expert, tile_first, tile_rows, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         units = count[0] * (blocks * splits)
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
@@ -103,7 +154,7 @@ def matmul(x_MI, weight, bias_EO, group_sizes_E, plan: Plan, *, limit: float = 0
             at = block + i * plan.blocks
             tile, part, column = at // (blocks * splits), at // blocks % splits, at % blocks
             begin, end = part * steps // splits, (part + 1) * steps // splits
-            return tile, column, part, begin, jnp.where(table[0, tile] < E, end - begin, 0)
+            return tile, column, part, begin, jnp.where(tile_expert[tile] < E, end - begin, 0)
 
         @pl.when(me == wgs)
         def _copy():
@@ -111,7 +162,7 @@ def matmul(x_MI, weight, bias_EO, group_sizes_E, plan: Plan, *, limit: float = 0
 
             def copy_unit(i, done):
                 tile, column, _, begin, length = unit(i)
-                expert, first = table[0, tile], table[1, tile]
+                expert, first = tile_expert[tile], tile_first[tile]
 
                 def copy_step(step, _):
                     at = done + step
@@ -139,7 +190,7 @@ def matmul(x_MI, weight, bias_EO, group_sizes_E, plan: Plan, *, limit: float = 0
 
             def compute_unit(i, done):
                 tile, column, part, _, length = unit(i)
-                expert, first, rows = table[0, tile], table[1, tile], table[2, tile]
+                expert, first, rows = tile_expert[tile], tile_first[tile], tile_rows[tile]
 
                 def accumulate(acc):
                     def step(step, _):
@@ -190,8 +241,7 @@ def matmul(x_MI, weight, bias_EO, group_sizes_E, plan: Plan, *, limit: float = 0
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))
-    table, count = tiles(group_sizes_E, M, N)
-    out = run(table, count, x_MI, weight.words, weight.scales, bias_EO)
+    out = run(*tiles, x_MI, weight.words, weight.scales, bias_EO)
     return out[0] if splits == 1 else out
 
 

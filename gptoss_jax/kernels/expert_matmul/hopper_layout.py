@@ -1,4 +1,4 @@
-"""How packed weights lie in a Hopper GPU's memory: a lossless rearrangement, made once when a model is loaded; checkpoints never hold it.
+"""How packed weights lie in a Hopper GPU's memory: a lossless rearrangement, made once by the engine; checkpoints never hold it.
 
 A matrix is cut into groups of 64 outputs by 64 inputs: 512 words of 32 bits, which the 128 threads of a warpgroup load by 16 bytes each, in
 the order in which wgmma takes operand A from registers, and 32 words of scales.

@@ -1,38 +1,50 @@
-"""Expert matmul on NVIDIA Hopper GPUs: what `hopper_kernel` needs, and the op by its means, alone or with clamped SwiGLU.
+"""Experts on NVIDIA Hopper GPUs: what `hopper_kernel` needs, and the ops by its means.
 
 That module is imported where it is used: Pallas' GPU side isn't in every jax, and takes its time to import.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gptoss_jax.kernels.expert_matmul import hopper_layout
+from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
 OLDEST_JAX = (0, 11, 2)
 
 
-def unmet(x_MI, weight, bias_EO) -> str | None:
+def unmet(x, weight, bias_EO) -> str | None:
     """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `device_unmet`."""
     if jax.__version_info__ < OLDEST_JAX:
         return f"jax {'.'.join(map(str, OLDEST_JAX))} or newer (found {jax.__version__})"
     if not isinstance(weight, (Mxfp4Weight, HopperWeight, HopperGateUpWeight)):
         return f"a packed weight (found a dense one, {weight.dtype})"
-    if x_MI.dtype != jnp.bfloat16:
-        return f"rows in bfloat16 (found {x_MI.dtype})"
+    if x.dtype != jnp.bfloat16:
+        return f"rows in bfloat16 (found {x.dtype})"
     if bias_EO.dtype not in (jnp.bfloat16, jnp.float32):
         return f"a bias in bfloat16 or float32 (found {bias_EO.dtype})"
     return hopper_layout.unmet(weight) if isinstance(weight, Mxfp4Weight) else None
 
 
-def device_unmet() -> str | None:
-    """Return what is missing where JAX's first device is no Hopper GPU, None if it is one."""
-    device = jax.devices()[0]
-    hopper = device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
-    return None if hopper else f"a Hopper GPU (found {device.device_kind})"
+def device_unmet(device: jax.Device | None = None) -> str | None:
+    """Return what a device lacks, by default this process's first; None for a Hopper GPU that computes right, or one that isn't here to be asked."""
+    device = device or jax.local_devices()[0]
+    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
+        return f"a Hopper GPU (found {device.device_kind})"
+    return wrong_here() if device in jax.local_devices() else None
+
+
+@functools.cache
+def wrong_here() -> str | None:
+    """Look once a process whether the first device computes right; see `hopper_check.disagreement`."""
+    from gptoss_jax.kernels.expert_matmul import hopper_check
+
+    return hopper_check.disagreement()
 
 
 def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, aligned: bool = False, interpret=None):
@@ -42,19 +54,21 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, aligned: bool = False
     multiples of ALIGNMENT, else rows are moved apart first and back after. interpret: plgpu.InterpretGPUParams.
     """
     if isinstance(weight, HopperGateUpWeight):
-        raise ValueError("expert_matmul implementation 'mosaic_gpu' needs a HopperWeight (a HopperGateUpWeight is for expert_swiglu)")
-    return _run("expert_matmul", x_MI, weight, bias_EO, group_sizes_E, HopperWeight, aligned, interpret)
+        raise ValueError("expert_matmul implementation 'mosaic_gpu' needs a HopperWeight (a HopperGateUpWeight is for expert_mlp)")
+    require("expert_matmul", x_MI, weight, bias_EO, interpret)
+    return run(x_MI, weight, bias_EO, group_sizes_E, HopperWeight, aligned, interpret)
 
 
 def expert_swiglu(x_MI, weight, bias_EO, group_sizes_E, *, limit: float, alpha: float, aligned: bool = False, interpret=None):
     """Return `reference.swiglu` of `reference.expert_matmul`, rounded once; for a HopperGateUpWeight, otherwise as `expert_matmul` here."""
-    return _run("expert_swiglu", x_MI, weight, bias_EO, group_sizes_E, HopperGateUpWeight, aligned, interpret, limit=limit, alpha=alpha)
+    require("expert_swiglu", x_MI, weight, bias_EO, interpret)
+    return run(x_MI, weight, bias_EO, group_sizes_E, HopperGateUpWeight, aligned, interpret, limit=limit, alpha=alpha)
 
 
-def _run(name, x_MI, weight, bias_EO, group_sizes_E, kind, aligned, interpret, **constants):
-    if requirement := unmet(x_MI, weight, bias_EO) or (None if interpret else device_unmet()):
+def require(name, x, weight, bias_EO, interpret=None) -> None:
+    """Raise ValueError naming what isn't met."""
+    if requirement := unmet(x, weight, bias_EO) or (None if interpret else device_unmet()):
         raise ValueError(f"{name} implementation 'mosaic_gpu' needs {requirement}")
-    return run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned, interpret, **constants)
 
 
 def run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned=False, interpret=None, **constants):
@@ -63,28 +77,69 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned=False, interpret=Non
 
     if isinstance(weight, Mxfp4Weight):
         weight = hopper_layout.pack(weight, kind)
-    M = x_MI.shape[0]
-    if not aligned:
-        slot_M, group_sizes_E, slots = align(group_sizes_E, M)
-        x_MI = jnp.zeros((slots, x_MI.shape[1]), x_MI.dtype).at[slot_M].set(x_MI, unique_indices=True)
     if not x_MI.shape[0]:
         return jnp.zeros((0, bias_EO.shape[1] // (2 if kind is HopperGateUpWeight else 1)), x_MI.dtype)
-    plan = hopper_kernel.plan(x_MI.shape[0], weight)
-    if interpret:
-        plan = plan._replace(interpret=interpret, blocks=3)
-    out = hopper_kernel.matmul(x_MI, weight, bias_EO, group_sizes_E, plan, **constants)
+    if not aligned:
+        row_S, slot_M, group_sizes_E = align(group_sizes_E, x_MI.shape[0])
+        x_MI = x_MI[row_S]
+    plan = _plan(x_MI.shape[0], weight, interpret)
+    tiles = hopper_kernel.tiles(group_sizes_E, x_MI.shape[0], plan.rows)
+    out = hopper_kernel.matmul(x_MI, weight, bias_EO, tiles, plan, **constants)
     if plan.splits > 1:
         out = out.sum(axis=0).astype(x_MI.dtype)
     return out if aligned else out[slot_M]
 
 
+def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, limit, alpha, interpret=None):
+    """Same result as `expert_mlp` of this package, for bfloat16 rows, a HopperGateUpWeight and a HopperWeight; no look at the device.
+
+    The rows of one token need no grouping, a tile each; few rows get tiles by comparing, many by sorting.
+    """
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+
+    (T, A), E, D = expert_TA.shape, gate_up_bias.shape[0], x_TD.shape[1]
+    rows = ALIGNMENT if T == 1 else hopper_kernel.tile_rows(T * A, E)
+    if T == 1:
+        x_SD, slot_M = jnp.broadcast_to(x_TD, (A * rows, D)), np.arange(A) * rows
+        tiles = hopper_kernel.whole_tiles(expert_TA[0], rows)
+    elif T * A <= grouping.FEW_ROWS:
+        row_S, slot_M, tiles = hopper_kernel.tiles_of_few(expert_TA.reshape(-1), E, rows)
+        x_SD = x_TD[row_S // A]
+    else:
+        order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
+        row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
+        x_SD, slot_M = x_TD[order_M[row_S] // A], slot_M[place_M]
+        rows, tiles = None, hopper_kernel.tiles(group_sizes_E, len(row_S), hopper_kernel.plan(len(row_S), gate_up).rows)
+    plans = (_plan(len(x_SD), weight, interpret, rows) for weight in (gate_up, down))
+    h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, next(plans), limit=limit, alpha=alpha)
+    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, plan := next(plans))
+    y_MD = y[slot_M] if plan.splits == 1 else y[:, slot_M].sum(axis=0)
+    return grouping.weighted_sum(y_MD.reshape(T, A, D), weight_TA)
+
+
+def _plan(slots: int, weight, interpret, rows: int | None = None):
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+
+    plan = hopper_kernel.plan(slots, weight, rows)
+    return plan._replace(interpret=interpret, blocks=3) if interpret else plan
+
+
 def align(group_sizes_E, num_rows: int):
-    """Return where rows sorted by expert go so that every group starts at a multiple of ALIGNMENT: int32 [M]; the groups' sizes then; all slots."""
+    """Give every group of rows sorted by expert slots from a multiple of ALIGNMENT on, rows past the groups' sum some of their own.
+
+    Returns (a row for each slot, int32 [S], any where the slot is spare; the slot of each row, int32 [M]; slots of each group).
+    """
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+
     E = group_sizes_E.shape[0]
-    sizes = jnp.append(group_sizes_E, num_rows - group_sizes_E.sum()).astype(jnp.int32)  # the last: rows past the groups' sum
+    sizes = jnp.append(group_sizes_E, num_rows - group_sizes_E.sum()).astype(jnp.int32)
     room = -(-sizes // ALIGNMENT) * ALIGNMENT
-    ends = jnp.cumsum(sizes)
+    row_ends, slot_ends = hopper_kernel.ends(sizes), hopper_kernel.ends(room)
+    shift = slot_ends - room - row_ends + sizes  # of each group
+
+    def group_of(index, ends):
+        return jnp.minimum((ends <= index[:, None]).sum(axis=1, dtype=jnp.int32), E)
+
     row = jnp.arange(num_rows, dtype=jnp.int32)
-    expert = jnp.searchsorted(ends, row, side="right", method="compare_all")
-    slots = -(-(num_rows + (ALIGNMENT - 1) * min(E + 1, num_rows)) // ALIGNMENT) * ALIGNMENT
-    return row + (jnp.cumsum(room) - room - ends + sizes)[expert], room[:E], slots
+    slot = jnp.arange(-(-(num_rows + (ALIGNMENT - 1) * min(E + 1, num_rows)) // ALIGNMENT) * ALIGNMENT, dtype=jnp.int32)
+    return jnp.clip(slot - shift[group_of(slot, slot_ends)], 0, num_rows - 1), row + shift[group_of(row, row_ends)], room[:E]

@@ -1,0 +1,91 @@
+"""Weights rearranged for a GPU, on CPUs: the same logits, and every published weight back bit for bit."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax import checkpoint, sharding
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.inference import measure
+from gptoss_jax.inference.engine import Engine
+from gptoss_jax.kernels import expert_matmul
+from gptoss_jax.kernels.expert_matmul import mosaic_gpu
+from gptoss_jax.model import GptOss, arrangement, cost
+
+CONFIG = GptOssConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_local_experts=8, num_experts_per_tok=2,
+                      num_attention_heads=6, num_key_value_heads=2, head_dim=16, sliding_window=16, max_position_embeddings=64)
+run = jax.jit(lambda model, tokens: model(tokens))
+HAS_KERNEL = jax.__version_info__ >= mosaic_gpu.OLDEST_JAX
+
+
+@pytest.fixture
+def as_on_a_hopper(monkeypatch):
+    """The CPU devices taken for Hopper GPUs that compute right; programs for them are what `default` branches say."""
+    monkeypatch.setattr(arrangement, "_gpus_of", lambda array: sorted(array.sharding.device_set, key=lambda device: device.id))
+    monkeypatch.setattr(mosaic_gpu, "device_unmet", lambda device=None: None)
+
+
+def same_bits(ours, expected):
+    assert ours.keys() == expected.keys()
+    for name, array in expected.items():
+        assert ours[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(np.asarray(ours[name]).view(np.uint8), np.asarray(array).view(np.uint8), err_msg=name)
+
+
+def test_an_engine_arranges_its_model_and_nothing_is_lost(as_on_a_hopper, tmp_path):
+    model = GptOss(CONFIG, measure.random_weights(CONFIG))
+    before, tokens = dict(model.weights()), jnp.arange(20)[None]
+    logits = np.asarray(run(model, tokens))
+    untouched = Engine(model, arrange=False).weights
+    assert untouched.keys() == before.keys()
+    kept = Engine(model).weights
+    layer = "model.layers.0."
+    assert f"{layer}self_attn.qkv_proj.bias" in kept and f"{layer}self_attn.q_proj.weight" not in kept
+    assert (f"{layer}mlp.experts.down_proj_hopper_words" in kept) == HAS_KERNEL == (f"{layer}mlp.experts.down_proj_blocks" not in kept)
+    assert sum(x.nbytes for x in kept.values()) == sum(x.nbytes for x in before.values())
+    same_bits(model.weights(), before)
+    np.testing.assert_allclose(run(model, tokens), logits, atol=0.05 * logits.std())  # other kernels, rounded to bfloat16 elsewhere
+    other = model.replace({f"{layer}self_attn.k_proj.bias": before[f"{layer}self_attn.v_proj.bias"]})
+    assert other.arrays().keys() == before.keys()
+    checkpoint.save_huggingface(tmp_path / "saved", CONFIG, model.weights())
+    same_bits(checkpoint.load(tmp_path / "saved").weights(), before)
+    assert Engine(model).weights.keys() == kept.keys()  # a second engine finds it done
+
+
+def test_what_the_kernel_cannot_take_stays_as_it_is_and_one_line_says_why(as_on_a_hopper, caplog):
+    model = GptOss(CONFIG, measure.random_weights(CONFIG, "float32"))
+    expert_matmul.say.cache_clear()
+    with caplog.at_level(logging.INFO, "gptoss_jax"):
+        model.arrange()
+    assert "model.layers.0.mlp.experts.gate_up_proj_blocks" in model.arrays()
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("expert_matmul: XLA, slowly, as mosaic_gpu needs " + ("rows in bfloat16 (found float32)" if HAS_KERNEL else "jax 0.11.2"))
+
+
+@pytest.mark.skipif(not HAS_KERNEL, reason="the kernel needs jax 0.11.2")
+def test_on_a_mesh_each_device_arranges_its_experts_where_their_shares_allow(as_on_a_hopper):
+    config, tokens = CONFIG.replace(num_attention_heads=8, num_key_value_heads=4), jnp.arange(20)[None].repeat(2, axis=0)
+    mesh = sharding.make_mesh(expert=2, tensor=2, fsdp=2)
+    model = GptOss(config, measure.random_weights(config, mesh=mesh), mesh=mesh)
+    before, logits = dict(model.weights()), np.asarray(run(model, tokens))
+    model.arrange()
+    arrays = model.arrays()
+    words = arrays["model.layers.0.mlp.experts.gate_up_proj_hopper_words"]
+    assert words.sharding.spec == before["model.layers.0.mlp.experts.gate_up_proj_scales"].sharding.spec
+    assert "model.layers.0.self_attn.q_proj.weight" in arrays
+    same_bits(model.weights(), before)
+    np.testing.assert_allclose(run(model, tokens), logits, atol=0.05 * logits.std())
+    mesh = sharding.make_mesh(expert=2, tensor=4)  # 32 of 128 hidden on each
+    model = GptOss(config, cost.abstract_weights(config, mesh=mesh), mesh=mesh)
+    model.arrange()
+    assert "model.layers.0.mlp.experts.down_proj_blocks" in model.arrays()
+
+
+def test_nothing_is_arranged_where_no_gpu_holds_it():
+    model = GptOss(CONFIG, measure.random_weights(CONFIG))
+    arrays = model.arrays()
+    model.arrange()
+    assert model.arrays().keys() == arrays.keys() == model.weights().keys()
