@@ -223,7 +223,6 @@ def host_memory_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Bytes of one device. parts: what stays there, by name. temporaries: of each compiled step; empty where nothing was compiled. padding: what
