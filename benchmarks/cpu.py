@@ -1,6 +1,6 @@
 """Time a checkpoint on the CPU: load, prefill of 512 tokens, decode at 128 and 1,024 tokens of context, batch 8, peak memory.
 
-    taskset -c 0,1 python benchmarks/cpu.py CHECKPOINT [--json FILE] [--repetitions 5]
+    taskset -c 0,1 python benchmarks/cpu.py CHECKPOINT [--json FILE] [--repetitions 5] [--brief]
 
 Every rate is the median over repetitions, beside the worst and best; decode times 16 greedy steps after 2 untimed ones. The memory's read
 bandwidth is probed right before and after each rate, since it changes on shared machines. --json appends a line with all of it.
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=pathlib.Path)
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--brief", action="store_true", help="load, first token, decode at 128 and peak memory only: for the full-size 20b")
     arguments = parser.parse_args()
     for path in arguments.checkpoint.glob("*.safetensors"):
         with path.open("rb") as file:  # into the page cache
@@ -64,11 +65,13 @@ def main() -> None:
         share = f", {needed * result[name]['median'] / 1e9 / statistics.mean(bandwidth):.0%} of the read bandwidth" if needed else ""
         print(f"{name}: {result[name]['median']:.1f} tokens/s ({rates[0]:.1f} to {rates[-1]:.1f}){share}", flush=True)
 
-    rate("prefill", PREFILL, lambda: first_token(engine, [prompt(PREFILL, vocabulary)]))
-    for context in CONTEXTS:
+    if not arguments.brief:
+        rate("prefill", PREFILL, lambda: first_token(engine, [prompt(PREFILL, vocabulary)]))
+    for context in CONTEXTS[:1] if arguments.brief else CONTEXTS:
         rate(f"decode@{context}", STEPS, lambda: decode(engine, [prompt(context, vocabulary)]), decode_bytes(config, 1, context))
-    rate(f"batch-{BATCH} decode@{CONTEXTS[0]}", BATCH * STEPS,
-         lambda: decode(engine, [prompt(CONTEXTS[0], vocabulary, seed) for seed in range(BATCH)]))
+    if not arguments.brief:
+        rate(f"batch-{BATCH} decode@{CONTEXTS[0]}", BATCH * STEPS,
+             lambda: decode(engine, [prompt(CONTEXTS[0], vocabulary, seed) for seed in range(BATCH)]))
     result["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     print(f"peak memory {result['peak_rss_mb']} MiB")
     if arguments.json:

@@ -26,8 +26,8 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E):
         y = _dot(_rows(x_MI, start, tiles.rows), _matrix(weight, expert, x_MI.dtype), transpose=isinstance(weight, Mxfp4Weight))
         return _put_rows(out, (y + bias_EO[expert].astype(jnp.float32)).astype(x_MI.dtype), start, mine)
 
-    out = jnp.zeros((x_MI.shape[0], bias_EO.shape[1]), x_MI.dtype)
-    return jax.lax.fori_loop(0, tiles.count, body, out) if len(out) else out
+    out = _bits(jnp.zeros((x_MI.shape[0], bias_EO.shape[1]), x_MI.dtype))
+    return _numbers(jax.lax.fori_loop(0, tiles.count, body, out) if len(out) else out, x_MI.dtype)
 
 
 def _forward_rule(x_MI, weight, bias_EO, group_sizes_E):
@@ -51,8 +51,9 @@ def backward(residuals, g_MO):
         return dx, dweight, dbias
 
     dweight = jnp.zeros(() if packed else weight.shape, jnp.float32)
-    carry = jnp.zeros_like(x_MI), dweight, jnp.zeros(bias_EO.shape, jnp.float32)
+    carry = _bits(jnp.zeros_like(x_MI)), dweight, jnp.zeros(bias_EO.shape, jnp.float32)
     dx, dweight, dbias = jax.lax.fori_loop(0, tiles.count, body, carry)
+    dx = _numbers(dx, x_MI.dtype)
     if packed:
         dweight = Mxfp4Weight(*(np.zeros(part.shape, jax.dtypes.float0) for part in weight))
     else:
@@ -100,6 +101,15 @@ def _rows(x, start, count):
 
 
 def _put_rows(out, values, start, mine):
-    """Write the rows that are `mine`: copies of whole arrays, to pad them or to cut them, would be the largest of a training step."""
-    values = jnp.where(mine[:, None], values, _rows(out, start, len(mine)))
+    """Write the rows that are `mine` to `out`, `_bits`: copies of whole arrays, to pad them or to cut them, would be the largest of a training step."""
+    values = jnp.where(mine[:, None], _bits(values), _rows(out, start, len(mine)))
     return jax.lax.dynamic_update_slice_in_dim(out, values, start, axis=0)
+
+
+def _bits(x):
+    """Return bfloat16 as integers: on CPUs XLA updates a part of it as float32, and to that end converts all of it, there and back."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _numbers(x, dtype):
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype != dtype else x
