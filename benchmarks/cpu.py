@@ -4,6 +4,11 @@
 
 Every rate is the median over repetitions, beside the worst and best; decode times 16 greedy steps after 2 untimed ones. The memory's read
 bandwidth is probed right before and after each rate, since it changes on shared machines. --json appends a line with all of it.
+
+    python benchmarks/cpu.py CHECKPOINT --peer COMMAND ... [--repetitions 12]
+
+times decode at both contexts in turn with another engine, so that both see the same machine: COMMAND prints "ready" when it holds its model, then
+reads lines, 128 or 1024, decodes likewise and prints tokens/s. While one runs the other is stopped, so that no thread of its waits by spinning.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import json
 import os
 import pathlib
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,6 +43,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=pathlib.Path)
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--peer", nargs=argparse.REMAINDER, metavar="COMMAND", help="another engine, see above; the last argument")
     parser.add_argument("--brief", action="store_true", help="load, first token, decode at 128 and peak memory only: for the full-size 20b")
     arguments = parser.parse_args()
     for path in arguments.checkpoint.glob("*.safetensors"):
@@ -55,6 +62,10 @@ def main() -> None:
     start = time.perf_counter()
     first_token(engine, [prompt(16, vocabulary)])
     result["first_token_s"] = round(time.perf_counter() - start + result["load_s"], 2)
+
+    if arguments.peer:
+        compare(engine, arguments)
+        return
 
     def rate(name, tokens, seconds, needed=None):
         seconds()
@@ -77,6 +88,34 @@ def main() -> None:
     if arguments.json:
         with arguments.json.open("a") as file:
             file.write(json.dumps(result) + "\n")
+
+
+def compare(engine: Engine, arguments) -> None:
+    peer = subprocess.Popen(arguments.peer, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while peer.stdout.readline().strip() != "ready":
+        if peer.poll() is not None:
+            sys.exit(f"{' '.join(arguments.peer)}: exit code {peer.returncode} before it was ready")
+
+    def other(context: int) -> float:
+        peer.send_signal(signal.SIGCONT)
+        print(context, file=peer.stdin, flush=True)
+        rate = float(peer.stdout.readline())
+        peer.send_signal(signal.SIGSTOP)
+        return rate
+
+    def ours(context: int) -> float:
+        return STEPS / decode(engine, [prompt(context, engine.config.vocab_size)])
+
+    for context in CONTEXTS:
+        pairs = []
+        for repetition in range(arguments.repetitions + 1):  # the first isn't counted
+            order = (ours, other) if repetition % 2 else (other, ours)
+            found = {run: run(context) for run in order}
+            pairs += [(found[ours], found[other])] * (repetition > 0)
+        ratios = sorted(a / b for a, b in pairs)
+        print(f"decode@{context}: {statistics.median(a for a, _ in pairs):.1f} tokens/s, the other {statistics.median(b for _, b in pairs):.1f}; "
+              f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+    peer.kill()
 
 
 def prompt(count: int, vocabulary: int, seed: int = 11) -> list[int]:
