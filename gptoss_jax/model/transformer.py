@@ -189,7 +189,7 @@ def _run(layer: Layer, x, rope, tags, cache, chunk, *, prefix: str, patterns: tu
     return x, cache, keep.values
 
 
-# Layers that are alike, and whose names don't matter, are traced once: of 24 layers two, 0.6 s instead of 2.8 s until 20b can be compiled.
+# Layers that are alike, and whose names don't matter, are traced once: two of 20b's 24, whose first token then comes after 3.5 s, not 7.2.
 _run_alike = jax.jit(_run, static_argnames=("prefix", "patterns", "mesh", "transport"))
 
 
