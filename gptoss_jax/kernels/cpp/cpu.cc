@@ -172,28 +172,25 @@ inline Sums Totals(const Sums* sums) {
 }
 #endif
 
-template <int O, int R, typename T>
+template <int R, typename T>
 void DotRows(int rows, const T* x, const T* weight, int64_t weight_stride, int64_t size, float* out, int64_t out_stride) {
   if constexpr (R > 1) {
-    if (rows < R) return DotRows<O, R - 1>(rows, x, weight, weight_stride, size, out, out_stride);
+    if (rows < R) return DotRows<R - 1>(rows, x, weight, weight_stride, size, out, out_stride);
   }
-  Dot<R, O>(x, weight, weight_stride, size, out, out_stride);
+  Dot<R, kTileOuts>(x, weight, weight_stride, size, out, out_stride);
 }
 
 // out[r][o] = dot(x row r, weight row o) for any number of each.
 template <typename T>
 void Products(int64_t rows, const T* x, int64_t outs, const T* weight, int64_t weight_stride, int64_t size, float* out, int64_t out_stride) {
   const int64_t pass = rows <= kMostRows ? kMostRows : kTileRows;
-  for (int64_t o = 0; o < outs;) {
-    const int count = o + kTileOuts <= outs ? kTileOuts : 1;
-    for (int64_t r = 0; r < rows; r += pass) {
-      const int some = int(std::min(pass, rows - r));
-      const T *row = x + r * size, *w = weight + o * weight_stride;
-      if (count == 1) DotRows<1, kMostRows>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
-      else DotRows<kTileOuts, kMostRows>(some, row, w, weight_stride, size, out + r * out_stride + o, out_stride);
-    }
-    o += count;
-  }
+  int64_t o = 0;
+  for (; o + kTileOuts <= outs; o += kTileOuts)
+    for (int64_t r = 0; r < rows; r += pass)
+      DotRows<kMostRows>(int(std::min(pass, rows - r)), x + r * size, weight + o * weight_stride, weight_stride, size, out + r * out_stride + o,
+                         out_stride);
+  for (; o < outs; ++o)
+    for (int64_t r = 0; r < rows; ++r) Dot<1, 1>(x + r * size, weight + o * weight_stride, weight_stride, size, out + r * out_stride + o, out_stride);
 }
 
 // --- MXFP4 -----------------------------------------------------------------------------------------------------------------------
@@ -401,7 +398,8 @@ void DotPackedRows(int64_t rows, const BFloat16* x, const Mxfp4& weight, int64_t
   constexpr int kTogether = R < 4 ? 4 : 2;
   int64_t o = 0;
   for (; o + kTogether <= outs; o += kTogether) DotPacked<R, kTogether>(x, weight, row + o * step, step, out + o, kTileOuts);
-  for (; o < outs; ++o) DotPacked<R, 1>(x, weight, row + o * step, step, out + o, kTileOuts);
+  for (; o < outs; ++o)
+    for (int r = 0; r < R; ++r) DotPacked<1, 1>(x + r * InterleavedSize(weight), weight, row + o * step, step, out + r * kTileOuts + o, kTileOuts);
 }
 
 // x: interleaved, in whole cache lines. False where exact decoding must have the last word: a scale byte of 255 makes the sum infinite or
