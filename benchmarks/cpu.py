@@ -91,6 +91,7 @@ def main() -> None:
 
 
 def compare(engine: Engine, arguments) -> None:
+    """Print the rates of decode, ours and the peer's, and the ratios of pairs that ran one right after the other."""
     peer = subprocess.Popen(arguments.peer, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while peer.stdout.readline().strip() != "ready":
         if peer.poll() is not None:
