@@ -57,6 +57,13 @@ def test_nothing_is_compiled_again_for_another_length_or_setting(model):
     assert engine._decode._cache_size() == 1 and engine._prefill._cache_size() == 1 and engine._first._cache_size() == 1
 
 
+def test_rows_share_a_chunk(model):
+    """So that the memory of a prompt's activations doesn't grow with the batch; 16 tokens of each are the fewest."""
+    engine = Engine(model, prefill_chunk=128)
+    shapes = [engine.lower(rows, 256)["prefill"].args_info[0][2].shape for rows in (1, 4, 32)]
+    assert shapes == [(1, 128), (4, 32), (32, 16)]
+
+
 def test_tokens_are_the_same_when_a_dispatch_takes_several_steps(engine, oracle, monkeypatch):
     """One row stops early at a stop id, others at their room; log-probabilities and finish reasons included."""
     prompts = [oracle["g16.prompt"].tolist(), [1, 2, 3], oracle["g150.prompt"].tolist()]

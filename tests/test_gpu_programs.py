@@ -36,9 +36,9 @@ def test_the_cache_is_written_in_place(programs):
 
 
 def test_no_buffer_grows_with_the_context(programs):
-    """131,072 tokens of context: the cache of one full layer is 268 MB, the float32 scores of a chunk of 512 tokens would be 17 GB."""
+    """131,072 tokens of context: the cache of one full layer is 268 MB, the float32 scores of a chunk of 4,096 tokens would be 137 GB."""
     assert programs["decode"]["temp"] < 50e6
-    assert programs["prefill"]["temp"] < 150e6 and programs["prefill_kernels"]["__cudnn$fmhaSoftmax"] == 3  # past and chunk of the full layer
+    assert programs["prefill"]["temp"] < 500e6 and programs["prefill_kernels"]["__cudnn$fmhaSoftmax"] == 3  # past and chunk of the full layer
 
 
 def test_training_attention_takes_cudnns_backward_pass_and_no_mask(programs):

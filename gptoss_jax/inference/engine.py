@@ -22,6 +22,7 @@ from gptoss_jax.model.cache import abstract_cache
 
 _SMALLEST_CHUNK = 16
 _SMALLEST_CACHE = 256
+_PREFILL_CHUNK = {"cpu": 512}  # tokens, elsewhere 4,096: each chunk reads all experts, in which time a GPU could multiply about 1,000 tokens
 _STEPS = {"cpu": 1}  # a dispatch at most, elsewhere 8: a dispatch of 504 arrays costs the host 0.14 ms; 8 tokens still read as a stream
 
 
@@ -53,30 +54,32 @@ class Engine:
     """Run a model with a tokenizer's stop and sampleable ids.
 
     model: GptOss. tokenizer: gives `stop_ids` and `sampleable`; None stops at the config's eos_token_id and samples every id.
-    max_context: tokens of prompt and answer together, at most the config's max_position_embeddings. prefill_chunk: tokens of a prompt
-    computed at once; memory for activations grows with it, not with the prompt. steps_per_dispatch: tokens of a row decoded before the
-    host sees them, at most (it starts with one and doubles); None takes what suits the device. Tokens are the same with any.
+    max_context: tokens of prompt and answer together, at most the config's max_position_embeddings. prefill_chunk: tokens of prompts
+    computed at once, of all rows together but at least 16 of each; memory for activations grows with it, not with the prompts. steps_per_dispatch:
+    tokens of a row decoded before the host sees them, at most (it starts with one and doubles). None takes what suits the device; tokens
+    are the same with any.
     arrange: on a GPU, rearrange the model's weights in place for it (`GptOss.arrange`), as they are never twice in memory.
     """
 
-    def __init__(self, model: GptOss, tokenizer=None, *, max_context: int | None = None, prefill_chunk: int = 512,
+    def __init__(self, model: GptOss, tokenizer=None, *, max_context: int | None = None, prefill_chunk: int | None = None,
                  steps_per_dispatch: int | None = None, arrange: bool = True):
         config = model.config
         limit = config.max_position_embeddings
         self.max_context = limit if max_context is None else max_context
         if not 1 < self.max_context <= limit:
             raise ValueError(f"max_context is {max_context}, expected 2 to max_position_embeddings = {limit}")
-        if prefill_chunk < _SMALLEST_CHUNK or prefill_chunk & (prefill_chunk - 1):
-            raise ValueError(f"prefill_chunk is {prefill_chunk}, expected a power of two of at least {_SMALLEST_CHUNK}")
         if arrange:
             model.arrange()
         self.weights = model.arrays()
         self._home = self.weights["model.embed_tokens.weight"].sharding
         platform = jax.default_backend() if self._home is None else next(iter(self._home.device_set)).platform
+        self.prefill_chunk = _PREFILL_CHUNK.get(platform, 4096) if prefill_chunk is None else prefill_chunk
+        if self.prefill_chunk < _SMALLEST_CHUNK or self.prefill_chunk & (self.prefill_chunk - 1):
+            raise ValueError(f"prefill_chunk is {prefill_chunk}, expected a power of two of at least {_SMALLEST_CHUNK}")
         self.steps_per_dispatch = _STEPS.get(platform, 8) if steps_per_dispatch is None else steps_per_dispatch
         if self.steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch is {steps_per_dispatch}, expected at least 1")
-        self.config, self.mesh, self.prefill_chunk = config, model.mesh or sharding.ambient_mesh(), prefill_chunk
+        self.config, self.mesh = config, model.mesh or sharding.ambient_mesh()
         self.stop_ids = frozenset(config.eos_token_ids if tokenizer is None else tokenizer.stop_ids)
         self.sampleable = config.vocab_size if tokenizer is None else min(tokenizer.sampleable, config.vocab_size)
         self.dtype = self.weights["model.embed_tokens.weight"].dtype
@@ -157,8 +160,8 @@ class Engine:
         cache = make_cache(self.config, batch, length, self.dtype, mesh=self.mesh)
         hidden = jnp.zeros((batch, self.config.hidden_size), self.dtype)
         cache, hidden = jax.device_put((cache, hidden), self._place(cache, hidden))  # where outputs lie too: compiled once
-        for start in range(0, longest, self.prefill_chunk):
-            chunk = max(_SMALLEST_CHUNK, _power_of_two(min(longest - start, self.prefill_chunk)))
+        for start in range(0, longest, self._chunk(batch, longest)):
+            chunk = self._chunk(batch, longest - start)
             tokens = np.zeros((batch, chunk), np.int32)
             counts = np.zeros(batch, np.int32)
             for row, prompt in enumerate(prompts):
@@ -166,6 +169,10 @@ class Engine:
                 tokens[row, : len(part)], counts[row] = part, len(part)
             cache, hidden = self._prefill(self.weights, (cache, hidden), tokens, counts)
         return cache, hidden
+
+    def _chunk(self, batch: int, tokens: int) -> int:
+        """Return how many tokens of each row are computed at once where the longest prompt has `tokens` left."""
+        return max(_SMALLEST_CHUNK, min(_power_of_two(tokens), self.prefill_chunk // batch))
 
     def _place(self, *trees):
         if self.mesh is None:
@@ -225,7 +232,6 @@ class Engine:
         everywhere = self._home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         cache = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
         hidden = abstract((batch, self.config.hidden_size), self.dtype, sharding=everywhere)
-        chunk = min(self.prefill_chunk, max(_SMALLEST_CHUNK, _power_of_two(length)))
         ids, steps = abstract((batch,), np.int32), abstract((batch,), np.int32)
         kind, settings = stack([Sampling(top_k=1)] * batch)
         if self.steps_per_dispatch == 1:
@@ -233,7 +239,7 @@ class Engine:
         else:
             rows, one = (ids, abstract((batch,), np.bool)), abstract((), np.int32)
             decode = self._decode_many.lower(self.weights, cache, rows, settings, one, one, steps, kind=kind)
-        return {"prefill": self._prefill.lower(self.weights, (cache, hidden), abstract((batch, chunk), np.int32), ids), "decode": decode}
+        return {"prefill": self._prefill.lower(self.weights, (cache, hidden), abstract((batch, self._chunk(batch, length)), np.int32), ids), "decode": decode}
 
     def _check(self, prompts) -> None:
         for row, prompt in enumerate(prompts):

@@ -41,8 +41,8 @@ class Planner:
     kind: of `devices.KINDS`; axes: mesh axes of more than one device. Raises DeviceError, ShardingError.
     """
 
-    def __init__(self, config: GptOssConfig, kind: str, axes: Mapping[str, int] = {}, *, dtype: str = "bfloat16", prefill_chunk: int = 512):
-        self.config, self.dtype, self.prefill_chunk = config, dtype, prefill_chunk
+    def __init__(self, config: GptOssConfig, kind: str, axes: Mapping[str, int] = {}, *, dtype: str = "bfloat16"):
+        self.config, self.dtype = config, dtype
         count = cost.abstract_mesh(**axes).size
         kind_found = devices.kind_named(kind)
         self.memory = kind_found.memory_bytes // (count if kind_found.platform == "cpu" else 1)
@@ -98,7 +98,7 @@ class Planner:
         key = (config, batch, context)
         if key not in self._seen:
             weights = cost.abstract_weights(config, self.dtype, self.mesh, self.devices[0])
-            engine = Engine(GptOss(config, weights, mesh=self.mesh), max_context=context, prefill_chunk=self.prefill_chunk)
+            engine = Engine(GptOss(config, weights, mesh=self.mesh), max_context=context)
             exact = by_arithmetic(config, batch, context, dtype=self.dtype, mesh=self.mesh, memory=self.memory)
             padding, temporaries, collectives = 0, {}, {}
             for name, lowered in engine.lower(batch, context).items():
