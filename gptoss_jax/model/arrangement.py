@@ -6,6 +6,7 @@ Lossless, both ways: `published` gives every weight as the checkpoint has it, by
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -108,6 +109,18 @@ def published(config: GptOssConfig, arrays: Mapping[str, jax.Array]) -> Mapping[
         elif not name.endswith(f"_{scales}"):
             found[name] = functools.partial(_itself, array)
     return arrays if found.keys() == arrays.keys() else _Published(found)
+
+
+def exchanged(config: GptOssConfig, arrays: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return a model's arrays with some weights exchanged by Hugging Face name. Only what is rearranged together with one of them is put back."""
+    names, changed = published(config, arrays), {_together(name) for name in weights}
+    kept = {name: array for name, array in arrays.items() if _together(name) not in changed}
+    return kept | {name: names[name] for name in names if _together(name) in changed and name not in weights} | dict(weights)
+
+
+def _together(name: str) -> str:
+    """Return what a weight shares with those it is rearranged with, before and after."""
+    return re.sub(rf"_({'|'.join(ARRANGED + STORED)})$", "", re.sub(rf"[.]({'|'.join(PROJECTIONS)})[.].*|[.]{QKV}[.].*", f".{QKV}", name))
 
 
 def _stored(weight, index: int):

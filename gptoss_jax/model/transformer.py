@@ -177,7 +177,7 @@ class GptOss(nnx.Module):
                 raise ValueError(f"{name}: no such weight")
             if value.shape != named[name].shape:
                 raise ValueError(f"{name}: shape {value.shape} found, expected {named[name].shape}")
-        return GptOss(self.config, {**named, **weights}, mesh=self.mesh)
+        return GptOss(self.config, arrangement.exchanged(self.config, self.arrays(), weights), mesh=self.mesh)
 
 
 def _run(layer: Layer, x, rope, tags, cache, chunk, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, prepare=None):
