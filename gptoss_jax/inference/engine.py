@@ -84,9 +84,10 @@ class Engine:
         self.sampleable = config.vocab_size if tokenizer is None else min(tokenizer.sampleable, config.vocab_size)
         self.dtype = self.weights["model.embed_tokens.weight"].dtype
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
-        self._first = jax.jit(self._first_token, static_argnames=("kind",))
-        self._decode = jax.jit(self._decode_step, donate_argnums=(1,), static_argnames=("kind",))
-        self._decode_many = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind",))
+        read = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())  # what the host reads is whole in every process
+        self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)
+        self._decode = jax.jit(self._decode_step, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(read, read, None))
+        self._decode_many = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(None, read, read))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] = Sampling(), *,
                  max_new_tokens: int = 512) -> list[Completion]:

@@ -80,12 +80,8 @@ class _Run:
         self.pending: list[tuple[int, dict, Any]] = []  # (step, metrics, rows) of steps that haven't been looked at
         self.recent: list[dict] = []  # metrics of those that have, since the last report
         self.questions, self.answer = [], None
-        if run.answer_every_steps and answer_with is not None:
-            if jax.process_count() > 1:
-                self.reporter.say(f"run.answer_every_steps: left out in a run of {jax.process_count()} processes, as generating takes a model "
-                                  "whose weights one process holds")
-            else:
-                self.questions, self.answer = source.questions(run.answers), answer_with(tokenizer, run.answer_tokens)
+        if run.answer_every_steps and answer_with is not None:  # all processes answer, each what its devices compute
+            self.questions, self.answer = source.questions(run.answers), answer_with(tokenizer, run.answer_tokens)
 
     def _start(self) -> tuple[TrainState, dict]:
         step = self.store.latest_step()

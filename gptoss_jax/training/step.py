@@ -103,7 +103,13 @@ def forward_loss(config: TrainingConfig, trained: Mapping[str, jax.Array], froze
 
 def model_weights(config: TrainingConfig, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> Weights:
     """Return the weights of the model that the forward pass computes with, by name: for evaluation and sampled generations."""
-    return {name: _prepare(config.train, {}, {}, None, name, value) for name, value in (frozen | trained).items()}
+    changed = {name: value for name, value in trained.items() if config.train.mode == "qat" or name.endswith("lora_B")}
+    return frozen | trained | _prepared(config.train, changed)  # the others are not copied
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepared(train: TrainConfig, weights: Weights) -> Weights:
+    return {name: _prepare(train, {}, {}, None, name, value) for name, value in weights.items()}
 
 
 def _prepare(train: TrainConfig, stored: Mapping[str, NamedSharding], gathered: Mapping[str, tuple], mesh, name: str, value: jax.Array) -> jax.Array:
