@@ -17,9 +17,9 @@ from gptoss_jax.training.step import make_train_step
 STEPS = 20
 
 
-def losses_of(path, mesh=MeshConfig(), **train):
+def losses_of(path, mesh=MeshConfig(), learning_rate=1e-3, **train):
     config = resolve(dataclasses.replace(configured(path, z_coefficient=0.1, **train), mesh=mesh, model=None))
-    optimizer = optax.adamw(1e-3)
+    optimizer = optax.adamw(learning_rate)
     mesh = training_mesh(config)
     state, frozen = initial_state(config, optimizer, mesh)
     step, losses = make_train_step(config, optimizer, mesh), []
