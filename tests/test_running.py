@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -429,6 +430,12 @@ def test_a_configuration_is_known_and_says_what_it_runs(file):
     assert f"configs/{file.name}" in head and "Hardware: " in head and "Metric: " in head and "Last run" in head
     assert config.output.directory == f"runs/{file.stem}"
     check_rates(config.optimizer, declare_trained(resolve(config)))
+    commands = [shlex.split(line.lstrip("# "), comments=True) for line in head.splitlines() if line.startswith("#  ")]
+    started = [command[command.index(f"configs/{file.name}") + 1 :] for command in commands if f"configs/{file.name}" in command]
+    for overrides in started:  # rows that a mesh doesn't divide would be refused
+        command = load_config(file, overrides)
+        resolve(command, command.init.checkpoint and resolve(load_config(file, ["--init.checkpoint=tiny"])).model)
+    assert started
 
 
 def test_launchers_start_the_command_and_are_what_their_readers_parse():
