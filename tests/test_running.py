@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -449,9 +450,17 @@ def test_launchers_start_the_command_and_are_what_their_readers_parse():
         container = job["template"]["spec"]["containers"][0]
         assert jobset["kind"] == "JobSet" and job["completions"] == job["parallelism"] and job["completionMode"] == "Indexed"
         assert container["command"][1:3] == ["-m", "gptoss_jax.finetune"] and container["command"][-1] == "--distributed"
-        assert devices in container["resources"]["limits"] and (ROOT / container["command"][3]).exists()
+        assert devices_of(*container["command"][3:-1]) == job["completions"] * container["resources"]["limits"][devices]
     sky = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    assert sky["run"].rstrip().endswith("--distributed") and (ROOT / sky["envs"]["CONFIG"]).exists()
+    assert sky["run"].rstrip().endswith("--distributed")
+    assert sky["resources"]["accelerators"] == f"H100:{devices_of(sky['envs']['CONFIG'])}" and sky["num_nodes"] == 1
+
+
+def devices_of(file, *overrides):
+    """How many devices a command's mesh has; its rows divide among them."""
+    config = load_config(ROOT / file, [*overrides, "--init.checkpoint=tiny"])
+    resolve(config)
+    return math.prod(vars(config.mesh).values())
 
 
 def test_the_lesson_is_right_and_its_test_is_not_in_it(tmp_path):
