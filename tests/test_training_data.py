@@ -74,7 +74,7 @@ def learnt_parts(record, tokenizer, **fields):
 
 
 def test_lines_are_found_by_their_offsets_whatever_ends_them(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "1"}\n\n{"text": "2"}\r\n\n{"text": "\xc3\xa9"}')
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "1"}\n\n{"text": "2"}\r\n\r\n{"text": "\xc3\xa9"}')
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "4"}\n')
     records = Records(str(tmp_path / "*.jsonl"))
     assert [records[number]["text"] for number in range(len(records))] == ["1", "2", "é", "4"]
@@ -525,6 +525,7 @@ def test_evaluation_files_are_read_as_they_are_named(tmp_path, tokenizer):
     ({"sources": [{"path": "a", "weight": 1}, {"path": "b"}]}, r"data.sources\[1\].weight: missing, expected one as other sources have"),
     ({"sources": [{"path": "a", "weight": 1}], "epochs": 2}, "data.epochs: 2 found with weighted sources"),
     ({"sources": [{"path": "a", "weight": 0}]}, r"data.sources\[0\].weight: 0.0 found, expected at least"),
+    ({"sources": [{"path": "a", "weight": "inf"}]}, r"data.sources\[0\].weight: inf found, expected a finite number"),
     ({"epochs": 2}, "data.sources: none found"),
     ({"sources": [{"path": "a"}], "learn_channels": ["final", "analyse"]},
      r"data.learn_channels\[1\]: 'analyse' found, expected one of analysis, commentary, final; did you mean analysis\?"),

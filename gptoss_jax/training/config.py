@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -320,6 +321,8 @@ def _check_range(metadata: Mapping[str, Any], value: Any, name: str) -> None:
         near = difflib.get_close_matches(str(value), metadata["choices"], 1)
         raise TrainingConfigError(f"{name}: {value!r} found, expected one of {', '.join(metadata['choices'])}"
                                   + (f"; did you mean {near[0]}?" if near else ""))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TrainingConfigError(f"{name}: {value!r} found, expected a finite number")
     low, high = metadata.get("low"), metadata.get("high")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         span = f"at least {low}" if high is None else f"{low} to {high}"

@@ -102,7 +102,10 @@ class _JsonLines:
                 at += len(block)
         ends = np.concatenate([*ends, [at]]).astype(np.int64)
         starts = np.concatenate([[0], ends[:-1]])
-        self._lines = np.flatnonzero(ends - starts > 1)
+        empty = ends - starts < 2
+        if len(short := np.flatnonzero(ends - starts == 2)):
+            empty[short] = np.memmap(path, np.uint8, "r")[starts[short]] == ord("\r")
+        self._lines = np.flatnonzero(~empty)
         self._starts, self._ends = starts[self._lines], ends[self._lines]
 
     def __len__(self) -> int:
