@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, expert_matmul, expert_mlp, grouping
+from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, expert_matmul, expert_mlp, grouping, lean_mlp
 from gptoss_jax.kernels.expert_matmul.reference import swiglu
 from gptoss_jax.model.exchange import Exchange
 from gptoss_jax.model.linear import Linear
@@ -100,31 +100,33 @@ class MoE(nnx.Module):
             return logits, *by_sorting(logits)
         return logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
 
-    def __call__(self, x_BTD, indices_BTA, weights_BTA, real_BT, mesh, transport="gather"):
+    def __call__(self, x_BTD, indices_BTA, weights_BTA, real_BT, mesh, transport="gather", lean=False):
         """Return the weighted sum of the chosen experts' outputs, [B, T, D]. Tokens that aren't real go to no expert.
 
-        transport: how tokens get to experts on other devices, "gather" or "all_to_all".
+        transport: how tokens get to experts on other devices, "gather" or "all_to_all". lean: keep nothing for the backward pass.
         """
         experts = (self.experts.linear("gate_up_proj"), self.experts.linear("down_proj"))
         if real_BT is not None:
             indices_BTA = jnp.where(real_BT[..., None], indices_BTA, self.config.num_local_experts)
         if mesh is None or mesh.size == 1:
-            return self._local(x_BTD, indices_BTA, weights_BTA, *experts).astype(x_BTD.dtype)
-        return self._sharded(x_BTD, indices_BTA, weights_BTA, *experts, mesh=mesh, transport=transport)
+            return self._local(x_BTD, indices_BTA, weights_BTA, *experts, lean).astype(x_BTD.dtype)
+        return self._sharded(x_BTD, indices_BTA, weights_BTA, *experts, mesh=mesh, transport=transport, lean=lean)
 
-    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear):
+    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, lean: bool):
         """Compute the experts whose matrices are here, float32 [B, T, D]; an index of E or more is somebody else's and adds nothing."""
         B, T, D = x_BTD.shape
         rows = x_BTD.reshape(B * T, D), indices_BTA.reshape(B * T, -1), weights_BTA.reshape(B * T, -1)
         limit, alpha = self.experts.limit, self.experts.alpha
-        if gate_up.lora_A is None:
+        if lean:
+            out_TD = lean_mlp(*rows, tuple(gate_up), tuple(down), limit, alpha)
+        elif gate_up.lora_A is None:
             out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha)
         else:
             out_TD = grouping.by_expert(*rows, gate_up.bias.shape[0],
                                         lambda x_MD, group_sizes_E: down(swiglu(gate_up(x_MD, group_sizes_E), limit, alpha), group_sizes_E))
         return out_TD.reshape(B, T, D)
 
-    def _sharded(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, *, mesh, transport):
+    def _sharded(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, *, mesh, transport, lean):
         """Expert and tensor parallelism: tokens travel to the devices that hold their experts, and the results back to the tokens.
 
         With "gather" the devices that share the experts gather all their tokens, and each adds its experts' share to the sum: best where
@@ -138,7 +140,7 @@ class MoE(nnx.Module):
         def compute(x, indices, weights, gate_up, down):
             if hidden is not None:  # each shard holds part of the sum: the bias belongs to one of them
                 down = down._replace(bias=jnp.where(jax.lax.axis_index(hidden) == 0, down.bias, 0))
-            out = self._local(x, indices, weights, gate_up, down)
+            out = self._local(x, indices, weights, gate_up, down, lean)
             return out if hidden is None else jax.lax.psum(out, hidden)
 
         def gather(x, indices, weights, gate_up, down):

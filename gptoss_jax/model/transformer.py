@@ -61,7 +61,7 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(weights, f"{prefix}.post_attention_layernorm", config.rms_norm_eps)
         self.mlp = MoE(config, index, weights)
 
-    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, keep: Capture, transport: str = "gather"):
+    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, keep: Capture, transport: str = "gather", lean: bool = False):
         with jax.named_scope("attention"):
             normed = keep("attn_norm", self.input_layernorm(x_BTD))
             out, cache = self.self_attn(normed, rope, positions, segments, cache, chunk, mesh)
@@ -70,7 +70,7 @@ class Layer(nnx.Module):
             normed = keep("mlp_norm", self.post_attention_layernorm(x_BTD))
             logits, indices, weights = self.mlp.route(normed, mesh)
             keep("router_logits", logits)
-            out = self.mlp(normed, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport)
+            out = self.mlp(normed, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport, lean)
             x_BTD = x_BTD + keep("mlp_out", out)
         return keep("hidden", sharding.constrain(x_BTD, ("batch", "tokens", None), mesh)), cache
 
@@ -136,7 +136,7 @@ class GptOss(nnx.Module):
         layer_caches = []
         for index, layer in enumerate(self.layers):
             run = functools.partial(_run_alike if prepare is None else functools.partial(_run, prepare=prepare), patterns=capture.patterns,
-                                    prefix=f"layers.{index}." if prepare or capture.patterns else "", mesh=mesh, transport=expert_transport)
+                                    prefix=f"layers.{index}." if prepare or capture.patterns else "", mesh=mesh, transport=expert_transport, lean=remat != "none")
             if remat != "none":
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
             with jax.named_scope(f"layer{index}"):
@@ -180,17 +180,17 @@ class GptOss(nnx.Module):
         return GptOss(self.config, arrangement.exchanged(self.config, self.arrays(), weights), mesh=self.mesh)
 
 
-def _run(layer: Layer, x, rope, tags, cache, chunk, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, prepare=None):
+def _run(layer: Layer, x, rope, tags, cache, chunk, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, lean: bool, prepare=None):
     """Return (x after the layer, its new cache, what `patterns` ask for): results, so that they can leave a rematerialised function."""
     keep = Capture(patterns, prefix)
     if prepare is not None:
         x, layer = _prepared(x, layer, f"model.{prefix}", prepare)
-    x, cache = layer(x, rope, *tags, cache, chunk, mesh, keep, transport)
+    x, cache = layer(x, rope, *tags, cache, chunk, mesh, keep, transport, lean)
     return x, cache, keep.values
 
 
 # Layers that are alike, and whose names don't matter, are traced once: two of 20b's 24, whose first token then comes after 3.5 s, not 7.2.
-_run_alike = jax.jit(_run, static_argnames=("prefix", "patterns", "mesh", "transport"))
+_run_alike = jax.jit(_run, static_argnames=("prefix", "patterns", "mesh", "transport", "lean"))
 
 
 def _prepared(x, layer: Layer, prefix: str, prepare: Callable[[str, jax.Array], jax.Array]):

@@ -6,17 +6,17 @@ import functools
 import logging
 
 import jax
-import numpy as np
 
 from gptoss_jax.kernels import cpu_library
 from gptoss_jax.kernels.expert_matmul import cpu, grouping, mosaic_gpu, reference, xla
 from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight, pack, unpack
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight, swiglu
+from gptoss_jax.kernels.expert_matmul.xla import lean_mlp
 
 IMPLEMENTATIONS = {"reference": reference.expert_matmul, "xla": xla.expert_matmul, "cpu": cpu.expert_matmul,
                    "mosaic_gpu": mosaic_gpu.expert_matmul}
 
-__all__ = ["IMPLEMENTATIONS", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "expert_matmul", "expert_mlp", "pack", "say", "unpack"]
+__all__ = ["IMPLEMENTATIONS", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "expert_matmul", "expert_mlp", "lean_mlp", "pack", "say", "unpack"]
 
 log = logging.getLogger("gptoss_jax")
 
@@ -74,7 +74,7 @@ def _mlp_backward(limit, alpha, arrays, g_TD):
         return _mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, limit, alpha)
 
     dx, dweight, dgate_up_bias, ddown_bias = jax.vjp(run, x_TD, weight_TA, gate_up_bias, down_bias)[1](g_TD)
-    return dx, _no_gradient(expert_TA), dweight, _no_gradient(gate_up), dgate_up_bias, _no_gradient(down), ddown_bias
+    return dx, xla.no_gradient(expert_TA), dweight, xla.no_gradient(gate_up), dgate_up_bias, xla.no_gradient(down), ddown_bias
 
 
 _mlp_on_hopper.defvjp(lambda *arguments: (_mlp_on_hopper(*arguments), arguments[:7]), _mlp_backward)
@@ -110,14 +110,10 @@ def _backward(implementation, residuals, g_MO):
     if not isinstance(weight, (HopperWeight, HopperGateUpWeight)):
         return xla.backward(residuals, g_MO)
     dx, _, dbias, dsizes = xla.backward((x_MI, unpack(weight), bias_EO, group_sizes_E), g_MO)
-    return dx, _no_gradient(weight), dbias, dsizes
+    return dx, xla.no_gradient(weight), dbias, dsizes
 
 
 _matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments[:4]), _backward)
-
-
-def _no_gradient(tree):
-    return jax.tree.map(lambda part: np.zeros(part.shape, jax.dtypes.float0), tree)
 
 
 def _takes(x_MI, weight, bias_EO) -> bool:

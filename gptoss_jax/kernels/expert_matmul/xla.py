@@ -1,4 +1,5 @@
-"""Portable expert matmul: a loop over tiles of rows of one expert, as many as the routing needs, one expert decoded at a time.
+"""Portable expert matmul, and a layer's experts as training takes them: loops over tiles of rows of one expert, as many as the routing needs, one
+expert decoded at a time.
 
 Experts without rows cost nothing, and no more than one expert's matrix is ever dequantised. `lax.ragged_dot` isn't used: it computes every
 expert for every row on CPU and NVIDIA GPUs.
@@ -6,12 +7,16 @@ expert for every row on CPU and NVIDIA GPUs.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax import mxfp4
-from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
+from gptoss_jax.kernels.expert_matmul import grouping
+from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight, swiglu
 
 _LARGEST_TILE = 512
 
@@ -55,13 +60,134 @@ def backward(residuals, g_MO):
     dx, dweight, dbias = jax.lax.fori_loop(0, tiles.count, body, carry)
     dx = _numbers(dx, x_MI.dtype)
     if packed:
-        dweight = Mxfp4Weight(*(np.zeros(part.shape, jax.dtypes.float0) for part in weight))
+        dweight = no_gradient(weight)
     else:
         dweight = dweight.astype(weight.dtype)
-    return dx, dweight, dbias.astype(bias_EO.dtype), np.zeros(group_sizes_E.shape, jax.dtypes.float0)
+    return dx, dweight, dbias.astype(bias_EO.dtype), no_gradient(group_sizes_E)
 
 
 expert_matmul.defvjp(_forward_rule, backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def lean_mlp(x_TD, expert_TA, weight_TA, gate_up, down, limit: float, alpha: float):
+    """Return each token's weighted sum over its experts' down(swiglu(gate_up(x))), float32 [T, D]; differentiable in all but packed weights.
+
+    expert: int32 [T, A], a token's all different; one of E or more is somebody else's and adds nothing. gate_up, down: weight and bias as
+    `expert_matmul` takes them and, of a low-rank adapter, A [E, in, r] and B [E, r, out], or None and None. No array of T * A rows is made,
+    forward or backward: what a tile's rows have between the matrices is computed again.
+    """
+    routed = _Routed(expert_TA, weight_TA, gate_up[1].shape[0])
+
+    def body(index, out_TD):
+        tile = routed.locate(index)
+        first, second = (_OneExpert(linear, tile.expert, x_TD.dtype) for linear in (gate_up, down))
+        h = swiglu(first(x_TD[tile.token]), limit, alpha)
+        return routed.add(out_TD, tile, second((h * tile.weight).astype(x_TD.dtype), tile.weight))
+
+    return jax.lax.fori_loop(0, routed.tiles.count, body, jnp.zeros(x_TD.shape, jnp.float32))
+
+
+def _lean_backward(limit, alpha, residuals, g_TD):
+    x_TD, expert_TA, weight_TA, *linears = residuals
+    dtype, routed = x_TD.dtype, _Routed(expert_TA, weight_TA, linears[0][1].shape[0])
+    g_TD = g_TD.astype(dtype)
+
+    def body(index, carry):
+        dx_TD, dweight_M, *sums = carry
+        tile = routed.locate(index)
+        first, second = (_OneExpert(linear, tile.expert, dtype) for linear in linears)
+        x, g = x_TD[tile.token], g_TD[tile.token]
+        h, activation_backward = jax.vjp(lambda y: swiglu(y, limit, alpha), first(x))
+        dh, dbias_weight, sums[1] = second.backward((h * tile.weight).astype(dtype), g, sums[1], tile.weight)
+        dx, _, sums[0] = first.backward(x, activation_backward(dh * tile.weight)[0].astype(dtype), sums[0])
+        dweight = jnp.where(tile.mine, (h * dh).sum(axis=1) + dbias_weight, _rows(dweight_M, tile.start, len(tile.mine)))
+        return routed.add(dx_TD, tile, dx), jax.lax.dynamic_update_slice(dweight_M, dweight, (tile.start,)), *sums
+
+    sums = (_OneExpert.zeros(linear) for linear in linears)
+    carry = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(expert_TA.size, jnp.float32), *sums
+    dx_TD, dweight_M, *sums = jax.lax.fori_loop(0, routed.tiles.count, body, carry)
+    dweight_TA = dweight_M[routed.place_M].reshape(weight_TA.shape).astype(weight_TA.dtype)
+    return dx_TD.astype(dtype), no_gradient(expert_TA), dweight_TA, *map(_OneExpert.gradients, linears, sums)
+
+
+lean_mlp.defvjp(lambda *arguments: (lean_mlp(*arguments), arguments[:5]), _lean_backward)
+
+
+class _Tile(NamedTuple):
+    """Rows of one expert: `start` of them all, which are its own, their tokens, and the tokens' weights [rows, 1], 0 of others' rows."""
+
+    expert: jax.Array
+    start: jax.Array
+    mine: jax.Array
+    token: jax.Array
+    weight: jax.Array
+
+
+class _Routed:
+    """A row for each expert of each token, sorted by expert, in tiles."""
+
+    def __init__(self, expert_TA, weight_TA, experts: int):
+        order_M, self.place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), experts)
+        self.tiles = _Tiles(expert_TA.size, group_sizes_E)
+        self._token_M, self._weight_M = order_M // expert_TA.shape[1], weight_TA.reshape(-1)[order_M].astype(jnp.float32)
+
+    def locate(self, index) -> _Tile:
+        expert, start, mine = self.tiles.locate(index)
+        token, weight = (_rows(of_rows, start, self.tiles.rows) for of_rows in (self._token_M, self._weight_M))
+        return _Tile(expert, start, mine, token, jnp.where(mine, weight, 0)[:, None])
+
+    def add(self, sums_TD, tile: _Tile, values):
+        """Add a tile's rows to their tokens'; others' rows to none, each to another, as unique ones need no atomic additions on GPUs."""
+        token = jnp.where(tile.mine, tile.token, len(sums_TD) + jnp.arange(len(tile.mine)))
+        return sums_TD.at[token].add(values, mode="drop", unique_indices=True)
+
+
+class _OneExpert:
+    """y = x W + scale * bias + (x A) B of one expert, whose matrix is decoded here; sums and results in float32."""
+
+    def __init__(self, linear, expert, dtype):
+        weight, bias_EO, *low_rank = linear
+        self.expert, self.packed, self.matrix = expert, isinstance(weight, Mxfp4Weight), _matrix(weight, expert, dtype)
+        self.bias = bias_EO[expert].astype(jnp.float32)
+        self.low_rank = [part[expert].astype(dtype) for part in low_rank if part is not None]
+
+    def __call__(self, x, scale=1):
+        y = _dot(x, self.matrix, transpose=self.packed) + self.bias * scale
+        return y + _dot(self._low(x), self.low_rank[1], transpose=False) if self.low_rank else y
+
+    def _low(self, x):
+        return _dot(x, self.low_rank[0], transpose=False).astype(x.dtype)
+
+    def backward(self, x, g, sums, scale=1):
+        """Return the gradients of x and of scale, and `sums`, those of all experts' parameters, with this tile's added."""
+        dweight, dbias, *dlow_rank = sums
+        dx = _dot(g, self.matrix, transpose=not self.packed)
+        if not self.packed:
+            dweight = dweight.at[self.expert].add(_dot(x.T, g, transpose=False))
+        if self.low_rank:
+            a, b = self.low_rank
+            dlow = _dot(g, b, transpose=True).astype(x.dtype)
+            dx += _dot(dlow, a, transpose=True)
+            shares = _dot(x.T, dlow, transpose=False), _dot(self._low(x).T, g, transpose=False)
+            dlow_rank = [total.at[self.expert].add(share) for total, share in zip(dlow_rank, shares)]
+        wide = g.astype(jnp.float32)
+        return dx, (wide * self.bias).sum(axis=1), (dweight, dbias.at[self.expert].add((wide * scale).sum(axis=0)), *dlow_rank)
+
+    @staticmethod
+    def zeros(linear):
+        """Return sums to start from: of a packed weight there is none."""
+        return tuple(part if part is None else jnp.zeros(() if isinstance(part, Mxfp4Weight) else part.shape, jnp.float32) for part in linear)
+
+    @staticmethod
+    def gradients(linear, sums):
+        parts = zip(linear, sums)
+        return tuple(no_gradient(part) if isinstance(part, Mxfp4Weight) else part if part is None else total.astype(part.dtype) for part, total in parts)
+
+
+def no_gradient(tree):
+    """Return the gradients of what has none."""
+    return jax.tree.map(lambda part: np.zeros(part.shape, jax.dtypes.float0), tree)
 
 
 class _Tiles:
