@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from gptoss_jax.kernels import cpu_library
 
@@ -57,10 +58,28 @@ def _cpu(x, weight_OI, bias_O, *, dtype):
     return y.reshape(*x.shape[:-1], weight_OI.shape[0])
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _xla(x, weight_OI, bias_O, dtype):
-    precision = "highest" if x.dtype == jnp.float32 else None
-    y = jax.lax.dot_general(x, weight_OI.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), precision=precision,
-                            preferred_element_type=jnp.float32)
+    y = _dot(x, weight_OI, jnp.float32)
     if bias_O is not None:
         y = y + bias_O.astype(jnp.float32)
     return y.astype(dtype)
+
+
+def _xla_tangent_rule(dtype, primals, tangents):
+    """Products in x's dtype: JAX's own transpose of one that is summed in float32 takes float32, and for that converts bfloat16 weights, too."""
+    x, weight_OI, _ = primals
+    dx, dweight_OI, dbias_O = (None if isinstance(tangent, SymbolicZero) else tangent for tangent in tangents)
+    parts = [] if dx is None else [_dot(dx, weight_OI, x.dtype)]
+    parts += [] if dweight_OI is None else [_dot(x, dweight_OI, x.dtype)]
+    parts += [] if dbias_O is None else [dbias_O]
+    zero = jnp.zeros((*x.shape[:-1], weight_OI.shape[0]), dtype)
+    return _xla(*primals, dtype), sum((part.astype(dtype) for part in parts), start=zero)
+
+
+_xla.defjvp(_xla_tangent_rule, symbolic_zeros=True)
+
+
+def _dot(x, weight_OI, dtype):
+    return jax.lax.dot_general(x, weight_OI.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype,
+                               precision="highest" if x.dtype == jnp.float32 else None)
