@@ -17,7 +17,7 @@ def cross_entropy(logits_BTV, targets_BT, weights_BT):
     """
     logits = logits_BTV.astype(jnp.float32)
     is_target = jnp.arange(logits.shape[-1]) == targets_BT[..., None]  # no gather: V may lie on several devices
-    picked = jnp.where(is_target, logits, 0).sum(axis=-1)
+    picked = (logits * is_target.astype(jnp.float32)).sum(axis=-1)  # no jnp.where: a loop over chunks would hold its zeros, as large as the logits
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     weights = weights_BT.astype(jnp.float32)
     return (losses * weights).sum(), weights.sum()
