@@ -120,8 +120,12 @@ def described(name: str, count: int = 1) -> list[jax.Device]:
         shape = f"1x{max(count // _GPUS_PER_HOST, 1)}x{min(count, _GPUS_PER_HOST)}"
         topology = topologies.get_topology_desc(platform="cuda", target_config=kind.target, topology=shape)
         return list(topology.devices)
+    if count & (count - 1):
+        raise DeviceError(f"{count} x {name}: expected a power of two, as slices have")
     _require({"libtpu": "libtpu"}, name, None)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # which would ask the network what TPU this machine is
+    # Asking the network what TPU this machine is, and a lock that keeps a second process from the TPU, aren't needed to compile.
+    for setting in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(setting, "1")
     for grid in kind.grids:
         if math.prod(map(int, grid.split("x"))) * kind.devices_per_chip >= count:
             return list(topologies.get_topology_desc(f"{kind.target}:{grid}", "tpu").devices)[:count]

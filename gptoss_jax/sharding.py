@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -49,7 +50,11 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1,
     if math.prod(sizes.values()) != len(devices):
         stated = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise ShardingError(f"mesh {stated} needs {math.prod(sizes.values())} devices, {len(devices)} given")
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # of a TPU's torus, where no sides multiply to an axis: that one gets a part of a side
+        return Mesh(mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True), MESH_AXES, axis_types=types)
 
 
 def partition_spec(axes: Sequence[str | None], rules: Mapping[str, tuple[str, ...]], mesh: Mesh) -> PartitionSpec:

@@ -48,6 +48,13 @@ def test_gradients_and_tangents_are_those_of_xla():
     np.testing.assert_allclose(jax.jvp(loss("cpu"), primals, tangents)[1], jax.jvp(loss("xla"), primals, tangents)[1], rtol=1e-5)
 
 
+def test_the_backward_of_bfloat16_rows_multiplies_in_bfloat16():
+    x, weight, bias = arguments(6, 32, 9, "bfloat16", "float32")
+    text = jax.jit(jax.grad(lambda x: dense_matmul(x, weight, bias, jnp.float32).sum())).lower(x).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all("f32>, tensor" not in line.split(":")[-1].split("->")[0] for line in products)
+
+
 def test_a_mapped_product_is_the_product_of_each():
     x, weight, bias = arguments(12, 40, 8, "float32", "float32")
     mapped = jax.vmap(lambda row: dense_matmul(row, weight, bias, implementation="cpu"))(x.reshape(4, 3, 40))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax import mxfp4
-from gptoss_jax.kernels.expert_matmul import IMPLEMENTATIONS, Mxfp4Weight, expert_matmul, reference, xla
+from gptoss_jax.kernels.expert_matmul import IMPLEMENTATIONS, Mxfp4Weight, expert_matmul, grouping, lean_mlp, reference, xla
 E, IN, OUT = 5, 64, 48
 GROUPS = {
     "one row": [0, 0, 1, 0, 0],
@@ -73,6 +73,38 @@ def test_bfloat16_rows_are_summed_in_float32():
     assert out.dtype == jnp.bfloat16
     exact = by_hand(x.astype(jnp.float32), dense, bias, [4] * E, 20)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)  # one rounding, at the end
+
+
+def test_a_lean_layer_has_the_values_and_gradients_of_one_matrix_after_the_other_and_no_array_of_all_rows():
+    T, A, D, F, R = 27, 2, 64, 32, 3
+    random = np.random.default_rng(4)
+    x, weight, g, bias_up, bias_down, *low_rank = [jnp.asarray(random.standard_normal(shape).astype(np.float32)) for shape in (
+        (T, D), (T, A), (T, D), (E, 2 * F), (E, D), (E, D, R), (E, R, 2 * F), (E, F, R), (E, R, D))]
+    chosen = jnp.asarray(np.stack([random.permutation(E + 2)[:A] for _ in range(T)]).astype(np.int32))  # some are somebody else's
+    up, down = (Mxfp4Weight(*map(jnp.asarray, mxfp4.encode(random.standard_normal((E, *shape))))) for shape in ((2 * F, D), (D, F)))
+
+    def lean(x, weight, bias_up, bias_down, *low_rank):
+        return lean_mlp(x, chosen, weight, (up, bias_up, *low_rank[:2]), (down, bias_down, *low_rank[2:]), 7, 1.7)
+
+    def plain(x, weight, bias_up, bias_down, *low_rank):
+        def apply(x, sizes, matrix, bias, a, b):
+            low = reference.expert_matmul(x, a, a[:, 0] * 0, sizes)
+            return reference.expert_matmul(x, matrix, bias, sizes) + reference.expert_matmul(low, b, bias * 0, sizes)
+
+        def layer(x, sizes):
+            return apply(reference.swiglu(apply(x, sizes, up, bias_up, *low_rank[:2]), 7, 1.7), sizes, down, bias_down, *low_rank[2:])
+
+        return grouping.by_expert(x, chosen, weight, E, layer)
+
+    def differentiated(layer):
+        trained = x, weight, bias_up, bias_down, *low_rank
+        lowered = jax.jit(jax.value_and_grad(lambda *trained: (layer(*trained) * g).sum(), argnums=range(len(trained)))).lower(*trained)
+        return lowered.as_text(), jax.tree.leaves(lowered.compile()(*trained))
+
+    (text, ours), (_, expected) = map(differentiated, (lean, plain))
+    assert not any(f"<{T * A}x{width}x" in text for width in (D, F, 2 * F))
+    for mine, theirs in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)  # sums of up to 64 products and 54 rows
 
 
 def test_no_more_than_one_expert_is_ever_dequantised():

@@ -153,6 +153,7 @@ def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(c
     ([FULL_20B, "--mesh", "fsdp=7", "--data.batch_size=14"], "7 don't divide"),
     (["gpt-oss-20b", "--mesh", "expert=5"], "mesh axes expert 5 don't divide"),
     (["tiny", "--device", "cpu", "--mesh", "data=16"], "device cpu: 8 here, expected 16"),
+    (["tiny", "--device", "v5p", "--mesh", "data=3", "--batch", "4"], "3 x v5p: expected a power of two"),
 ])
 def test_unusable_requests_are_one_line_and_exit_code_2(capsys, argv, said):
     assert plan.main(argv) == 2

@@ -55,10 +55,7 @@ def compiled(config: TrainingConfig, kind: str, *, all_layers: bool = True) -> P
     axes = dataclasses.asdict(config.mesh)
     count, found = math.prod(axes.values()), devices.kind_named(kind)
     exact = by_arithmetic(config, found.memory_bytes // (count if found.platform == "cpu" else 1))  # first: what doesn't divide needs no compiler
-    try:
-        mesh = sharding.make_mesh(**axes, devices=devices.described(kind, count))
-    except NotImplementedError as error:  # of TPUs: their wires make a torus
-        raise devices.PlanError(f"{count} x {kind}: {' '.join(str(error).split())}") from None
+    mesh = sharding.make_mesh(**axes, devices=devices.described(kind, count))
     layers = config.model.num_hidden_layers
     if all_layers or layers <= DEPTHS[1]:
         padding, temporaries, collectives = _compile(config, mesh, exact)
