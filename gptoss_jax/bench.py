@@ -21,7 +21,10 @@ RANDOM = PRESETS | {"four-layer-20b": PRESETS["gpt-oss-20b"].replace(num_hidden_
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return command.run(_run, parser(), argv)
+    words, overrides = command.split_overrides(sys.argv[1:] if argv is None else argv)
+    options = parser()
+    options.set_defaults(overrides=overrides)
+    return command.run(_run, options, words)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,12 +33,13 @@ def parser() -> argparse.ArgumentParser:
     for name, body, about in (("decode", _steps, "decode steps as the engine runs them, contexts filled with random keys and values"),
                               ("prefill", _steps, "prompts, from the call to the first token"), ("load", _load, "loading a checkpoint"),
                               ("kernels", _kernels, "the ops of a decode step by each implementation that runs here, checked first"),
-                              ("train", _train, "training steps of a configuration, on random tokens")):
+                              ("train", _train, "training steps of a configuration, on random tokens; --section.field overrides, as in finetune")):
         mode = modes.add_parser(name, help=about, description=about)
         mode.error = lambda message: options.error(message)  # as `command.run` shows it
         mode.set_defaults(body=body, mode=name)
         if name == "train":
             mode.add_argument("config", metavar="CONFIG.yaml")
+            mode.add_argument("--random-weights", metavar="NAME", help=f"in place of init.checkpoint: {', '.join(RANDOM)} or tiny")
         else:
             source = mode.add_mutually_exclusive_group(required=True)
             source.add_argument("--checkpoint", metavar="DIR", help="a checkpoint directory, or tiny")
@@ -58,6 +62,8 @@ def _run(args: argparse.Namespace) -> None:
     for flag in ("repetitions", "steps"):
         if getattr(args, flag, 1) < 1:
             raise command.UsageError(f"--{flag} is {getattr(args, flag)}, expected at least 1")
+    if args.overrides and args.mode != "train":
+        raise command.UsageError(f"{args.overrides[0]}: of a training configuration, found with {args.mode}")
     args.body(args)
 
 
@@ -142,24 +148,24 @@ def _kernels(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     """Time the step that finetune would run: its compiled memory beside what the device says it reached."""
     import jax
-    import numpy as np
 
     from gptoss_jax import devices
     from gptoss_jax.inference import measure
-    from gptoss_jax.training import memory_plan, state as training
+    from gptoss_jax.training import memory_plan, speed, state as training
     from gptoss_jax.training.config import load_config
     from gptoss_jax.training.optimizer import make_optimizer
     from gptoss_jax.training.step import make_train_step
 
-    config, out = training.resolve(load_config(args.config, [])), _Output(args)
+    config = load_config(args.config, args.overrides)
+    if args.random_weights and not config.init.checkpoint:
+        raise command.UsageError(f"--random-weights {args.random_weights}: {args.config} starts from random weights, expected one with init.checkpoint")
+    config = training.resolve(config, _named(args) if args.random_weights else None)
+    out = _Output(args)
+    out.note(f"{args.config}: {memory_plan.describe(config)}")
     optimizer, mesh = make_optimizer(config.optimizer, config.run.steps), training.training_mesh(config)
     memory_plan.announce(config, mesh, _tell)
-    state, frozen = training.initial_state(config, optimizer, mesh)
-    shape = (config.data.batch_size, config.data.row_tokens)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    rows = training.Batch(tokens, np.roll(tokens, -1, axis=1), np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
-    batch = training.place_batch(rows, mesh)
+    state, frozen = training.initial_state(config, optimizer, mesh, _random_weights(config, mesh) if args.random_weights else None)
+    batch = training.place_batch(_random_batch(config), mesh)
     start = time.perf_counter()
     compiled = devices.compile_step(make_train_step(config, optimizer, mesh), state, frozen, batch)
     compile_seconds = time.perf_counter() - start
@@ -172,10 +178,41 @@ def _train(args: argparse.Namespace) -> None:
         jax.block_until_ready(metrics)
         return (time.perf_counter() - start) / args.steps
 
-    row = {"what": "train", "config": args.config} | measure.timed(once, args.repetitions, _trace(args), tokens=tokens.size)
-    out.add(row | {"compile_seconds": compile_seconds, "compiled_peak_bytes": compiled.memory.peak_bytes} | _peak(jax))
-    out.show(*_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format), ("compile s", "compile_seconds", "{:.1f}".format),
-             ("compiled peak GB", "compiled_peak_bytes", lambda size: f"{size / 1e9:.2f}"))
+    row = measure.timed(once, args.repetitions, _trace(args), tokens=batch.tokens.size)
+    flops = row["tokens_per_second"] * speed.flops_per_token(config.model, state.trained, config.data.row_tokens)
+    if peak := speed.peak_flops(jax.devices()[0]):
+        row["model_flops_utilisation"] = flops / peak / (1 if mesh is None else mesh.size)
+    row |= {"what": "train", "config": args.config, "mode": config.train.mode, "overrides": args.overrides, "compile_seconds": compile_seconds,
+            "compiled_peak_bytes": compiled.memory.peak_bytes} | _peak(jax)
+    out.add(row)
+    reached = "device" if "device_peak_bytes" in row else "host"
+    out.show(*_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format), *[("MFU", "model_flops_utilisation", "{:.1%}".format)] * bool(peak),
+             ("compile s", "compile_seconds", "{:.1f}".format), ("compiled peak GB", "compiled_peak_bytes", _giga),
+             (f"{reached} peak GB", f"{reached}_peak_bytes", _giga))
+
+
+def _random_batch(config):
+    """Return full rows of random tokens, all of them learnt."""
+    import numpy as np
+
+    from gptoss_jax.training.state import Batch
+
+    shape = (config.data.batch_size, config.data.row_tokens)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return Batch(tokens, np.roll(tokens, -1, axis=1), np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
+
+
+def _random_weights(config, mesh):
+    """Return what `initial_state` takes: packed in the dtype of computation with adapters, float32 otherwise."""
+    from gptoss_jax.inference import measure
+
+    packed = config.train.mode == "lora"
+    return measure.random_weights(config.model.replace(quantized=packed), config.train.compute_dtype if packed else "float32", mesh=mesh)
+
+
+def _giga(size: int) -> str:
+    return f"{size / 1e9:.2f}"
 
 
 def _milli(seconds: float) -> str:
@@ -227,10 +264,17 @@ class _Output:
 def _opened(args: argparse.Namespace) -> tuple[GptOssConfig, _Output]:
     from gptoss_jax.plan import config_named
 
-    if args.checkpoint is None and args.random_weights not in (*RANDOM, "tiny"):
-        raise command.UsageError(f"--random-weights {args.random_weights!r}: no such model, expected one of {', '.join(RANDOM)}, tiny")
-    name = args.checkpoint or args.random_weights
-    return RANDOM[name] if args.checkpoint is None and name in RANDOM else config_named(name), _Output(args)
+    return config_named(args.checkpoint) if args.checkpoint else _named(args), _Output(args)
+
+
+def _named(args: argparse.Namespace) -> GptOssConfig:
+    """Return the configuration of --random-weights."""
+    from gptoss_jax.plan import config_named
+
+    name = args.random_weights
+    if name not in (*RANDOM, "tiny"):
+        raise command.UsageError(f"--random-weights {name!r}: no such model, expected one of {', '.join(RANDOM)}, tiny")
+    return RANDOM.get(name) or config_named(name)
 
 
 def _limits(out: _Output, dtype: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -45,6 +46,18 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             traceback.print_exc()
         print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (all other words, those of `--section.field value` and `--section.field=value`)."""
+    others, overrides, remaining = [], [], iter(words)
+    for word in remaining:
+        name, equals, _ = word.partition("=")
+        if name.startswith("--") and "." in name:
+            overrides += [word] if equals else [word, *itertools.islice(remaining, 1)]
+        else:
+            others.append(word)
+    return others, overrides
 
 
 def use_gpu_memory() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -44,21 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                      "of a training step: compile 4 and 6 layers and extend in a straight line")
     how.add_argument("--arithmetic", action="store_true", help="without temporaries: nothing is compiled, no wheel needed")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    words, overrides = _overrides(sys.argv[1:] if argv is None else argv)
+    words, overrides = command.split_overrides(sys.argv[1:] if argv is None else argv)
     parser.set_defaults(overrides=overrides)
     return command.run(run, parser, words)
-
-
-def _overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (all other words, those of `--section.field value` and `--section.field=value`)."""
-    others, overrides, remaining = [], [], iter(words)
-    for word in remaining:
-        name, equals, _ = word.partition("=")
-        if name.startswith("--") and "." in name:
-            overrides += [word] if equals else [word, *itertools.islice(remaining, 1)]
-        else:
-            others.append(word)
-    return others, overrides
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,8 +111,7 @@ def _training(args: argparse.Namespace):
     path = pathlib.Path(config.init.checkpoint)
     stand_in = PRESETS.get(path.name) if config.init.checkpoint and not path.exists() else None
     config = resolve(config, stand_in)
-    train, data = config.train, config.data
-    what = f"{train.mode}, batch {data.batch_size} x {data.row_tokens:,} tokens, microbatches {train.microbatches}, {train.compute_dtype}"
+    what = memory_plan.describe(config)
     facts = {"model": args.model, "what": f"{what}, {path.name}'s shapes" if stand_in else what, "device": args.device,
              "devices": math.prod(axes.values()), "mesh": axes, "overrides": args.overrides}
     if args.arithmetic:

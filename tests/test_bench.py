@@ -18,6 +18,7 @@ from gptoss_jax.model import GptOss, cost
 
 SMALL = GptOssConfig(vocab_size=640, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2,
                      num_attention_heads=8, num_key_value_heads=4, head_dim=16, sliding_window=32, max_position_embeddings=512)
+PRETRAIN = str(pathlib.Path(__file__).parents[1] / "configs" / "pretrain_tiny.yaml")
 LIMITS = measure.Ceilings(bandwidth=1e9, matmul=1e12)
 
 
@@ -112,15 +113,23 @@ def test_load_is_timed(capsys, quick):
     assert code == 0 and row["what"] == "load" and row["weights_bytes"] > 2e6 and "GB/s" in out
 
 
-def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path):
-    model = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8}
+@pytest.fixture
+def quickly_compiled():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_training_steps_of_a_configuration_are_timed(capsys, quick, quickly_compiled, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.RANDOM, "smaller", SMALL.replace(num_hidden_layers=1, layer_types=SMALL.layer_types[:1]))
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({"model": model, "data": {"row_tokens": 16, "batch_size": 2}}))
-    code, out, err = run(capsys, "train", str(file), "--steps", "1", "--repetitions", "1", "--json", str(quick))
-    assert code == 0, err
+    file.write_text(yaml.safe_dump({"init": {"checkpoint": "/no/such"}, "data": {"row_tokens": 16, "batch_size": 2}}))
+    code, out, err = run(capsys, "train", str(file), "--random-weights", "smaller", "--train.mode", "lora", "--steps", "1", "--repetitions", "1",
+                         "--json", str(quick))
+    assert code == 0 and "frozen weights" in err, err
     row = json.loads(quick.read_text())
     assert row["what"] == "train" and row["tokens_per_second"] == pytest.approx(32 / row["seconds"]) and row["compiled_peak_bytes"] > 1e5
+    assert row["mode"] == "lora" and "lora, batch 2 x 16 tokens" in out and "host peak GB" in out
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -131,6 +140,8 @@ def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path):
     (["kernels", "--random-weights", "tiny", "--repetitions", "0"], "--repetitions is 0, expected at least 1"),
     (["load"], "one of the arguments --checkpoint is required"),
     (["train", "/no/such.yaml"], "/no/such.yaml"),
+    (["decode", "--random-weights", "tiny", "--train.mode", "qat"], "--train.mode: of a training configuration, found with decode"),
+    (["train", PRETRAIN, "--random-weights", "tiny"], "--random-weights tiny: "),
 ])
 def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, quick, argv, said):
     code, _, err = run(capsys, *argv)

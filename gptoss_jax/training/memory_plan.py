@@ -31,6 +31,12 @@ def by_arithmetic(config: TrainingConfig, memory: int, mesh=None) -> Plan:
     return Plan(memory, {name: cost.shard_bytes(jax.tree.leaves(arrays)) for name, arrays in parts.items() if jax.tree.leaves(arrays)})
 
 
+def describe(config: TrainingConfig) -> str:
+    """Say what a step of a configuration computes."""
+    train, data = config.train, config.data
+    return f"{train.mode}, batch {data.batch_size} x {data.row_tokens:,} tokens, microbatches {train.microbatches}, {train.compute_dtype}"
+
+
 def summary(config: TrainingConfig) -> list[str]:
     """Return the lines of a dry run on what stays on each device of the configuration's mesh."""
     plan, count = by_arithmetic(config, 0), math.prod(dataclasses.asdict(config.mesh).values())

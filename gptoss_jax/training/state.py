@@ -105,11 +105,17 @@ def abstract_state(config: TrainingConfig, optimizer: optax.GradientTransformati
     return state, load_targets(declare_frozen(config), mesh)
 
 
-def initial_state(config: TrainingConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> tuple[TrainState, Weights]:
-    """Return (state at step 0, frozen weights): of `init.checkpoint`, or random from `run.seed`, with an empty optimizer state."""
+def initial_state(config: TrainingConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None = None,
+                  weights: Weights | None = None) -> tuple[TrainState, Weights]:
+    """Return (state at step 0, frozen weights): of `init.checkpoint`, or random from `run.seed`, with an empty optimizer state.
+
+    weights: to start from instead, as `declare_frozen` has them with adapters, otherwise as `declare_trained` has.
+    """
     abstract, _ = abstract_state(config, optimizer, mesh)
     if config.train.mode == "lora":
         trained = lora.initialize_adapters(declare_trained(config), config.run.seed)
+    elif weights is not None:
+        trained = weights
     elif config.init.checkpoint:
         trained = _unpacked(load_weights(resolve_path(config.init.checkpoint), dtype="float32", mesh=mesh)[1])
     else:
@@ -117,7 +123,8 @@ def initial_state(config: TrainingConfig, optimizer: optax.GradientTransformatio
                              residual_stddev=0.05 / (2 * config.model.num_hidden_layers) ** 0.5)
     trained = {name: jax.device_put(trained[name], target.sharding) for name, target in abstract.trained.items()}
     opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state))(trained)
-    return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), trained, opt_state), load_frozen(config, mesh)
+    frozen = load_frozen(config, mesh) if weights is None or config.train.mode != "lora" else weights
+    return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), trained, opt_state), frozen
 
 
 def load_frozen(config: TrainingConfig, mesh: Mesh | None = None) -> Weights:
