@@ -1,0 +1,686 @@
+"""Run a Pallas Mosaic GPU kernel's PTX on no GPU: one block at a time, its warps in turn, as the PTX manual says of each instruction.
+
+What interpret mode can't show is shown here: the fragments in which wgmma takes and gives matrices, layouts made by hand, TMA descriptors, mbarrier
+counts, and whether warps wait for each other for ever. It is no timing model. `late` picks when asynchronous work is done: as soon as it is
+asked for, or as late as the waits in the program allow; a program that doesn't wait for what it needs can't be right with both.
+
+Source: NVIDIA's PTX ISA 9.0: sections on wgmma, matrix descriptors, mbarrier, cp.async.bulk.tensor, stmatrix.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+LANES = 32
+_F32, _BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+_TYPES = {"b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "bf16": _BF16, "b32": np.uint32,
+          "u32": np.uint32, "s32": np.int32, "f32": np.float32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f16": np.float16}
+
+
+class Deadlock(Exception):
+    """No warp of a block can go on."""
+
+
+class Tensor(NamedTuple):
+    """A TMA descriptor: which argument, sizes and strides in elements, the box that is copied, and its swizzle in bytes."""
+
+    argument: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int
+
+
+class Launch(NamedTuple):
+    """What the host does with a kernel: number of blocks and threads, the argument each parameter points to, the descriptors in the last one."""
+
+    blocks: tuple[int, int, int]
+    threads: int
+    parameters: tuple[int, ...]
+    tensors: dict[int, Tensor]  # by offset in bytes
+
+
+def read_host(log: str) -> Launch:
+    """Read the host's side from MOSAIC_GPU_DUMP_TO's `*.mlir-passes.log`."""
+    text = log[log.rindex("gpu-launch-lowering") :].split("// -----//")[0]
+    defined = dict(re.findall(r"^\s+(%[\w#]+) = (.*)$", text, re.MULTILINE))
+
+    def number(name: str) -> int:
+        value = re.match(r"llvm\.mlir\.constant\((-?\d+) ", defined[name])
+        return int(value.group(1)) if value else number(re.search(r"%[\w#]+", defined[name]).group())
+
+    def argument(name: str) -> int:
+        """Follow a pointer back to the argument that it was loaded from."""
+        kind, first, *rest = re.match(r"(\S+) (%[\w#]+)(?:, (%[\w#]+))?(\[[\d, ]+\])?", defined[name]).groups()
+        if kind == "llvm.load":
+            found = re.match(r"llvm\.getelementptr %[\w#]+\[(\d+)\]", defined.get(first, ""))
+            return int(found.group(1)) if found else 0
+        return argument(rest[0] if kind == "llvm.insertvalue" and rest[1] != "[1]" else first)
+
+    def array(name: str) -> tuple[int, ...]:
+        stored = re.findall(rf"memref\.store (%[\w#]+), {re.escape(name)}\[(%[\w#]+)\]", text)
+        return tuple(number(value) for _, value in sorted((number(index), value) for value, index in stored))
+
+    tensors = {}
+    for at in re.finditer(r"call @mosaic_gpu_init_tma_desc\((%[\w#]+), (%[\w#]+), %[\w#]+, %[\w#]+, %[\w#]+, %[\w#]+, (%[\w#]+),", text):
+        offset = re.search(r"\[(\d+)\]", defined[at.group(1)]) if "getelementptr" in defined[at.group(1)] else None
+        sizes, strides, box = (array(name) for name in re.findall(r"(%[\w#]+) = memref\.alloca\(\)", text[: at.start()])[-3:])
+        tensors[int(offset.group(1)) if offset else 0] = Tensor(argument(at.group(2)), sizes, strides, box, number(at.group(3)))
+    grid, block, given = re.search(r"launch_func.* blocks in \((.*?)\) threads in \((.*?)\).*? args\((.*?)\)", text).groups()
+    names = [part.split(":")[0].strip() for part in given.split(",")]
+    return Launch(tuple(number(name.strip()) for name in grid.split(",")), number(block.split(",")[0].strip()),
+                  tuple(argument(name) for name in (names[:-1] if tensors else names)), tensors)
+
+
+class Program:
+    """A kernel's PTX, taken apart: `steps`, a list of (predicate or None, whether it is negated, operation, operands)."""
+
+    def __init__(self, ptx: str):
+        body = ptx[ptx.index(".entry") :]
+        self.parameters = re.findall(r"\.param [^\n]*?(\w+_param_\d+)", body[: body.index(")\n")])
+        body = re.sub(r"//[^\n]*", "", body[body.index("\n{") + 2 :])
+        body = re.sub(r"^\s*\.(loc|reg|shared|section|file|pragma)[^\n]*$", "", body, flags=re.MULTILINE)
+        self.steps, self.labels = [], {}
+        scopes, opened, at = [""], 0, 0
+        while found := re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;]*);)").match(body, at):
+            at, (brace, label, statement) = found.end(), found.groups()
+            if brace == "{":
+                opened += 1
+                scopes.append(f"@{opened}")
+            elif brace:
+                scopes.pop()
+                if not scopes:
+                    break
+            elif label:
+                self.labels[label if label.startswith("$") else label + scopes[-1]] = len(self.steps)
+            elif statement and not statement.startswith(".reg"):
+                self._add(statement, scopes[-1])
+
+    def _add(self, text: str, scope: str) -> None:
+        sign, predicate, operation, rest = re.match(r"(?:@(!?)(\S+)\s+)?(\S+)\s*(.*)", text.strip(), re.DOTALL).groups()
+        operands = [part.strip() for part in re.findall(r"(?:\{[^{}]*\}|\[(?:[^\[\]{}]|\{[^{}]*\})*\]|[^,\[\]{}])+", rest)]
+        if operation.startswith("bra"):
+            operands = [operands[0] if operands[0].startswith("$") else operands[0] + scope]
+        self.steps.append((predicate, sign == "!", operation, operands))
+
+
+class Warp:
+    def __init__(self, index: int):
+        self.index, self.pc, self.registers = index, np.zeros(LANES, np.int64), {}
+        self.products: list[list] = [[]]  # groups of wgmma, the last one open
+        self.stores: list = []
+        self.waiting = None  # for a bar.sync
+
+
+class Machine:
+    """One block of a kernel. memory: the arguments, numpy arrays which are written in place."""
+
+    def __init__(self, program: Program, launch: Launch, arguments: list[np.ndarray], block: tuple[int, int, int], *, late: bool, shared: int = 1 << 18):
+        self.program, self.launch, self.block, self.late = program, launch, block, late
+        self.arguments = [argument.reshape(-1).view(np.uint8) for argument in arguments]
+        self.itemsize = [argument.itemsize for argument in arguments]
+        self.shared = np.random.default_rng(0).integers(0, 256, shared, np.uint8)  # nobody has cleaned up
+        self.barriers: dict[int, list[int]] = {}  # address: [phase, arrivals still expected, arrivals of a phase, bytes still expected]
+        self.loads: list = []
+        self.named: dict[int, list[Warp]] = {}
+        self.warps = [Warp(index) for index in range(launch.threads // LANES)]
+        self.counts: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Run to the end. Raises Deadlock."""
+        end = len(self.program.steps)
+        while running := [warp for warp in self.warps if warp.pc.min() < end]:
+            moved = False
+            for warp in running:
+                moved |= self._turn(warp, end)
+            if not moved:
+                if not self.loads:
+                    raise Deadlock(f"block {self.block}: warps at {[(warp.index, self.program.steps[warp.pc.min()][2]) for warp in running]}")
+                self.loads.pop(0)()
+
+    def _turn(self, warp: Warp, end: int) -> bool:
+        """Run a warp until it waits for somebody; return whether anything happened."""
+        moved = False
+        while warp.waiting is None and (pc := int(warp.pc.min())) < end:
+            active = warp.pc == pc
+            predicate, negated, operation, operands = self.program.steps[pc]
+            mask = active
+            if predicate is not None:
+                mask = active & (warp.registers[predicate] != negated)
+            self.counts[operation] = self.counts.get(operation, 0) + 1
+            warp.pc[active] = pc + 1
+            if operation.startswith("bra"):
+                warp.pc[mask] = self.program.labels[operands[0]]
+            elif operation == "ret":
+                warp.pc[mask] = end
+            elif mask.any():
+                name = re.match(r"[a-z]\w*", operation).group()
+                done = getattr(self, f"_{name}")(warp, mask, operation.split("."), operands)
+                if done is False:  # a try_wait in vain: others go on, then it is asked again
+                    warp.pc[active] = pc
+                    return moved
+            moved = True
+        return moved
+
+    # Registers, immediates and addresses.
+
+    def _get(self, warp: Warp, operand: str, dtype):
+        dtype = np.dtype(dtype)
+        if operand in warp.registers:
+            value = warp.registers[operand]
+            return value if value.dtype == bool else value.astype(f"u{dtype.itemsize}").view(dtype) if value.itemsize != dtype.itemsize else value.view(dtype)
+        if operand.startswith("0f"):
+            return np.full(LANES, int(operand[2:], 16), np.uint32).view(dtype)
+        if operand.startswith("%tid.x"):
+            value = warp.index * LANES + np.arange(LANES)
+        elif operand.startswith(("%tid", "%nctaid", "%ntid", "%ctaid", "%laneid")):
+            dim = "xyz".index(operand[-1]) if operand[-2] == "." else 0
+            value = {"%ctaid": self.block[dim], "%nctaid": self.launch.blocks[dim], "%ntid": (self.launch.threads, 1, 1)[dim], "%tid": 0,
+                     "%laneid": np.arange(LANES)}[operand.split(".")[0]]
+        elif operand.startswith("__"):
+            value = 0  # shared memory begins there
+        elif "_param_" in operand:
+            value = _DESCRIPTORS
+        elif re.fullmatch(r"-?\d+", operand):
+            value = int(operand) & ((1 << 8 * dtype.itemsize) - 1)
+        else:
+            raise NotImplementedError(f"operand {operand}")
+        return np.broadcast_to(np.asarray(value).astype(f"u{dtype.itemsize}"), LANES).view(dtype)
+
+    def _set(self, warp: Warp, mask, operand: str, value) -> None:
+        if operand == "_":
+            return
+        value = np.broadcast_to(value, LANES)
+        old = warp.registers.get(operand)
+        if old is None or old.itemsize != value.itemsize:
+            warp.registers[operand] = np.array(value)
+        else:
+            warp.registers[operand] = np.where(mask, value, old.view(value.dtype))
+
+    def _address(self, warp: Warp, operand: str):
+        base, _, offset = operand.strip("[]").partition("+")
+        wide = warp.registers[base].itemsize == 8 if base in warp.registers else True
+        return self._get(warp, base, np.uint64 if wide else np.uint32).astype(np.int64) + int(offset or 0)
+
+    def _memory(self, address: int, count: int):
+        """Return a view of `count` bytes: of shared memory, or of an argument by the address's upper half."""
+        where, offset = divmod(int(address), 1 << 32)
+        memory = self.shared if where == 0 else self.arguments[where - 1]
+        if not 0 <= offset <= len(memory) - count:
+            raise IndexError(f"{count} bytes at {offset} of {len(memory)} in {'shared memory' if where == 0 else f'argument {where - 1}'}")
+        return memory[offset : offset + count]
+
+    # Instructions.
+
+    def _binary(self, warp, mask, parts, operands, function):
+        dtype = _TYPES[parts[-1]]
+        with np.errstate(all="ignore"):
+            result = function(*(self._get(warp, operand, dtype) for operand in operands[1:]))
+        self._set(warp, mask, operands[0], result.astype(dtype))
+
+    def _mov(self, warp, mask, parts, operands):
+        dtype = _TYPES[parts[-1]] if parts[-1] != "pred" else bool
+        target, source = operands
+        if source.startswith("{"):
+            pieces = [piece.strip() for piece in source.strip("{}").split(",")]
+            each = np.dtype(f"u{np.dtype(dtype).itemsize // len(pieces)}")
+            value = np.stack([self._get(warp, piece, each) for piece in pieces], axis=-1).copy().view(dtype)[:, 0]
+            self._set(warp, mask, target, value)
+        elif target.startswith("{"):
+            pieces = [piece.strip() for piece in target.strip("{}").split(",")]
+            value = self._get(warp, source, dtype).copy().view(f"u{np.dtype(dtype).itemsize // len(pieces)}").reshape(LANES, -1)
+            for index, piece in enumerate(pieces):
+                self._set(warp, mask, piece, value[:, index])
+        else:
+            self._set(warp, mask, target, warp.registers[source] if dtype is bool else self._get(warp, source, dtype))
+
+    def _cvta(self, warp, mask, parts, operands):
+        self._set(warp, mask, operands[0], self._get(warp, operands[1], np.uint64))
+
+    def _add(self, *step):
+        if step[2][-1] == "bf16x2":
+            return self._pairs(*step, np.add)
+        self._binary(*step, np.add)
+
+    def _sub(self, *step):
+        self._binary(*step, np.subtract)
+
+    def _mul(self, warp, mask, parts, operands):
+        if parts[-1] == "bf16x2":
+            return self._pairs(warp, mask, parts, operands, np.multiply)
+        if parts[1] in ("wide", "hi"):
+            a, b = (self._get(warp, operand, _TYPES[parts[-1]]).astype(np.int64 if parts[-1][0] == "s" else np.uint64) for operand in operands[1:])
+            value = a * b
+            return self._set(warp, mask, operands[0], value.view(np.uint64) if parts[1] == "wide" else (value >> 32).astype(_TYPES[parts[-1]]))
+        self._binary(warp, mask, parts, operands, np.multiply)
+
+    def _pairs(self, warp, mask, _, operands, function):
+        values = [self._get(warp, operand, np.uint32).copy().view(_BF16).astype(np.float32) for operand in operands[1:]]
+        with np.errstate(all="ignore"):
+            self._set(warp, mask, operands[0], function(*values).astype(_BF16).view(np.uint32))
+
+    def _mad(self, *step):
+        self._binary(*step, lambda a, b, c: a * b + c)
+
+    def _fma(self, warp, mask, parts, operands):
+        if parts[-1] == "bf16x2":
+            return self._pairs(warp, mask, parts, operands, lambda a, b, c: a * b + c)
+        a, b, c = (self._get(warp, operand, np.float32).astype(np.float64) for operand in operands[1:])
+        exact = a * b + c
+        value = exact.astype(np.float32)
+        if "rm" in parts:
+            value = np.where(value > exact, np.nextafter(value, np.float32(-np.inf)), value)
+        self._set(warp, mask, operands[0], value.astype(np.float32))
+
+    def _div(self, *step):
+        self._binary(*step, np.divide if step[2][-1] == "f32" else lambda a, b: (np.trunc(a / np.where(b == 0, 1, b))))
+
+    def _rem(self, *step):
+        self._binary(*step, np.fmod)
+
+    def _rcp(self, *step):
+        self._binary(*step, lambda a: 1 / a)
+
+    def _ex2(self, *step):
+        self._binary(*step, np.exp2)
+
+    def _lg2(self, *step):
+        self._binary(*step, np.log2)
+
+    def _neg(self, *step):
+        self._binary(*step, np.negative)
+
+    def _abs(self, *step):
+        self._binary(*step, np.abs)
+
+    def _min(self, *step):
+        self._binary(*step, np.minimum if "NaN" in step[2] else np.fmin)
+
+    def _max(self, *step):
+        self._binary(*step, np.maximum if "NaN" in step[2] else np.fmax)
+
+    def _and(self, *step):
+        self._logic(*step, np.bitwise_and)
+
+    def _or(self, *step):
+        self._logic(*step, np.bitwise_or)
+
+    def _xor(self, *step):
+        self._logic(*step, np.bitwise_xor)
+
+    def _not(self, *step):
+        self._logic(*step, np.bitwise_not)
+
+    def _logic(self, warp, mask, parts, operands, function):
+        if parts[-1] != "pred":
+            return self._binary(warp, mask, parts, operands, function)
+        values = [warp.registers[operand] if operand in warp.registers else np.full(LANES, operand != "0") for operand in operands[1:]]
+        self._set(warp, mask, operands[0], function(*values))
+
+    def _shl(self, warp, mask, parts, operands):
+        self._shift(warp, mask, parts, operands, np.left_shift)
+
+    def _shr(self, warp, mask, parts, operands):
+        self._shift(warp, mask, parts, operands, np.right_shift)
+
+    def _shift(self, warp, mask, parts, operands, function):
+        dtype = np.dtype(_TYPES[parts[-1]])
+        value, count = self._get(warp, operands[1], dtype), self._get(warp, operands[2], np.uint32)
+        bits = 8 * dtype.itemsize
+        shifted = function(value, np.minimum(count, bits - 1).astype(dtype))
+        beyond = np.where(value < 0, -1, 0).astype(dtype) if parts[0] == "shr" else np.zeros(LANES, dtype)
+        self._set(warp, mask, operands[0], np.where(count >= bits, beyond, shifted).astype(dtype))
+
+    def _shf(self, warp, mask, parts, operands):
+        low, high, count = (self._get(warp, operand, np.uint32).astype(np.uint64) for operand in operands[1:])
+        both, count = high << np.uint64(32) | low, count & np.uint64(31) if parts[2] == "wrap" else np.minimum(count, 32)
+        value = both << count >> np.uint64(32) if parts[1] == "l" else both >> count
+        self._set(warp, mask, operands[0], value.astype(np.uint32))
+
+    def _lop3(self, warp, mask, parts, operands):
+        a, b, c, table = (self._get(warp, operand, np.uint32) for operand in operands[1:])
+        value = np.zeros(LANES, np.uint32)
+        for index in range(8):
+            if int(table[0]) >> index & 1:
+                value |= (a if index & 4 else ~a) & (b if index & 2 else ~b) & (c if index & 1 else ~c)
+        self._set(warp, mask, operands[0], value)
+
+    def _prmt(self, warp, mask, parts, operands):
+        a, b, selector = (self._get(warp, operand, np.uint32) for operand in operands[1:])
+        both = np.stack([a, b], axis=-1).copy().view(np.uint8)
+        chosen = np.stack([np.take_along_axis(both, (selector >> 4 * i & 7).astype(np.int64)[:, None], axis=1)[:, 0] for i in range(4)], axis=-1)
+        self._set(warp, mask, operands[0], np.ascontiguousarray(chosen).view(np.uint32)[:, 0])
+
+    def _bfe(self, *step):
+        self._binary(*step, lambda a, start, length: a >> start & ((1 << length) - 1).astype(a.dtype))
+
+    def _popc(self, *step):
+        self._binary(*step, lambda a: np.asarray([int(x).bit_count() for x in a], np.uint32))
+
+    def _clz(self, *step):
+        self._binary(*step, lambda a: np.asarray([32 - int(x).bit_length() for x in a], np.uint32))
+
+    def _setp(self, warp, mask, parts, operands):
+        dtype = _TYPES[parts[-1]]
+        a, b = (self._get(warp, operand, dtype) for operand in operands[1:3])
+        unordered, compare = np.isnan(a.astype(np.float64)) | np.isnan(b.astype(np.float64)) if parts[-1][0] in "fb" and "f" in parts[-1] else False, parts[1]
+        value = {"eq": a == b, "ne": a != b, "lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b, "num": ~np.isnan(a), "nan": np.isnan(a)
+                 }.get(compare) if compare in ("eq", "ne", "lt", "le", "gt", "ge") else None
+        if value is None:
+            value = {"equ": a == b, "neu": a != b, "ltu": a < b, "leu": a <= b, "gtu": a > b, "geu": a >= b, "lo": a < b, "ls": a <= b, "hi": a > b,
+                     "hs": a >= b, "nan": False, "num": True}[compare]
+            value = ~unordered if compare == "num" else value | unordered
+        elif compare == "ne" and "f" in parts[-1]:
+            value = value & ~np.asarray(unordered)
+        if len(operands) == 4:
+            other = warp.registers[operands[3].strip("!")] != operands[3].startswith("!")
+            value = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[parts[2]](value, other)
+        first, _, second = operands[0].partition("|")
+        self._set(warp, mask, first, value)
+        if second:
+            self._set(warp, mask, second, ~value)
+
+    def _selp(self, warp, mask, parts, operands):
+        dtype = _TYPES[parts[-1]]
+        a, b = (self._get(warp, operand, dtype) for operand in operands[1:3])
+        self._set(warp, mask, operands[0], np.where(warp.registers[operands[3]], a, b))
+
+    def _cvt(self, warp, mask, parts, operands):
+        target, source = parts[-2:]
+        with np.errstate(all="ignore"):
+            if target == "bf16x2":
+                high, low = (self._get(warp, operand, np.float32).astype(_BF16).view(np.uint16) for operand in operands[1:])
+                value = np.stack([low, high], axis=-1).copy().view(np.uint32)[:, 0]
+            else:
+                value = self._get(warp, operands[1], _TYPES[source])
+                if "sat" in parts:
+                    value = np.nan_to_num(np.clip(value, 0, 1))
+                if target[0] in "us" and source[0] == "f":
+                    value = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[parts[1]](value)
+                value = value.astype(_TYPES[target])
+        self._set(warp, mask, operands[0], value)
+
+    # Memory.
+
+    def _ld(self, warp, mask, parts, operands):
+        if parts[1].startswith("param"):
+            where = self.program.parameters.index(operands[1].strip("[]"))
+            value = self.launch.parameters[where] + 1 << 32
+            return self._set(warp, mask, operands[0], np.full(LANES, value, np.uint64))
+        dtype = np.dtype(_TYPES[parts[-1]])
+        names = [name.strip() for name in operands[0].strip("{}").split(",")]
+        address = self._address(warp, operands[1])
+        values = np.zeros((LANES, len(names)), dtype)
+        for lane in np.flatnonzero(mask):
+            values[lane] = self._memory(address[lane], len(names) * dtype.itemsize).view(dtype)
+        for index, name in enumerate(names):
+            self._set(warp, mask, name, values[:, index])
+
+    def _st(self, warp, mask, parts, operands):
+        dtype = np.dtype(_TYPES[parts[-1]])
+        address = self._address(warp, operands[0])
+        values = np.stack([self._get(warp, name.strip(), dtype) for name in operands[1].strip("{}").split(",")], axis=-1)
+        for lane in np.flatnonzero(mask):
+            self._memory(address[lane], values.shape[1] * dtype.itemsize)[:] = np.ascontiguousarray(values[lane]).view(np.uint8)
+
+    def _stmatrix(self, warp, mask, parts, operands):
+        assert mask.all() and "m8n8" in parts
+        address = self._address(warp, operands[0])
+        for index, name in enumerate(operands[1].strip("{}").split(",")):
+            matrix = self._get(warp, name.strip(), np.uint32).copy().view(np.uint16).reshape(8, 8)
+            for row in range(8):
+                self._memory(address[8 * index + row], 16)[:] = np.ascontiguousarray(matrix[:, row] if "trans" in parts else matrix[row]).view(np.uint8)
+
+    def _ldmatrix(self, warp, mask, parts, operands):
+        assert mask.all() and "m8n8" in parts
+        address = self._address(warp, operands[1])
+        for index, name in enumerate(operands[0].strip("{}").split(",")):
+            matrix = np.stack([self._memory(address[8 * index + row], 16).view(np.uint16) for row in range(8)])
+            self._set(warp, mask, name.strip(), np.ascontiguousarray(matrix.T if "trans" in parts else matrix).view(np.uint32).reshape(LANES))
+
+    def _atom(self, warp, mask, parts, operands):
+        dtype = np.dtype(_TYPES[parts[-1]])
+        address, value = self._address(warp, operands[1]), self._get(warp, operands[2], dtype)
+        before = np.zeros(LANES, dtype)
+        change = {"add": np.add, "max": np.maximum, "min": np.minimum, "exch": lambda _, new: new, "inc": lambda old, top: 0 if old >= top else old + 1}
+        for lane in np.flatnonzero(mask):
+            place = self._memory(address[lane], dtype.itemsize).view(dtype)
+            before[lane] = place[0]
+            place[0] = change[next(part for part in parts if part in change)](place[0], value[lane])
+        self._set(warp, mask, operands[0], before)
+
+    def _red(self, warp, mask, parts, operands):
+        self._atom(warp, mask, parts, ["_", *operands])
+
+    def _fence(self, *_):
+        pass
+
+    _prefetch = _setmaxnreg = _membar = _griddepcontrol = _fence
+
+    def _trap(self, *_):
+        raise AssertionError("trap")
+
+    # Between lanes and warps.
+
+    def _elect(self, warp, mask, parts, operands):
+        lane, predicate = operands[0].split("|")
+        leader = int(np.flatnonzero(mask)[0])
+        self._set(warp, mask, lane, np.full(LANES, leader, np.uint32))
+        self._set(warp, mask, predicate, np.arange(LANES) == leader)
+
+    def _shfl(self, warp, mask, parts, operands):
+        assert mask.all(), "shfl.sync of some lanes"
+        value, by, clamp = (self._get(warp, operand, np.uint32) for operand in operands[1:4])
+        lane = np.arange(LANES)
+        last, segment = (clamp & 31).astype(np.int64), (clamp >> 8 & 31).astype(np.int64)
+        largest = lane & segment | last & ~segment
+        by = by.astype(np.int64)
+        source = {"idx": lane & segment | by & ~segment, "bfly": lane ^ by, "down": lane + by, "up": lane - by}[parts[2]]
+        valid = source >= largest if parts[2] == "up" else source <= largest
+        first, _, predicate = operands[0].partition("|")
+        self._set(warp, mask, first, value[np.where(valid, source, lane)])
+        if predicate:
+            self._set(warp, mask, predicate, valid)
+
+    def _vote(self, warp, mask, parts, operands):
+        value = warp.registers[operands[1].strip("!")] != operands[1].startswith("!")
+        held = value & mask
+        if "ballot" in parts:
+            return self._set(warp, mask, operands[0], np.full(LANES, int((held << np.arange(LANES)).sum()), np.uint32))
+        self._set(warp, mask, operands[0], np.full(LANES, held.any() if "any" in parts else value[mask].all()))
+
+    def _redux(self, warp, mask, parts, operands):
+        value = self._get(warp, operands[1], _TYPES[parts[-1]])[mask]
+        result = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}[parts[2]].reduce(value)
+        self._set(warp, mask, operands[0], np.full(LANES, result, value.dtype))
+
+    def _bar(self, warp, mask, parts, operands):
+        if parts[1] == "warp":
+            return
+        index = int(self._get(warp, operands[0], np.uint32)[0])
+        most = int(self._get(warp, operands[1], np.uint32)[0]) if len(operands) > 1 else self.launch.threads
+        here = self.named.setdefault(index, [])
+        here.append(warp)
+        warp.waiting = index
+        if len(here) * LANES == most:
+            for other in self.named.pop(index):
+                other.waiting = None
+
+    _barrier = _bar
+
+    def _mbarrier(self, warp, mask, parts, operands):
+        if parts[1] == "init":
+            for lane in np.flatnonzero(mask):
+                count = int(self._get(warp, operands[1], np.uint32)[lane])
+                self.barriers[int(self._address(warp, operands[0])[lane])] = [0, count, count, 0]
+        elif parts[1] == "arrive":
+            address, count = self._address(warp, operands[1]), self._get(warp, operands[2], np.uint32) if len(operands) > 2 else np.ones(LANES, int)
+            for lane in np.flatnonzero(mask):
+                bytes_, arrivals = (int(count[lane]), 1) if "expect_tx" in parts else (0, int(count[lane]))
+                self._arrive(int(address[lane]), arrivals, bytes_)
+        elif parts[1] in ("try_wait", "test_wait"):
+            lane = int(np.flatnonzero(mask)[0])
+            parity = int(self._get(warp, operands[2], np.uint32)[lane])
+            done = self.barriers[int(self._address(warp, operands[1])[lane])][0] % 2 != parity
+            self._set(warp, mask, operands[0], np.full(LANES, done))
+            return done
+        elif parts[1] == "expect_tx":
+            for lane in np.flatnonzero(mask):
+                self._arrive(int(self._address(warp, operands[0])[lane]), 0, int(self._get(warp, operands[1], np.uint32)[lane]))
+        else:
+            raise NotImplementedError(".".join(parts))
+
+    def _arrive(self, address: int, arrivals: int, bytes_: int) -> None:
+        state = self.barriers[address]
+        state[1] -= arrivals
+        state[3] += bytes_
+        assert state[1] >= 0, f"more arrivals than the barrier at {address} expects"
+        if state[1] == 0 and state[3] == 0:
+            state[0], state[1] = state[0] + 1, state[2]
+
+    # TMA.
+
+    def _cp(self, warp, mask, parts, operands):
+        if "commit_group" in parts:
+            return
+        if "wait_group" in parts:
+            for store in warp.stores:
+                store()
+            warp.stores.clear()
+            return
+        assert parts[2:4] == ["bulk", "tensor"], parts
+        loads = parts[5].startswith("shared")
+        for lane in np.flatnonzero(mask):
+            tensor_at, shared_at = (operands[1], operands[0]) if loads else (operands[0], operands[1])
+            descriptor, coordinates = re.match(r"\[(\S+),\s*\{(.*)\}\s*\]", tensor_at).groups()
+            tensor = self.launch.tensors[int(self._get(warp, descriptor, np.uint64)[lane]) - _DESCRIPTORS]
+            start = [int(self._get(warp, part.strip(), np.int32)[lane]) for part in coordinates.split(",")][::-1]
+            shared = int(self._address(warp, shared_at)[lane])
+            copy = _Copy(self, tensor, start, shared)
+            if loads:
+                barrier = int(self._address(warp, operands[2])[lane])
+
+                def load(copy=copy, barrier=barrier):
+                    copy.load()
+                    self._arrive(barrier, 0, -copy.bytes)
+
+                self.loads.append(load) if self.late else load()
+            elif self.late:
+                warp.stores.append(copy.store)
+            else:
+                copy.store()
+
+    # Matrix products.
+
+    def _wgmma(self, warp, mask, parts, operands):
+        assert mask.all()
+        if parts[1] == "commit_group":
+            warp.products.append([])
+        elif parts[1] == "wait_group":
+            keep = int(operands[0])
+            done = len(warp.products) - 1 - keep
+            for group in warp.products[: max(done, 0)]:
+                for multiply in group:
+                    multiply()
+            del warp.products[: max(done, 0)]
+        elif parts[1] == "mma_async":
+            multiply = self._product(warp, parts, operands)
+            warp.products[-1].append(multiply) if self.late else multiply()
+
+    def _product(self, warp, parts, operands):
+        m, n, k = map(int, re.match(r"m(\d+)n(\d+)k(\d+)", next(part for part in parts if part.startswith("m64"))).groups())
+        assert (m, k) == (64, 16) and parts[-3:] == ["f32", "bf16", "bf16"], parts
+        sums, a, b, accumulate, scale_a, scale_b, *transposed = operands
+        sums = [name.strip() for name in sums.strip("{}").split(",")]
+        assert len(sums) == n // 2 and (scale_a, scale_b) == ("1", "1")
+        lane = np.arange(LANES)
+        if a.startswith("{"):
+            words = [self._get(warp, name.strip(), np.uint32).copy().view(_BF16).reshape(LANES, 2) for name in a.strip("{}").split(",")]
+            mine = np.zeros((16, 16), np.float32)
+            for index, word in enumerate(words):
+                for half in range(2):
+                    mine[lane // 4 + 8 * (index % 2), lane % 4 * 2 + half + 8 * (index // 2)] = word[:, half]
+            transposed = ["0", *transposed]
+        else:
+            rows = self._in_shared(int(self._get(warp, a, np.uint64)[0]), 64, transposed[0] == "1")
+            mine = rows[16 * (warp.index % 4) :][:16] if not self.late else None
+        descriptor = int(self._get(warp, b, np.uint64)[0])
+        fresh = not bool(warp.registers[accumulate][0])
+
+        def multiply():
+            left = mine if mine is not None else self._in_shared(int(self._get(warp, a, np.uint64)[0]), 64, transposed[0] == "1")[16 * (warp.index % 4) :][:16]
+            product = left @ self._in_shared(descriptor, n, transposed[1] == "1").T
+            for index, name in enumerate(sums):
+                part = product[lane // 4 + 8 * (index // 2 % 2), lane % 4 * 2 + index % 2 + 8 * (index // 4)]
+                before = np.float32(0) if fresh else self._get(warp, name, np.float32)
+                self._set(warp, np.ones(LANES, bool), name, (before + part).astype(np.float32))
+
+        return multiply
+
+    def _in_shared(self, descriptor: int, rows: int, transposed: bool):
+        """Return the matrix [rows, 16] that a descriptor means, in float32."""
+        start, leading, stride = ((descriptor >> bit & 0x3FFF) * 16 for bit in (0, 16, 32))
+        width = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
+        row, k = np.indices((rows, 16))
+        if transposed:
+            across, along = row, k
+        else:
+            across, along = k, row
+        each = width // 2  # elements of a swizzled line
+        if width == 16:
+            assert not transposed, "an unswizzled transposed operand"
+            address = start + along // 8 * stride + along % 8 * 16 + across // 8 * leading + across % 8 * 2
+        elif transposed:
+            address = start + across // each * leading + along // 8 * stride + along % 8 * width + across % each * 2
+        else:
+            address = start + along // 8 * stride + along % 8 * width + across * 2
+        address = _swizzled(address, width)
+        return self.shared.view(np.uint16)[address // 2].view(_BF16).astype(np.float32)
+
+
+_DESCRIPTORS = 1 << 60
+
+
+def _swizzled(address, width: int):
+    """Exchange 16-byte pieces as a swizzle of `width` bytes does, which goes by the address."""
+    bits = {16: 0, 32: 1, 64: 3, 128: 7}[width]
+    return address ^ ((address >> 7 & bits) << 4)
+
+
+class _Copy:
+    """A box between an argument and shared memory; what lies outside the tensor is zeros, or isn't written."""
+
+    def __init__(self, machine: Machine, tensor: Tensor, start, shared: int):
+        size = machine.itemsize[tensor.argument]
+        index = np.indices(tensor.box).reshape(len(tensor.box), -1).T + np.asarray(start)
+        self.inside = ((index >= 0) & (index < np.asarray(tensor.sizes))).all(axis=1)
+        self.outer = (index @ np.asarray(tensor.strides))[self.inside]
+        inner = _swizzled(shared + np.arange(len(index)) * size, max(tensor.swizzle, 16))
+        assert shared % 128 == 0 or tensor.swizzle <= 16, f"TMA to or from shared memory at {shared}, expected a multiple of 128"
+        dtype = f"u{size}"
+        self.inner, self.bytes = inner // size, len(index) * size
+        self.argument, self.shared = machine.arguments[tensor.argument].view(dtype), machine.shared.view(dtype)
+
+    def load(self) -> None:
+        values = np.zeros(len(self.inner), self.argument.dtype)
+        values[self.inside] = self.argument[self.outer]
+        self.shared[self.inner] = values
+
+    def store(self) -> None:
+        self.argument[self.outer] = self.shared[self.inner[self.inside]]
+
+
+def run(ptx: str, log: str, arguments: list[np.ndarray], *, late: bool) -> dict[str, int]:
+    """Run all blocks of a kernel, one after the other, on its arguments, outputs last, which are written. Returns how often each operation ran."""
+    program, launch = Program(ptx), read_host(log)
+    counts: dict[str, int] = {}
+    for z, y, x in np.ndindex(*launch.blocks[::-1]):
+        machine = Machine(program, launch, arguments, (x, y, z), late=late)
+        machine.run()
+        for name, count in machine.counts.items():
+            counts[name] = counts.get(name, 0) + count
+    return counts
