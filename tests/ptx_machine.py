@@ -206,7 +206,7 @@ class Machine:
         wide = warp.registers[base].itemsize == 8 if base in warp.registers else True
         return self._get(warp, base, np.uint64 if wide else np.uint32).astype(np.int64) + int(offset or 0)
 
-    def _memory(self, address: int, count: int):
+    def memory(self, address: int, count: int):
         """Return a view of `count` bytes: of shared memory, or of an argument by the address's upper half."""
         where, offset = divmod(int(address), 1 << 32)
         memory = self.shared if where == 0 else self.arguments[where - 1]
@@ -253,9 +253,10 @@ class Machine:
         if parts[-1] == "bf16x2":
             return self._pairs(warp, mask, parts, operands, np.multiply)
         if parts[1] in ("wide", "hi"):
-            a, b = (self._get(warp, operand, _TYPES[parts[-1]]).astype(np.int64 if parts[-1][0] == "s" else np.uint64) for operand in operands[1:])
+            dtype = np.dtype(_TYPES[parts[-1]])
+            a, b = (self._get(warp, operand, dtype).astype(f"{dtype.kind}{2 * dtype.itemsize}") for operand in operands[1:])
             value = a * b
-            return self._set(warp, mask, operands[0], value.view(np.uint64) if parts[1] == "wide" else (value >> 32).astype(_TYPES[parts[-1]]))
+            return self._set(warp, mask, operands[0], value if parts[1] == "wide" else (value >> 8 * dtype.itemsize).astype(dtype))
         self._binary(warp, mask, parts, operands, np.multiply)
 
     def _pairs(self, warp, mask, _, operands, function):
@@ -416,7 +417,7 @@ class Machine:
         address = self._address(warp, operands[1])
         values = np.zeros((LANES, len(names)), dtype)
         for lane in np.flatnonzero(mask):
-            values[lane] = self._memory(address[lane], len(names) * dtype.itemsize).view(dtype)
+            values[lane] = self.memory(address[lane], len(names) * dtype.itemsize).view(dtype)
         for index, name in enumerate(names):
             self._set(warp, mask, name, values[:, index])
 
@@ -425,7 +426,7 @@ class Machine:
         address = self._address(warp, operands[0])
         values = np.stack([self._get(warp, name.strip(), dtype) for name in operands[1].strip("{}").split(",")], axis=-1)
         for lane in np.flatnonzero(mask):
-            self._memory(address[lane], values.shape[1] * dtype.itemsize)[:] = np.ascontiguousarray(values[lane]).view(np.uint8)
+            self.memory(address[lane], values.shape[1] * dtype.itemsize)[:] = np.ascontiguousarray(values[lane]).view(np.uint8)
 
     def _stmatrix(self, warp, mask, parts, operands):
         assert mask.all() and "m8n8" in parts
@@ -433,13 +434,13 @@ class Machine:
         for index, name in enumerate(operands[1].strip("{}").split(",")):
             matrix = self._get(warp, name.strip(), np.uint32).copy().view(np.uint16).reshape(8, 8)
             for row in range(8):
-                self._memory(address[8 * index + row], 16)[:] = np.ascontiguousarray(matrix[:, row] if "trans" in parts else matrix[row]).view(np.uint8)
+                self.memory(address[8 * index + row], 16)[:] = np.ascontiguousarray(matrix[:, row] if "trans" in parts else matrix[row]).view(np.uint8)
 
     def _ldmatrix(self, warp, mask, parts, operands):
         assert mask.all() and "m8n8" in parts
         address = self._address(warp, operands[1])
         for index, name in enumerate(operands[0].strip("{}").split(",")):
-            matrix = np.stack([self._memory(address[8 * index + row], 16).view(np.uint16) for row in range(8)])
+            matrix = np.stack([self.memory(address[8 * index + row], 16).view(np.uint16) for row in range(8)])
             self._set(warp, mask, name.strip(), np.ascontiguousarray(matrix.T if "trans" in parts else matrix).view(np.uint32).reshape(LANES))
 
     def _atom(self, warp, mask, parts, operands):
@@ -448,7 +449,7 @@ class Machine:
         before = np.zeros(LANES, dtype)
         change = {"add": np.add, "max": np.maximum, "min": np.minimum, "exch": lambda _, new: new, "inc": lambda old, top: 0 if old >= top else old + 1}
         for lane in np.flatnonzero(mask):
-            place = self._memory(address[lane], dtype.itemsize).view(dtype)
+            place = self.memory(address[lane], dtype.itemsize).view(dtype)
             before[lane] = place[0]
             place[0] = change[next(part for part in parts if part in change)](place[0], value[lane])
         self._set(warp, mask, operands[0], before)
@@ -552,17 +553,20 @@ class Machine:
                 store()
             warp.stores.clear()
             return
-        assert parts[2:4] == ["bulk", "tensor"], parts
-        loads = parts[5].startswith("shared")
+        assert parts[2] == "bulk", parts
+        loads = next(part for part in parts if part.startswith(("global", "shared"))) != "global"  # the target comes first
         for lane in np.flatnonzero(mask):
-            tensor_at, shared_at = (operands[1], operands[0]) if loads else (operands[0], operands[1])
-            descriptor, coordinates = re.match(r"\[(\S+),\s*\{(.*)\}\s*\]", tensor_at).groups()
-            tensor = self.launch.tensors[int(self._get(warp, descriptor, np.uint64)[lane]) - _DESCRIPTORS]
-            start = [int(self._get(warp, part.strip(), np.int32)[lane]) for part in coordinates.split(",")][::-1]
-            shared = int(self._address(warp, shared_at)[lane])
-            copy = _Copy(self, tensor, start, shared)
+            if parts[3] == "tensor":
+                tensor_at, shared_at = (operands[1], operands[0]) if loads else operands[:2]
+                descriptor, coordinates = re.match(r"\[(\S+),\s*\{(.*)\}\s*\]", tensor_at).groups()
+                tensor = self.launch.tensors[int(self._get(warp, descriptor, np.uint64)[lane]) - _DESCRIPTORS]
+                start = [int(self._get(warp, part.strip(), np.int32)[lane]) for part in coordinates.split(",")][::-1]
+                copy = _Box(self, tensor, start, int(self._address(warp, shared_at)[lane]))
+            else:
+                target, source = (int(self._address(warp, operand)[lane]) for operand in operands[:2])
+                copy = _Bytes(self, target, source, int(self._get(warp, operands[2], np.uint32)[lane]))
             if loads:
-                barrier = int(self._address(warp, operands[2])[lane])
+                barrier = int(self._address(warp, operands[-1])[lane])
 
                 def load(copy=copy, barrier=barrier):
                     copy.load()
@@ -651,7 +655,7 @@ def _swizzled(address, width: int):
     return address ^ ((address >> 7 & bits) << 4)
 
 
-class _Copy:
+class _Box:
     """A box between an argument and shared memory; what lies outside the tensor is zeros, or isn't written."""
 
     def __init__(self, machine: Machine, tensor: Tensor, start, shared: int):
@@ -672,6 +676,19 @@ class _Copy:
 
     def store(self) -> None:
         self.argument[self.outer] = self.shared[self.inner[self.inside]]
+
+
+class _Bytes:
+    """Bytes in a row, from anywhere to anywhere."""
+
+    def __init__(self, machine: Machine, target: int, source: int, count: int):
+        assert not (target | source | count) % 16, f"a copy of {count} bytes from {source} to {target}, expected multiples of 16"
+        self.target, self.source, self.bytes = machine.memory(target, count), machine.memory(source, count), count
+
+    def load(self) -> None:
+        self.target[:] = self.source
+
+    store = load
 
 
 def run(ptx: str, log: str, arguments: list[np.ndarray], *, late: bool) -> dict[str, int]:
