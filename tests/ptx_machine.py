@@ -62,13 +62,17 @@ def read_host(log: str) -> Launch:
         return argument(rest[0] if kind == "llvm.insertvalue" and rest[1] != "[1]" else first)
 
     def array(name: str) -> tuple[int, ...]:
-        stored = re.findall(rf"memref\.store (%[\w#]+), {re.escape(name)}\[(%[\w#]+)\]", text)
-        return tuple(number(value) for _, value in sorted((number(index), value) for value, index in stored))
+        """Return what is stored in an array, as either jax 0.12 or jax 0.11 stores it."""
+        name = re.escape(name)
+        stored = [(number(index), number(value)) for value, index in re.findall(rf"memref\.store (%[\w#]+), {name}\[(%[\w#]+)\]", text)]
+        for at, index in [(name, 0), *re.findall(rf"(%[\w#]+) = llvm\.getelementptr {name}\[(\d+)\]", text)]:
+            stored += [(int(index), number(value)) for value in re.findall(rf"llvm\.store (%[\w#]+), {at} : i64", text)]
+        return tuple(value for _, value in sorted(stored))
 
     tensors = {}
     for at in re.finditer(r"call @mosaic_gpu_init_tma_desc\((%[\w#]+), (%[\w#]+), %[\w#]+, %[\w#]+, %[\w#]+, %[\w#]+, (%[\w#]+),", text):
         offset = re.search(r"\[(\d+)\]", defined[at.group(1)]) if "getelementptr" in defined[at.group(1)] else None
-        sizes, strides, box = (array(name) for name in re.findall(r"(%[\w#]+) = memref\.alloca\(\)", text[: at.start()])[-3:])
+        sizes, strides, box = (array(name) for name in re.findall(r"(%[\w#]+) = (?:memref|llvm)\.alloca\b", text[: at.start()])[-3:])
         tensors[int(offset.group(1)) if offset else 0] = Tensor(argument(at.group(2)), sizes, strides, box, number(at.group(3)))
     grid, block, given = re.search(r"launch_func.* blocks in \((.*?)\) threads in \((.*?)\).*? args\((.*?)\)", text).groups()
     names = [part.split(":")[0].strip() for part in given.split(",")]
