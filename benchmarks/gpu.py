@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
 import pathlib
 import shutil
 import statistics
@@ -23,7 +24,8 @@ import time
 import traceback
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHARES = {"kernels": 0.17, "variants": 0.08, "model": 0.25, "load": 0.06, "torch": 0.04, "triton": 0.06, "transformers": 0.09}  # a model's for each
+SHARES = {"kernels": 0.17, "variants": 0.08, "model": 0.2, "load": 0.06, "torch": 0.04, "triton": 0.06, "transformers": 0.09}  # a model's for each
+FLAGS = ("--xla_gpu_enable_command_buffer=", "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL")  # no CUDA graphs; loops in them, too
 FIRST = ((1, 128), (1, 8192), (16, 128), (64, 8192), (1, 131_072), (64, 128), (256, 128), (4, 128))  # what matters most is measured first
 
 
@@ -32,9 +34,9 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON lines are appended to it")
     parser.add_argument("--seconds", type=float, default=460, help="for everything (default: 460)")
     parser.add_argument("--models", nargs="+", default=["gpt-oss-120b", "gpt-oss-20b"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 256])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 8192, 32_768, 131_072])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[8192, 2048, 32_768, 1024, 4096, 16_384])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[128, 8192, 32_768, 131_072])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[8192, 2048, 32_768, 1024, 4096, 16_384])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--section", help=argparse.SUPPRESS)  # of this process; without it this one starts the others
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -43,18 +45,21 @@ def main() -> int:
     if arguments.section:
         return run_section(arguments)
     end, failed = time.monotonic() + arguments.seconds, 0
-    plan = [("kernels", arguments.models[0]), ("variants", arguments.models[0]), *(("model", model) for model in arguments.models),
-            *((section, arguments.models[-1]) for section in ("load", "torch", "triton", "transformers"))]
-    for section, model in plan:
-        seconds = min(max(SHARES[section] * arguments.seconds, 20), end - time.monotonic())
+    few, last = argparse.Namespace(batches=FIRST[0][:1], contexts=FIRST[0][1:], prompts=()), arguments.models[-1]
+    plan = [("kernels", arguments.models[0], arguments, ""), ("variants", arguments.models[0], arguments, ""),
+            *(("model", model, arguments, "") for model in arguments.models), *(("model", last, few, flags) for flags in FLAGS),
+            *((section, last, arguments, "") for section in ("load", "torch", "triton", "transformers"))]
+    for section, model, sizes, xla_flags in plan:
+        seconds = min(max((0.06 if xla_flags else SHARES[section]) * arguments.seconds, 20), end - time.monotonic())
         if seconds < 10:
             write(arguments.out, {"section": section, "model": model, "skipped": "no time left"})
             continue
-        flags = [part for name in ("batches", "contexts", "prompts") for part in (f"--{name}", *map(str, getattr(arguments, name)))]
+        flags = [part for name in ("batches", "contexts", "prompts") for part in (f"--{name}", *map(str, getattr(sizes, name)))]
         command = [sys.executable, __file__, "--out", str(arguments.out), "--seconds", str(seconds), "--section", section, "--model", model,
                    "--steps", str(arguments.steps), *flags]
         try:
-            failed += subprocess.run(command, timeout=seconds + 10, cwd=ROOT).returncode != 0  # it watches the time itself
+            environment = os.environ | ({"XLA_FLAGS": xla_flags} if xla_flags else {})
+            failed += subprocess.run(command, timeout=seconds + 10, cwd=ROOT, env=environment).returncode != 0  # it watches the time itself
         except subprocess.TimeoutExpired:
             write(arguments.out, {"section": section, "model": model, "skipped": f"stopped after {seconds:.0f} s"})
     show(arguments.out)
@@ -64,7 +69,7 @@ def main() -> int:
 def run_section(arguments) -> int:
     """Run one section; what goes wrong is written where results go."""
     def record(**row):
-        write(arguments.out, {"section": arguments.section, "model": arguments.model} | row)
+        write(arguments.out, {"section": arguments.section, "model": arguments.model, "xla_flags": os.environ.get("XLA_FLAGS", "")} | row)
 
     arguments.end = time.monotonic() + arguments.seconds
     try:
@@ -113,12 +118,13 @@ def begin(arguments, record):
 
 
 def kernels(arguments, record) -> None:
-    """Check the Hopper kernel's order of registers, and every implementation of every op, against the reference; then time them."""
+    """Check the Hopper kernels, and every implementation of every op, against the reference; then time them."""
     config, limits = begin(arguments, record)
     from gptoss_jax.inference import measure
-    from gptoss_jax.kernels.expert_matmul import mosaic_gpu
+    from gptoss_jax.kernels import decode_attention, expert_matmul
 
-    record(what="check", op="hopper", missing=mosaic_gpu.device_unmet())
+    for op in (expert_matmul, decode_attention):
+        record(what="check", op="hopper", kernel=op.__name__, missing=op.mosaic_gpu.device_unmet())
     context = min(8192, config.max_position_embeddings, max(arguments.contexts))
     for case in measure.cases(config, 4, min(context, 1024), experts=min(8, config.num_local_experts)):
         for how in case.implementations:
@@ -160,7 +166,8 @@ def variants(arguments, record) -> None:
             for plan in plans:
 
                 def run(how, x, first, weight, bias, plan=plan, active=active, rows=rows):
-                    tiles = hopper_kernel.whole_tiles((first + jnp.arange(active, dtype=jnp.int32)) % E, rows)
+                    index, height = jnp.arange(active, dtype=jnp.int32), rows // 8
+                    tiles = hopper_kernel.Tiles((first + index) % E, index * height, jnp.full(active, height), jnp.full(1, active))
                     return hopper_kernel.matmul(x, weight, bias, tiles, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
 
                 case = measure.Case("hopper", f"{kind.__name__} {active} x {rows} rows", (), run, x, (jnp.int32(0), weight, bias),
@@ -310,9 +317,9 @@ def show(path: pathlib.Path) -> None:
         row = json.loads(line)
         if row.get("what") in ("decode", "prefill") and "tokens_per_second" in row:
             print(f"{row['model']} {row['what']:8} batch {row['batch']:4} context {row['context']:7,}: {row['tokens_per_second']:12,.1f} tokens/s, "
-                  f"{row['floor_fraction']:6.1%} of the floor")
+                  f"{row['floor_fraction']:6.1%} of the floor {row['xla_flags']}".rstrip())
         elif row.get("op") == "hopper" and row["what"] == "check":
-            print(f"Hopper kernel: {row['missing'] and 'needs ' + row['missing'] or 'equals the reference'}")
+            print(f"Hopper kernel of {row['kernel']}: {row['missing'] and 'needs ' + row['missing'] or 'equals the reference'}")
         elif "floor_fraction" in row and (row.get("planned") or row.get("auto") and row["op"] == "expert_mlp"):
             print(f"{row['model']} {row['op']} {row['size']}: {row['seconds'] * 1e6:,.1f} us, {row['floor_fraction']:6.1%} of the floor")
         elif "skipped" in row or "failed" in row:

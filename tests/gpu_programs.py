@@ -24,11 +24,12 @@ CONTEXT = 131_072
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
-def compiled_steps(model: str, layers: int, batch: int = 1) -> dict:
+def compiled_steps(model: str, layers: int, batch: int = 1, names=("decode", "prefill")) -> dict:
     """Return the engine's programs, arranged as for a Hopper GPU, for some layers of a model and a cache of CONTEXT tokens."""
     config = PRESETS[model].replace(num_hidden_layers=layers, layer_types=())
     weights = cost.abstract_weights(config, device=devices.described("H100")[0])
-    return {name: lowered.compile() for name, lowered in Engine(GptOss(config, weights)).lower(batch, CONTEXT).items()}
+    lowered = Engine(GptOss(config, weights)).lower(batch, CONTEXT)
+    return {name: lowered[name].compile() for name in names}
 
 
 def step(text: str) -> str:
@@ -77,10 +78,12 @@ def main() -> None:
         programs = compiled_steps(model, *map(int, numbers))
         found = {name: memory(program) for name, program in programs.items()} | {"kernels": kernels(step(programs["decode"].as_text()))}
     else:
-        small, large = (compiled_steps("gpt-oss-120b", layers) for layers in (2, 4))
-        counts = [kernels(step(steps["decode"].as_text())) for steps in (small, large)]
+        small = compiled_steps("gpt-oss-120b", 2)
+        others = (compiled_steps("gpt-oss-120b", layers, batch, ["decode"]) for layers, batch in ((4, 1), (2, 4), (4, 4)))
+        counts = [kernels(step(steps["decode"].as_text())) for steps in (small, *others)]
         gradient = gradient_of_attention()
         found = {"kernels": counts, "kernels_per_layer": (counts[1].total() - counts[0].total()) / 2,
+                 "kernels_per_layer_of_4_rows": (counts[3].total() - counts[2].total()) / 2,
                  "cache": cost.cache_bytes(PRESETS["gpt-oss-120b"].replace(num_hidden_layers=2, layer_types=()), 1, CONTEXT),
                  "decode": memory(small["decode"]), "prefill": memory(small["prefill"]), "prefill_kernels": entry(small["prefill"]),
                  "gradient": memory(gradient), "gradient_kernels": entry(gradient)}

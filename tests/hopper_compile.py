@@ -1,4 +1,4 @@
-"""Compile the expert matmul for an H100 and an H200 without either, and print what the compiler made of it, one JSON object a line.
+"""Compile the Hopper kernels for an H100 and an H200 without either, and print what the compiler made of them, one JSON object a line.
 
     JAX_PLATFORMS=cpu python3 tests/hopper_compile.py [FOLDER for the dumps]
 
@@ -6,6 +6,7 @@ Needs what `pip install -e .[test-gpu]` adds (about 1.2 GB): the CUDA plugin of 
 program would need to run, the newest ptxas (triton's own is older than the PTX), and triton for its cuobjdump. No driver, no GPU.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -32,6 +33,10 @@ CASES = [
     ("NVIDIA H200", 32, 128, 5760, 2880, True), ("NVIDIA H200", 32, 128, 2880, 2880, False),  # decode, batch 1
     ("NVIDIA H100 80GB HBM3", 65536, 128, 5760, 2880, True), ("NVIDIA H100 80GB HBM3", 65536, 128, 2880, 2880, False),  # prefill, 16k tokens
 ]
+# device, rows, slots, ring; for each 8 key-value heads of 8 queries
+DECODE_CASES = [("NVIDIA H200", 1, 131_072, False), ("NVIDIA H200", 1, 128, True), ("NVIDIA H100 80GB HBM3", 64, 8192, False)]
+# device, tokens, experts: routing of four experts a token
+ROUTINGS = [("NVIDIA H200", 1, 128), ("NVIDIA H100 80GB HBM3", 4, 32), ("NVIDIA H200", 17, 32), ("NVIDIA H100 80GB HBM3", 128, 128)]
 
 
 def tool(package, pattern):
@@ -49,36 +54,69 @@ def missing():
 
 
 def main(folder):
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_kernel
-
-    for number, (device, rows, experts, outputs, inputs, gated) in enumerate(CASES):
+    cases = [(compile_, case) for compile_, cases in ((compile_experts, CASES), (compile_decode, DECODE_CASES), (compile_routing, ROUTINGS)) for case in cases]
+    for number, (compile_, case) in enumerate(cases):
         dump = pathlib.Path(folder) / str(number)
         dump.mkdir(parents=True)
         os.environ.update(MOSAIC_GPU_DUMP_TO=str(dump), MOSAIC_GPU_DUMP_PTX="1")
-        bandwidth, memory = DEVICES[device]
-        target = DEVICE.format(name=device, bandwidth=bandwidth, memory=memory)
-        topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-        mesh = Mesh(np.array(topology.devices), ("x",))
-        sharding = NamedSharding(mesh, PartitionSpec())
+        facts = compile_(described(case[0]), *case[1:])
+        print(json.dumps({"device": case[0], **facts, **report(dump)}), flush=True)
 
-        def shape(dims, dtype):
-            return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
-        kind = HopperGateUpWeight if gated else HopperWeight
-        groups = (experts, outputs // 64, inputs // 64)
-        weight = kind(shape((*groups, 4, 128), jnp.uint32), shape((*groups, 32), jnp.uint32))
-        plan = hopper_kernel.plan(rows, weight)
-        with jax.set_mesh(mesh):
-            jax.jit(lambda x, weight, bias, sizes: hopper_kernel.matmul(
-                x, weight, bias, hopper_kernel.tiles(sizes, rows, plan.rows), plan, limit=7.0, alpha=1.702)).lower(
-                shape((rows, inputs), jnp.bfloat16), weight, shape((experts, outputs), jnp.bfloat16), shape((experts,), jnp.int32)).compile()
-        print(json.dumps({"device": device, "all_rows": rows, "gated": gated, **plan._asdict(), **report(dump)}), flush=True)
+def described(device):
+    """Return what makes an array's description on a device that isn't here."""
+    import jax
+    from jax.experimental import topologies
+
+    bandwidth, memory = DEVICES[device]
+    target = DEVICE.format(name=device, bandwidth=bandwidth, memory=memory)
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    return functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(topology.devices[0]))
+
+
+def compile_experts(shape, rows, experts, outputs, inputs, gated):
+    import jax
+    import jax.numpy as jnp
+
+    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_kernel
+
+    kind = HopperGateUpWeight if gated else HopperWeight
+    groups = (experts, outputs // 64, inputs // 64)
+    weight = kind(shape((*groups, 4, 128), jnp.uint32), shape((*groups, 32), jnp.uint32))
+    plan = hopper_kernel.plan(rows, weight)
+    jax.jit(lambda x, weight, bias, sizes: hopper_kernel.matmul(
+        x, weight, bias, hopper_kernel.tiles(sizes, rows, plan.rows), plan, limit=7.0, alpha=1.702)).lower(
+        shape((rows, inputs), jnp.bfloat16), weight, shape((experts, outputs), jnp.bfloat16), shape((experts,), jnp.int32)).compile()
+    return {"op": "experts", "all_rows": rows, "gated": gated, **plan._asdict()}
+
+
+def compile_decode(shape, rows, slots, ring):
+    import jax
+    import jax.numpy as jnp
+
+    from gptoss_jax.kernels.decode_attention import hopper_kernel
+
+    kv_heads, heads, width = 8, 64, 64
+    plan, inputs = hopper_kernel.plan(rows, slots, kv_heads), (heads + 2 * kv_heads) * width
+    cache, angles = shape((rows, slots, kv_heads, width), jnp.bfloat16), shape((rows, width // 2), jnp.float32)
+    program = jax.jit(lambda *arrays: hopper_kernel.attend(*arrays, plan, ring=ring), donate_argnums=(4, 5)).lower(
+        shape((rows, inputs), jnp.float32), shape((inputs,), jnp.bfloat16), angles, angles, cache, cache, shape((kv_heads, 8), jnp.bfloat16),
+        shape((rows,), jnp.int32)).compile()
+    memory = program.memory_analysis()
+    return {"op": "decode_attention", "rows": rows, "slots": slots, "ring": ring, **plan._asdict(), "cache": 4 * rows * slots * kv_heads * width,
+            "alias": memory.alias_size_in_bytes, "temp": memory.temp_size_in_bytes}
+
+
+def compile_routing(shape, tokens, experts):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from gptoss_jax.kernels.expert_matmul import hopper_routing
+
+    jax.jit(lambda *arrays: hopper_routing.route(*arrays, None, np.zeros(1, np.int32), count=4, experts=experts, rows=8)).lower(
+        shape((tokens, experts), jnp.float32), shape((experts,), jnp.bfloat16)).compile()
+    return {"op": "routing", "tokens": tokens, "experts": experts}
 
 
 def report(dump):
@@ -92,12 +130,15 @@ def report(dump):
     jumps = [(index[int(target.group(), 16)], i) for i, (_, name, rest) in enumerate(lines)
              if name.startswith("BRA") and (target := re.search("0x[0-9a-f]+", rest)) and int(target.group(), 16) in index]
     loops = [end - start + 1 for start, end in jumps if multiplies and start <= multiplies[0] and multiplies[-1] <= end]
-    return {"registers_each": int(re.search(r"Used (\d+) registers", said).group(1)),
+    found = {"registers_each": int(re.search(r"Used (\d+) registers", said).group(1)),
             "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
             "warned": "warning" in said or "wgmma" in said,  # serialized wgmma, setmaxnreg ignored
-             "hgmma": len(multiplies), "loop": min(loops),
-            "shared_bytes": max(int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", "".join(p.read_text() for p in dump.glob("*resources*"))) or [0]),
-            "instructions_per_weight": round(min(loops) / (len(multiplies) * WEIGHTS_PER_HGMMA), 2)}
+             "instructions": len(lines),
+            "shared_bytes": max(int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", "".join(p.read_text() for p in dump.glob("*resources*"))) or [0])}
+    if not multiplies:
+        return found
+    return found | {"hgmma": len(multiplies), "loop": min(loops, default=0),  # of one tile there is none
+                    "instructions_per_weight": round(min(loops, default=0) / (len(multiplies) * WEIGHTS_PER_HGMMA), 2)}
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ class Machine:
         self.warps = [Warp(index) for index in range(launch.threads // LANES)]
         self.counts: dict[str, int] = {}
 
+    @np.errstate(all="ignore")
     def run(self) -> None:
         """Run to the end. Raises Deadlock."""
         end = len(self.program.steps)
@@ -222,8 +223,7 @@ class Machine:
 
     def _binary(self, warp, mask, parts, operands, function):
         dtype = _TYPES[parts[-1]]
-        with np.errstate(all="ignore"):
-            result = function(*(self._get(warp, operand, dtype) for operand in operands[1:]))
+        result = function(*(self._get(warp, operand, dtype) for operand in operands[1:]))
         self._set(warp, mask, operands[0], result.astype(dtype))
 
     def _mov(self, warp, mask, parts, operands):
@@ -258,15 +258,15 @@ class Machine:
             return self._pairs(warp, mask, parts, operands, np.multiply)
         if parts[1] in ("wide", "hi"):
             dtype = np.dtype(_TYPES[parts[-1]])
-            a, b = (self._get(warp, operand, dtype).astype(f"{dtype.kind}{2 * dtype.itemsize}") for operand in operands[1:])
+            a, b = (self._get(warp, operand, dtype).astype(object if dtype.itemsize == 8 else f"{dtype.kind}{2 * dtype.itemsize}")
+                    for operand in operands[1:])
             value = a * b
             return self._set(warp, mask, operands[0], value if parts[1] == "wide" else (value >> 8 * dtype.itemsize).astype(dtype))
         self._binary(warp, mask, parts, operands, np.multiply)
 
     def _pairs(self, warp, mask, _, operands, function):
         values = [self._get(warp, operand, np.uint32).copy().view(_BF16).astype(np.float32) for operand in operands[1:]]
-        with np.errstate(all="ignore"):
-            self._set(warp, mask, operands[0], function(*values).astype(_BF16).view(np.uint32))
+        self._set(warp, mask, operands[0], function(*values).astype(_BF16).view(np.uint32))
 
     def _mad(self, *step):
         self._binary(*step, lambda a, b, c: a * b + c)
@@ -396,17 +396,16 @@ class Machine:
 
     def _cvt(self, warp, mask, parts, operands):
         target, source = parts[-2:]
-        with np.errstate(all="ignore"):
-            if target == "bf16x2":
-                high, low = (self._get(warp, operand, np.float32).astype(_BF16).view(np.uint16) for operand in operands[1:])
-                value = np.stack([low, high], axis=-1).copy().view(np.uint32)[:, 0]
-            else:
-                value = self._get(warp, operands[1], _TYPES[source])
-                if "sat" in parts:
-                    value = np.nan_to_num(np.clip(value, 0, 1))
-                if target[0] in "us" and source[0] == "f":
-                    value = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[parts[1]](value)
-                value = value.astype(_TYPES[target])
+        if target == "bf16x2":
+            high, low = (self._get(warp, operand, np.float32).astype(_BF16).view(np.uint16) for operand in operands[1:])
+            value = np.stack([low, high], axis=-1).copy().view(np.uint32)[:, 0]
+        else:
+            value = self._get(warp, operands[1], _TYPES[source])
+            if "sat" in parts:
+                value = np.nan_to_num(np.clip(value, 0, 1))
+            if target[0] in "us" and source[0] == "f":
+                value = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[parts[1]](value)
+            value = value.astype(_TYPES[target])
         self._set(warp, mask, operands[0], value)
 
     # Memory.

@@ -96,7 +96,7 @@ def test_the_dims_that_keep_segments_apart_are_exact_in_bfloat16():
 @pytest.mark.parametrize("slots", [64, 40, 37])
 def test_a_decode_step_split_along_the_keys_is_the_formula(slots, monkeypatch):
     """Rows that fill all slots, end within a part, have one key, and none: nothing but the sink, whose value is zero."""
-    monkeypatch.setattr(cudnn, "_SHORTEST_SPLIT", 8)
+    monkeypatch.setattr(cudnn, "SHORTEST_SPLIT", 8)
     assert cudnn._splits(8, slots) == {64: 8, 40: 4, 37: 1}[slots]
     q, k, v, sinks = inputs(3, 4, 1, slots)
     newest = np.array([slots - 1, 20, 0, -1], np.int32)

@@ -2,16 +2,21 @@
 
 import importlib.util
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import ptx_machine
 import pytest
+from test_decode_attention import CASES, arguments
 
-from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_layout, mosaic_gpu, reference
+from gptoss_jax.kernels.decode_attention import mosaic_gpu as decode_kernel
+from gptoss_jax.kernels.decode_attention import reference as decode_reference
+from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Router, expert_mlp, hopper_layout, mosaic_gpu, reference
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
-compiled = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None,
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None,
                               reason="no jax-cuda13-plugin and jax-cuda13-pjrt: pip install --no-deps both in JAX's version (no GPU needed)")
+asynchronous = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 WAIT = """.entry kernel(
 	.param .u64 kernel_param_0
 )
@@ -50,8 +55,8 @@ def test_threads_that_wait_for_too_few_are_found_out():
         ptx_machine.Machine(ptx_machine.Program(WAIT.replace("ARRIVING", "63")), launch, [out], (0, 0, 0), late=False).run()
 
 
-@compiled
-@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@needs_compiler
+@asynchronous
 @pytest.mark.parametrize("kind,outputs,inputs,sizes", [
     (HopperGateUpWeight, 128, 192, (5, 0, 9)), (HopperWeight, 128, 576, (5, 0, 9)),  # the second sums in parts
     (HopperWeight, 64, 64, (0, 137)), (HopperGateUpWeight, 192, 320, (1, 0, 130, 3, 7)),  # 7 rows are nobody's
@@ -74,4 +79,76 @@ def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
     with on_machine(late=late) as ran:
         found = mosaic_gpu.run(jnp.asarray(x), hopper_layout.pack(weight, kind), *map(jnp.asarray, rest), kind, **constants)
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=2**-8, atol=2**-8 * expected.std())
+    assert any(name.startswith("wgmma.mma_async") for name in ran[0])
+
+
+@needs_compiler
+@asynchronous
+@pytest.mark.parametrize("tokens", [1, 3, 8, 17])
+def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
+    """Routed, gathered or, where all tokens fit a tile, shared by all tiles: fewer rows than a TMA copy takes, too."""
+    from hopper_machine import on_machine
+
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+
+    monkeypatch.setattr(mosaic_gpu, "_plan", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
+    random, E, D, F = np.random.default_rng(0), 8, 192, 64
+    weights = [Mxfp4Weight(random.integers(0, 256, (E, out, inputs // 32, 16), np.uint8), random.integers(119, 122, (E, out, inputs // 32), np.uint8))
+               for out, inputs in ((2 * F, D), (D, F))]
+    biases = [np.asarray(random.standard_normal((E, out)), jnp.bfloat16) for out in (2 * F, D)]
+    x = np.asarray(random.standard_normal((tokens, D)), jnp.bfloat16)
+    scores = random.standard_normal((tokens, E)).astype(np.float32)
+    top, expert = jax.lax.top_k(scores, 4)
+    weight = jax.nn.softmax(top, axis=-1)
+    (gate_up, down), constants = weights, dict(limit=7.0, alpha=1.702)
+    expected = np.asarray(expert_mlp(x.astype(np.float32), expert, weight, gate_up, biases[0], down, biases[1], **constants, implementation="reference"))
+    arranged = [hopper_layout.pack(part, kind) for part, kind in zip(weights, (HopperGateUpWeight, HopperWeight))]
+    router = Router(jnp.asarray(scores), jnp.zeros(E), None, jnp.zeros(1, jnp.int32))
+    with on_machine(late=late) as ran:
+        found = mosaic_gpu.expert_mlp(jnp.asarray(x), expert, weight, arranged[0], jnp.asarray(biases[0]), arranged[1], jnp.asarray(biases[1]), router,
+                                      **constants)
+    np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
+    assert len(ran) == 3
+
+
+@needs_compiler
+@asynchronous
+@pytest.mark.parametrize("tokens,experts,rows", [(1, 128, 8), (5, 32, 8), (17, 32, 8), (40, 128, 16)])
+def test_routing(tokens, experts, rows, late):
+    """Many logits are equal; every third token isn't real."""
+    from hopper_machine import on_machine
+
+    from gptoss_jax.kernels.expert_matmul import hopper_routing
+
+    random = np.random.default_rng(0)
+    scores, bias = np.round(2 * random.standard_normal((tokens, experts))).astype(np.float32), np.arange(experts) % 2
+    real = np.arange(tokens) % 3 != 2
+    with on_machine(late=late):
+        found = hopper_routing.route(jnp.asarray(scores), jnp.asarray(bias, jnp.bfloat16), jnp.asarray(real), jnp.zeros(1, jnp.int32), count=4,
+                                     experts=experts, rows=rows)
+    top, expert = jax.lax.top_k(scores + bias, 4)
+    np.testing.assert_array_equal(found.expert.T, expert)
+    np.testing.assert_allclose(found.weight.T, jax.nn.softmax(top, axis=-1), rtol=1e-5)
+    slot, expert_of_tile, count = (np.asarray(x) for x in (found.slot.T, found.tiles.expert, found.tiles.count[0]))
+    assert len(set(slot[real].ravel())) == 4 * real.sum() and slot[real].max() < count * rows
+    np.testing.assert_array_equal(expert_of_tile[slot[real] // rows], expert[real])
+    if found.token is not None:
+        np.testing.assert_array_equal(np.asarray(found.token)[slot[real]], np.broadcast_to(np.arange(tokens)[real, None], (real.sum(), 4)))
+
+
+@needs_compiler
+@asynchronous
+@pytest.mark.parametrize("case", CASES, ids=CASES)
+def test_decode_attention(case, late):
+    from hopper_machine import on_machine
+
+    S, K, G, ring, positions, splits, sinks = CASES[case]
+    arrays = arguments(S, K, G, positions, sinks)
+    expected = [np.asarray(x, np.float32) for x in decode_reference.decode_attention(*arrays, ring=ring)]
+    with on_machine(late=late) as ran:
+        found = decode_kernel.run(*map(jnp.asarray, arrays), ring=ring, splits=splits)
+    out, keys, values = (np.asarray(x, np.float32) for x in found)
+    np.testing.assert_allclose(out, expected[0].reshape(out.shape), rtol=2**-7, atol=2**-8)
+    np.testing.assert_array_equal(keys, expected[1])
+    np.testing.assert_array_equal(values, expected[2])
     assert any(name.startswith("wgmma.mma_async") for name in ran[0])

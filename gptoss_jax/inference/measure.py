@@ -23,7 +23,7 @@ import numpy as np
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.sampling import Sampling
-from gptoss_jax.kernels import attention, expert_matmul
+from gptoss_jax.kernels import attention, decode_attention, expert_matmul
 from gptoss_jax.kernels.cache_write import cache_write
 from gptoss_jax.kernels.dense_matmul import dense_matmul
 from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, mosaic_gpu
@@ -167,13 +167,14 @@ def timed(once: Callable[[], float], repetitions: int, trace=None, *, tokens: in
 
 
 class Case(NamedTuple):
-    """One op at one size. run: (implementation, carry, *arrays) -> output; carry: the operand that changes from call to call."""
+    """One op at one size. run: (implementation, carry, *arrays) -> output; carry: the operand that changes from call to call, or a tuple of
+    it and what the op updates, whose output then is a tuple too."""
 
     op: str
     size: str
     implementations: tuple[str, ...]
     run: Callable
-    carry: jax.Array
+    carry: jax.Array | tuple[jax.Array, ...]
     arrays: tuple
     read_bytes: int
     flops: int
@@ -182,7 +183,7 @@ class Case(NamedTuple):
 def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16", *, experts: int | None = None) -> list[Case]:
     """Return the ops of a decode step at the model's shapes, on random numbers. experts: how many, instead of the model's."""
     c = config if experts is None else config.replace(num_local_experts=experts)
-    keys = iter(jax.random.split(jax.random.key(2, impl="rbg"), 32))
+    keys = iter(jax.random.split(jax.random.key(2, impl="rbg"), 64))
     E, A, D, F, H, K = c.num_local_experts, c.num_experts_per_tok, c.hidden_size, c.intermediate_size, c.head_dim, c.num_key_value_heads
     N = c.num_attention_heads
 
@@ -200,7 +201,9 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
 
     def mlp(how, x, chosen, *weights):
         scores = jnp.full(chosen.shape, 1 / A, jnp.float32)
-        return expert_matmul.expert_mlp(x, chosen, scores, *weights, limit=c.swiglu_limit, alpha=c.swiglu_alpha, implementation=how)
+        ones = (chosen[..., None] == jnp.arange(E)).any(axis=1).astype(jnp.float32)
+        router = expert_matmul.Router(ones, jnp.zeros(E), None, np.zeros(1, np.int32))
+        return expert_matmul.expert_mlp(x, chosen, scores, *weights, limit=c.swiglu_limit, alpha=c.swiglu_alpha, router=router, implementation=how)
 
     found = [Case("expert_mlp", f"{batch} tokens", tuple(expert_matmul.IMPLEMENTATIONS), mlp, normal(batch, D), (chosen, *gate_up, *down),
                   used * 3 * D * F * 17 // 32, 6 * batch * A * D * F)]
@@ -209,6 +212,7 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
                           lambda how, x, sizes, weight, bias: expert_matmul.expert_matmul(x, weight, bias, sizes, implementation=how),
                           normal(batch * A, inputs), (sizes, *weight), used * out * inputs * 17 // 32, 2 * batch * A * out * inputs))
     positions = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), (batch, context))
+    inputs, angles = (N + 2 * K) * H, (jnp.ones((batch, H // 2)), jnp.zeros((batch, H // 2)))
     for window in (None, c.sliding_window):
         slots = context if window is None else min(window, context)
         kept = positions[:, context - slots :]
@@ -217,6 +221,11 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
                               q, k, v, sinks, q_positions=last, k_positions=kept, window=window, implementation=how),
                           normal(batch, 1, N, H), (normal(batch, slots, K, H), normal(batch, slots, K, H), normal(N), positions[:, -1:], kept),
                           2 * batch * slots * K * H * item, 4 * batch * slots * N * H))
+        found.append(Case("decode_attention", f"{batch} x {slots} slots{'' if window is None else ' of a ring'}", decode_attention.IMPLEMENTATIONS,
+                          lambda how, carry, bias, cosine, sine, sinks, last, ring=window is not None: decode_attention.decode_attention(
+                              carry[0], bias, cosine, sine, *carry[1:], sinks, last, ring=ring, dtype=dtype, implementation=how),
+                          (normal(batch, inputs).astype(jnp.float32), normal(batch, slots, K, H), normal(batch, slots, K, H)),
+                          (normal(inputs), *angles, normal(N), positions[:, -1]), 2 * batch * slots * K * H * item, 4 * batch * slots * N * H))
     for name, out, inputs in (("q_proj", N * H, D), ("lm_head", c.vocab_size, D)):
         found.append(Case("dense_matmul", f"{name} {batch} rows", ("xla", "cpu"),
                           lambda how, x, weight: dense_matmul(x, weight, implementation=how), normal(batch, inputs), (normal(out, inputs),),
@@ -245,7 +254,7 @@ def _arranged(case: Case, implementation: str) -> tuple:
 def compare(case: Case, implementation: str) -> float:
     """Return the relative error (norm of the difference over the norm) against the reference; cache_write's reference is "xla"."""
     reference = "reference" if "reference" in case.implementations else "xla"
-    expected, found = (np.asarray(jax.jit(functools.partial(case.run, how))(case.carry, *_arranged(case, how)), np.float32)
+    expected, found = (np.asarray(jax.tree.leaves(jax.jit(functools.partial(case.run, how))(case.carry, *_arranged(case, how)))[0], np.float32)
                        for how in (reference, implementation))
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
@@ -259,6 +268,8 @@ def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: in
             turn = {"expert_matmul": lambda sizes: jnp.roll(sizes, index * 5), "expert_mlp": lambda chosen: (chosen + index * 5) % len(arrays[2]),
                     "hopper": lambda first: first + index * 5}
             out = case.run(implementation, carry, turn.get(case.op, lambda same: same)(arrays[0]), *arrays[1:])
+            if isinstance(carry, tuple):
+                return carry[0] + (out[0].ravel()[0] * 0).astype(carry[0].dtype), *out[1:]
             return out if case.op == "cache_write" else carry + (out.ravel()[0] * 0).astype(carry.dtype)
 
         return jax.lax.fori_loop(0, count, body, carry)

@@ -1,4 +1,5 @@
-"""How weights lie on a GPU while a model runs there: q, k and v as one matrix, packed experts in the order that the Hopper kernel reads.
+"""How weights lie on a GPU while a model runs there: q, k and v as one matrix; for Hopper kernels, packed experts in the order they are read, and
+sinks in a row for each key-value head.
 
 Lossless, both ways: `published` gives every weight as the checkpoint has it, by its name there, so that nothing else has to know.
 """
@@ -11,8 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.kernels.decode_attention import mosaic_gpu as decode_kernel
 from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, mosaic_gpu, pack, say, unpack
 from gptoss_jax.model.attention import PROJECTIONS, QKV, Attention
 from gptoss_jax.model.linear import Linear
@@ -28,7 +31,7 @@ def arrange(model) -> None:
     gpus = _gpus_of(model.embed_tokens.weight.get_raw_value())
     for layer in model.layers if gpus else ():
         if len(gpus) == 1:
-            _join_projections(layer.self_attn)
+            _join_projections(layer.self_attn, gpus[0])
         _arrange_experts(layer.mlp.experts, gpus[0])
 
 
@@ -38,7 +41,7 @@ def _gpus_of(array) -> list[jax.Device]:
     return sorted((device for device in held if device.platform == "gpu"), key=lambda device: device.process_index != jax.process_index())
 
 
-def _join_projections(attention: Attention) -> None:
+def _join_projections(attention: Attention, device: jax.Device) -> None:
     parts = [getattr(attention, name, None) for name in PROJECTIONS]
     if any(part is None or part.lora_A is not None for part in parts):
         return
@@ -49,6 +52,11 @@ def _join_projections(attention: Attention) -> None:
     setattr(attention, QKV, Linear(joined, QKV))
     for name in PROJECTIONS:
         delattr(attention, name)
+    c, sinks = attention.config, attention.sinks.get_raw_value()
+    each = c.num_attention_heads // c.num_key_value_heads
+    if not (decode_kernel.unmet_heads(c.num_key_value_heads, each, c.head_dim) or decode_kernel.device_unmet(device)):
+        in_rows = functools.partial(jnp.reshape, shape=(c.num_key_value_heads, each))
+        attention.sinks = nnx.Param(_computed(in_rows, sinks.sharding, sinks))
 
 
 def _arrange_experts(experts: Experts, device: jax.Device) -> None:
@@ -107,7 +115,7 @@ def published(config: GptOssConfig, arrays: Mapping[str, jax.Array]) -> Mapping[
             for index, part in enumerate(PROJECTIONS):
                 found[name.replace(QKV, part)] = functools.partial(_rows, array, sum(ends[:index]), sum(ends[: index + 1]))
         elif not name.endswith(f"_{scales}"):
-            found[name] = functools.partial(_itself, array)
+            found[name] = functools.partial(jnp.ravel if name.endswith(".sinks") else _itself, array)
     return arrays if found.keys() == arrays.keys() else _Published(found)
 
 

@@ -20,9 +20,10 @@ class Linear(nnx.Module):
         for part in ("bias", "lora_A", "lora_B"):
             setattr(self, part, nnx.Param(weights[f"{name}.{part}"]) if f"{name}.{part}" in weights else None)
 
-    def __call__(self, x, dtype=None, *, mesh=None):
-        """Sum in float32; return `dtype`, default x's. mesh: where the weights lie, if on several devices: then XLA divides the work."""
-        bias = None if self.bias is None else self.bias[...]
+    def __call__(self, x, dtype=None, *, mesh=None, biased: bool = True):
+        """Sum in float32; return `dtype`, default x's. mesh: where the weights lie, if on several devices: then XLA divides the work. biased: not
+        where the caller adds the bias."""
+        bias = self.bias[...] if biased and self.bias is not None else None
         implementation = "auto" if mesh is None or mesh.size == 1 else "xla"
         y = dense_matmul(x, self.weight[...], bias, dtype, implementation=implementation)
         if self.lora_A is None:

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, expert_matmul, expert_mlp, grouping, lean_mlp
+from gptoss_jax.kernels.expert_matmul import (
+    HopperGateUpWeight, HopperWeight, Mxfp4Weight, Router, expert_matmul, expert_mlp, grouping, lean_mlp)
 from gptoss_jax.kernels.expert_matmul.reference import swiglu
 from gptoss_jax.model.exchange import Exchange
 from gptoss_jax.model.linear import Linear
@@ -89,19 +91,18 @@ class MoE(nnx.Module):
         self.experts = Experts(config, f"model.layers.{layer}.mlp.experts", weights)
 
     def route(self, x_BTD, mesh=None):
-        """Return (logits float32 [B, T, E], chosen experts int32 [B, T, A] by descending logit, their weights float32 [B, T, A]).
-
-        One softmax, over the chosen logits only.
-        """
-        logits = self.router(x_BTD, jnp.float32, mesh=mesh)
+        """Return (scores float32 [B, T, E], which lack the bias; logits; chosen experts int32 [B, T, A] by descending logit; their weights float32
+        [B, T, A]). One softmax, over the chosen logits only."""
+        scores = self.router(x_BTD, jnp.float32, mesh=mesh, biased=False)
+        logits = scores + self.router.bias[...].astype(jnp.float32)
         count = self.config.num_experts_per_tok
         by_rank, by_sorting = (functools.partial(f, count=count) for f in (_top_by_rank, _top_by_sorting))
         if math.prod(logits.shape[:-1]) * count > grouping.FEW_ROWS:
-            return logits, *by_sorting(logits)
-        return logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
+            return scores, logits, *by_sorting(logits)
+        return scores, logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
 
-    def __call__(self, x_BTD, indices_BTA, weights_BTA, real_BT, mesh, transport="gather", lean=False):
-        """Return the weighted sum of the chosen experts' outputs, [B, T, D]. Tokens that aren't real go to no expert.
+    def __call__(self, x_BTD, scores_BTE, indices_BTA, weights_BTA, real_BT, mesh, transport="gather", lean=False):
+        """Return the weighted sum of the chosen experts' outputs, [B, T, D], of what `route` returned. Tokens that aren't real go to no expert.
 
         transport: how tokens get to experts on other devices, "gather" or "all_to_all". lean: keep nothing for the backward pass.
         """
@@ -109,24 +110,29 @@ class MoE(nnx.Module):
         if real_BT is not None:
             indices_BTA = jnp.where(real_BT[..., None], indices_BTA, self.config.num_local_experts)
         if mesh is None or mesh.size == 1:
-            return self._local(x_BTD, indices_BTA, weights_BTA, *experts, lean).astype(x_BTD.dtype)
-        return self._sharded(x_BTD, indices_BTA, weights_BTA, *experts, mesh=mesh, transport=transport, lean=lean)
+            router = Router(scores_BTE, self.router.bias[...], real_BT, np.zeros(1, np.int32))
+            return self._local(x_BTD, indices_BTA, weights_BTA, *experts, lean, router).astype(x_BTD.dtype)
+        return self._sharded(x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, *experts, mesh=mesh, transport=transport, lean=lean)
 
-    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, lean: bool):
-        """Compute the experts whose matrices are here, float32 [B, T, D]; an index of E or more is somebody else's and adds nothing."""
+    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, lean: bool, router: Router | None = None):
+        """Compute the experts whose matrices are here, float32 [B, T, D]; an index of E or more is somebody else's and adds nothing.
+
+        router: what the indices come from, with scores [B, T, experts] and real [B, T]; None where they aren't a token's own.
+        """
         B, T, D = x_BTD.shape
         rows = x_BTD.reshape(B * T, D), indices_BTA.reshape(B * T, -1), weights_BTA.reshape(B * T, -1)
         limit, alpha = self.experts.limit, self.experts.alpha
         if lean:
             out_TD = lean_mlp(*rows, tuple(gate_up), tuple(down), limit, alpha)
         elif gate_up.lora_A is None:
-            out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha)
+            out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha,
+                                router=router and jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), router))
         else:
             out_TD = grouping.by_expert(*rows, gate_up.bias.shape[0],
                                         lambda x_MD, group_sizes_E: down(swiglu(gate_up(x_MD, group_sizes_E), limit, alpha), group_sizes_E))
         return out_TD.reshape(B, T, D)
 
-    def _sharded(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, *, mesh, transport, lean):
+    def _sharded(self, x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, gate_up: ExpertLinear, down: ExpertLinear, *, mesh, transport, lean):
         """Expert and tensor parallelism: tokens travel to the devices that hold their experts, and the results back to the tokens.
 
         With "gather" the devices that share the experts gather all their tokens, and each adds its experts' share to the sum: best where
@@ -137,27 +143,30 @@ class MoE(nnx.Module):
         expert, hidden = sharding.partition_spec(("expert", "expert_hidden"), sharding.COMPUTE_RULES, mesh)
         split_rows = expert is not None and expert in ((rows[0],) if isinstance(rows[0], str) else rows[0] or ())
 
-        def compute(x, indices, weights, gate_up, down):
+        def compute(x, indices, weights, gate_up, down, router=None):
             if hidden is not None:  # each shard holds part of the sum: the bias belongs to one of them
                 down = down._replace(bias=jnp.where(jax.lax.axis_index(hidden) == 0, down.bias, 0))
-            out = self._local(x, indices, weights, gate_up, down, lean)
+            out = self._local(x, indices, weights, gate_up, down, lean, router)
             return out if hidden is None else jax.lax.psum(out, hidden)
 
-        def gather(x, indices, weights, gate_up, down):
+        def gather(x, indices, weights, scores, real, bias, gate_up, down):
+            first = 0
             if split_rows:
-                x, indices, weights = (jax.lax.all_gather(part, expert, axis=0, tiled=True) for part in (x, indices, weights))
+                together = functools.partial(jax.lax.all_gather, axis_name=expert, axis=0, tiled=True)
+                x, indices, weights, scores, real = jax.tree.map(together, (x, indices, weights, scores, real))
             if expert is not None:
                 local = gate_up.bias.shape[0]
-                mine = indices - jax.lax.axis_index(expert) * local
+                first = jax.lax.axis_index(expert) * local
+                mine = indices - first
                 indices = jnp.where((mine >= 0) & (mine < local), mine, local)
-            out = compute(x, indices, weights, gate_up, down)
+            out = compute(x, indices, weights, gate_up, down, Router(scores, bias, real, jnp.full(1, first, jnp.int32)))
             if split_rows:
                 out = jax.lax.psum_scatter(out, expert, scatter_dimension=0, tiled=True)
             elif expert is not None:
                 out = jax.lax.psum(out, expert)
             return out.astype(x.dtype)
 
-        def all_to_all(x, indices, weights, gate_up, down):
+        def all_to_all(x, indices, weights, _, __, ___, gate_up, down):
             A, D = indices.shape[-1], x.shape[-1]
             order_M = jnp.argsort(indices.reshape(-1), stable=True)
             exchange = Exchange(indices.reshape(-1)[order_M], gate_up.bias.shape[0], expert)
@@ -167,8 +176,9 @@ class MoE(nnx.Module):
             return (y_MD.reshape(*indices.shape, D).astype(jnp.float32) * weights[..., None]).sum(axis=2).astype(x.dtype)
 
         run = jax.shard_map(all_to_all if transport == "all_to_all" and split_rows else gather, mesh=mesh, out_specs=rows, check_vma=False,
-                            in_specs=(rows, rows, rows, _spec(gate_up, expert, None, hidden), _spec(down, expert, hidden, None)))
-        return run(x_BTD, indices_BTA, weights_BTA, gate_up, down)
+                            in_specs=(rows, rows, rows, rows, P(*rows[:2]), P(), _spec(gate_up, expert, None, hidden),
+                                      _spec(down, expert, hidden, None)))
+        return run(x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, self.router.bias[...], gate_up, down)
 
 
 def _spec(linear: ExpertLinear, expert, in_axis, out_axis) -> ExpertLinear:

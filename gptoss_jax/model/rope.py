@@ -47,14 +47,6 @@ def rope_tables(config: GptOssConfig, positions_BT: jax.Array) -> tuple[jax.Arra
     return jnp.cos(angles) * np.float32(concentration), jnp.sin(angles) * np.float32(concentration)
 
 
-def rotate(x_BTNH: jax.Array, cosine_BTH: jax.Array, sine_BTH: jax.Array) -> jax.Array:
-    """Rotate the first half of each head against the second, in float32; returns x's dtype."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cosine, sine = cosine_BTH[:, :, None, :], sine_BTH[:, :, None, :]
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
-
-
 def _power_as_torch(base: float, exponents: np.ndarray) -> np.ndarray:
     """Return base ** exponents as PyTorch's CPU kernel rounds it: exactly, but for whole groups of 32 by Sleef's `powf_u10`.
 

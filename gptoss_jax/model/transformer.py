@@ -68,9 +68,9 @@ class Layer(nnx.Module):
             x_BTD = keep("after_attn", x_BTD + keep("attn_out", out))
         with jax.named_scope("mlp"):
             normed = keep("mlp_norm", self.post_attention_layernorm(x_BTD))
-            logits, indices, weights = self.mlp.route(normed, mesh)
+            scores, logits, indices, weights = self.mlp.route(normed, mesh)
             keep("router_logits", logits)
-            out = self.mlp(normed, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport, lean)
+            out = self.mlp(normed, scores, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport, lean)
             x_BTD = x_BTD + keep("mlp_out", out)
         return keep("hidden", sharding.constrain(x_BTD, ("batch", "tokens", None), mesh)), cache
 
@@ -136,7 +136,8 @@ class GptOss(nnx.Module):
         layer_caches = []
         for index, layer in enumerate(self.layers):
             run = functools.partial(_run_alike if prepare is None else functools.partial(_run, prepare=prepare), patterns=capture.patterns,
-                                    prefix=f"layers.{index}." if prepare or capture.patterns else "", mesh=mesh, transport=expert_transport, lean=remat != "none")
+                                    prefix=f"layers.{index}." if prepare or capture.patterns else "", mesh=mesh, transport=expert_transport,
+                                    lean=remat != "none")
             if remat != "none":
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
             with jax.named_scope(f"layer{index}"):

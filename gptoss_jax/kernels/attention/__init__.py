@@ -15,7 +15,7 @@ from gptoss_jax.kernels.attention import cpu, cudnn, reference, xla
 IMPLEMENTATIONS = ("reference", "xla", "cpu", "cudnn")
 Order = Literal["aligned", "slots", "ring"]
 
-__all__ = ["IMPLEMENTATIONS", "Order", "attention"]
+__all__ = ["IMPLEMENTATIONS", "Order", "attention", "say_once"]
 
 log = logging.getLogger("gptoss_jax")
 
@@ -41,7 +41,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_se
         if implementation == "cudnn" and requirement:
             raise ValueError(f"attention implementation 'cudnn' needs {requirement}")
         if jax.default_backend() == "gpu":
-            _say_once("attention: cuDNN" if requirement is None else f"attention: XLA, as cuDNN needs {requirement}")
+            say_once("attention: cuDNN" if requirement is None else f"attention: XLA, as cuDNN needs {requirement}")
         if requirement is None:
             return _cudnn(*arrays, tags, window, order, implementation)
     return _elsewhere(*arrays, tags, window, implementation)
@@ -56,7 +56,8 @@ def _elsewhere(q, k, v, sinks, tags, window, implementation):
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a line once a process."""
     log.info(message)
 
 

@@ -26,9 +26,9 @@ try:
 except (ImportError, AttributeError):
     fused = None
 
-_LOWEST = -1e30
-_PROCESSORS = 132  # of an H100 or H200; a decode step is split until it has about as many blocks
-_SHORTEST_SPLIT = 256  # keys
+LOWEST = -1e30
+PROCESSORS = 132  # of an H100 or H200; a decode step is split until it has about as many blocks
+SHORTEST_SPLIT = 256  # keys
 _APART = 1024  # by which the score of a key of another segment is lowered: exp of it is zero
 
 
@@ -81,9 +81,9 @@ def _one_query(q_B1NH, k_BSKH, v_BSKH, sinks_N, tags):
     q_BCGKH = jnp.broadcast_to(jnp.swapaxes(q_B1NH.reshape(B, 1, K, G, H), 2, 3), (B, C, G, K, H))
     k, v = (x.reshape(B * C, S // C, K, H) for x in (k_BSKH, v_BSKH))
     out, lse = _forward(q_BCGKH.reshape(B * C, G, K, H), k, v, scale=H**-0.5, lengths=jnp.maximum(filled_BC, 1).reshape(-1))
-    lse = jnp.where((filled_BC > 0)[:, :, None, None], lse.reshape(B, C, G, K), _LOWEST)
+    lse = jnp.where((filled_BC > 0)[:, :, None, None], lse.reshape(B, C, G, K), LOWEST)
     out = out.reshape(B, C, G, K, H)
-    out = _merge([(out[:, c], lse[:, c]) for c in range(C)], jnp.swapaxes(sinks_N.reshape(K, G), 0, 1))
+    out = merge([(out[:, c], lse[:, c]) for c in range(C)], jnp.swapaxes(sinks_N.reshape(K, G), 0, 1))
     return jnp.swapaxes(out, 1, 2).reshape(B, 1, K * G, H).astype(q_B1NH.dtype)
 
 
@@ -98,13 +98,13 @@ def _chunk(q, k, v, sinks, tags, window, order):
     if order == "slots":
         slots_BT = jnp.minimum(start_B1 + jnp.arange(T), k.shape[1] - 1)
         past, past_lse = _forward(q, k, v, scale=H**-0.5, lengths=jnp.maximum(start_B1[:, 0], 1))
-        past_lse = jnp.where((start_B1 > 0)[..., None], past_lse, _LOWEST)
+        past_lse = jnp.where((start_B1 > 0)[..., None], past_lse, LOWEST)
     else:
         ring = k.shape[1] - T
         slots_BT = ring + index_BT
         past, past_lse = _few_keys(q, k[:, :ring], v[:, :ring], positions_BT, tags["k_positions"][:, :ring], window)
     out, lse = _forward(q, _take(k, slots_BT), _take(v, slots_BT), scale=H**-0.5, causal=True, window=window)
-    out = _merge([(past, past_lse), (out, lse)], sinks)
+    out = merge([(past, past_lse), (out, lse)], sinks)
     return _take(out.astype(q.dtype), (jnp.arange(T) - first_B1) % T)
 
 
@@ -114,16 +114,16 @@ def _few_keys(q, k_BRKH, v_BRKH, q_positions, k_positions, window):
     K, seeing = k_BRKH.shape[2], min(T, window - 1)
     scores = jnp.einsum("btkgh,brkh->btkgr", q[:, :seeing].reshape(B, seeing, K, N // K, H), k_BRKH, preferred_element_type=jnp.float32)
     seen = reference.visible(q_positions[:, :seeing], k_positions, None, None, window)[:, :, None, None]
-    scores = jnp.where(seen, scores * H**-0.5, _LOWEST)
+    scores = jnp.where(seen, scores * H**-0.5, LOWEST)
     lse = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - lse[..., None]).astype(v_BRKH.dtype)
     out = jnp.einsum("btkgr,brkh->btkgh", weights, v_BRKH).reshape(B, seeing, N, H)
     late = [(0, 0), (0, T - seeing), (0, 0)]
-    return jnp.pad(out, [*late, (0, 0)]), jnp.pad(lse.reshape(B, seeing, N), late, constant_values=_LOWEST)
+    return jnp.pad(out, [*late, (0, 0)]), jnp.pad(lse.reshape(B, seeing, N), late, constant_values=LOWEST)
 
 
-def _merge(parts, sinks):
-    """Return the attention over all parts (out, lse) and the sink, float32. A part of lse _LOWEST has no keys.
+def merge(parts, sinks):
+    """Return the attention over all parts (out, lse) and the sink, float32. A part of lse LOWEST has no keys.
 
     A Python loop: without reductions the compiler makes it one kernel.
     """
@@ -139,7 +139,7 @@ def _merge(parts, sinks):
 def _splits(blocks: int, slots: int) -> int:
     """Return into how many parts to cut the slots, so that `blocks` thread blocks a part fill the processors once."""
     splits = 1
-    while 2 * splits * blocks <= _PROCESSORS and slots % (2 * splits) == 0 and slots // (2 * splits) >= _SHORTEST_SPLIT:
+    while 2 * splits * blocks <= PROCESSORS and slots % (2 * splits) == 0 and slots // (2 * splits) >= SHORTEST_SPLIT:
         splits *= 2
     return splits
 

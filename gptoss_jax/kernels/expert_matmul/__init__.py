@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gptoss_jax.kernels import cpu_library
 from gptoss_jax.kernels.expert_matmul import cpu, grouping, mosaic_gpu, reference, xla
@@ -16,9 +18,23 @@ from gptoss_jax.kernels.expert_matmul.xla import lean_mlp
 IMPLEMENTATIONS = {"reference": reference.expert_matmul, "xla": xla.expert_matmul, "cpu": cpu.expert_matmul,
                    "mosaic_gpu": mosaic_gpu.expert_matmul}
 
-__all__ = ["IMPLEMENTATIONS", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "expert_matmul", "expert_mlp", "lean_mlp", "pack", "say", "unpack"]
+__all__ = ["IMPLEMENTATIONS", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "Router", "expert_matmul", "expert_mlp", "lean_mlp", "pack", "say",
+           "unpack"]
 
 log = logging.getLogger("gptoss_jax")
+
+
+class Router(NamedTuple):
+    """What experts are chosen from: scores float32 [T, experts of all devices] and the bias [those] that they lack; real bool [T], or None where
+    all tokens are; first int32 [1], of the experts that are here.
+
+    Each token gets the experts of its largest logits, the lower of equals first, and their softmax as weights.
+    """
+
+    scores: jax.Array
+    bias: jax.Array
+    real: jax.Array | None
+    first: jax.Array
 
 
 def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, implementation: str = "auto"):
@@ -32,12 +48,14 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, implementation: str =
     return _matmul(x_MI, weight, bias_EO, group_sizes_E, implementation)
 
 
-def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, *, limit: float, alpha: float, implementation: str = "auto"):
+def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, *, limit: float, alpha: float, router: Router | None = None,
+               implementation: str = "auto"):
     """Return each token's weighted sum over its experts' down(swiglu(gate_up(x))), float32 [T, D]; differentiable in all but packed weights.
 
     expert: int32 [T, A]; an expert of E or more is somebody else's and adds nothing. gate_up: [E, 2F, D], gate and up interleaved, and down
     [E, D, F] with their biases as `expert_matmul` takes them, or arranged as HopperGateUpWeight and HopperWeight: then "auto" is "mosaic_gpu",
-    with h rounded once, where the program runs on a GPU. implementation: as of `expert_matmul`.
+    with h rounded once, where the program runs on a GPU. router: what `expert` and `weight` were chosen from, for a kernel that chooses itself.
+    implementation: as of `expert_matmul`.
     """
     _check(implementation)
     arguments = x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias
@@ -46,9 +64,9 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         mosaic_gpu.require("expert_mlp", x_TD, gate_up, gate_up_bias)
         if not arranged:
             raise ValueError("expert_mlp implementation 'mosaic_gpu' needs a HopperGateUpWeight and a HopperWeight")
-        return _mlp_on_hopper(*arguments, limit, alpha)
+        return _mlp_on_hopper(*arguments, router, limit, alpha)
     if implementation == "auto" and arranged and _takes(x_TD, gate_up, gate_up_bias):
-        return _mlp_on_hopper(*arguments, limit, alpha)
+        return _mlp_on_hopper(*arguments, router, limit, alpha)
     return _mlp(*arguments, limit, alpha, implementation)
 
 
@@ -60,24 +78,25 @@ def _mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, lim
     return grouping.by_expert(x_TD, expert_TA, weight_TA, gate_up_bias.shape[0], apply)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _mlp_on_hopper(*arguments):
     *arrays, limit, alpha = arguments
-    here, elsewhere = (functools.partial(f, limit=limit, alpha=alpha) for f in (mosaic_gpu.expert_mlp, _mlp))
-    return jax.lax.platform_dependent(*arrays, cuda=here, default=elsewhere)
+    here = functools.partial(mosaic_gpu.expert_mlp, limit=limit, alpha=alpha)
+    return jax.lax.platform_dependent(*arrays, cuda=here, default=lambda *arrays: _mlp(*arrays[:7], limit, alpha))
 
 
 def _mlp_backward(limit, alpha, arrays, g_TD):
-    x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias = arrays
+    x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, router = arrays
 
     def run(x_TD, weight_TA, gate_up_bias, down_bias):
         return _mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, limit, alpha)
 
     dx, dweight, dgate_up_bias, ddown_bias = jax.vjp(run, x_TD, weight_TA, gate_up_bias, down_bias)[1](g_TD)
-    return dx, xla.no_gradient(expert_TA), dweight, xla.no_gradient(gate_up), dgate_up_bias, xla.no_gradient(down), ddown_bias
+    nothing = jax.tree.map(lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else xla.no_gradient(x), router)
+    return dx, xla.no_gradient(expert_TA), dweight, xla.no_gradient(gate_up), dgate_up_bias, xla.no_gradient(down), ddown_bias, nothing
 
 
-_mlp_on_hopper.defvjp(lambda *arguments: (_mlp_on_hopper(*arguments), arguments[:7]), _mlp_backward)
+_mlp_on_hopper.defvjp(lambda *arguments: (_mlp_on_hopper(*arguments), arguments[:8]), _mlp_backward)
 
 
 def _check(implementation):

@@ -1,4 +1,4 @@
-"""Whether the Hopper kernel computes right on the device at hand: products of a few small experts against the reference.
+"""Whether the Hopper kernels compute right on the device at hand: products of a few small experts and a routing against the reference.
 
 The order in which a GPU takes operand A from registers, and what a compiler makes of the kernel, can be wrong in ways that nothing short of a
 GPU shows; a model is worth a second of looking.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +18,31 @@ from gptoss_jax.kernels.expert_matmul import hopper_layout, mosaic_gpu, referenc
 from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
-# kind, outputs, inputs, rows of each expert: the gated product; sums in parts; many rows of an expert.
-CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16)), (HopperWeight, 128, 576, (8, 0, 16)), (HopperWeight, 128, 64, (136, 0, 120)))
+# kind, outputs, inputs, rows of each expert, how many rows all tiles share: the gated product; sums in parts; many rows of an expert; a tile of few.
+CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576, (8, 0, 16), 0), (HopperWeight, 128, 64, (136, 0, 120), 0),
+         (HopperGateUpWeight, 128, 192, (8, 0, 8), 3))
 
 
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # this may be asked while a program is traced, which is a matter of its thread
-        return thread.submit(_disagreement, interpret).result()
+    return (first_disagreement(CASES, functools.partial(_compare, interpret=interpret))
+            or first_disagreement([()], functools.partial(_misrouted, interpret=interpret)))
 
 
-def _disagreement(interpret):
+def first_disagreement(cases, compare: Callable) -> str | None:
+    """Return the first that compare(*case) finds, or what it raises, in a thread: this may be asked while a program is traced in this one."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(_first_disagreement, cases, compare).result()
+
+
+def _first_disagreement(cases, compare):
     try:
-        return next((found for case in CASES if (found := _compare(*case, interpret))), None)
+        return next((found for case in cases if (found := compare(*case))), None)
     except Exception as error:  # whatever a compiler, a driver or an older GPU may raise: the model runs without this kernel
         return f"a kernel that runs here (found {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
 
 
-def _compare(kind, outputs, inputs, sizes, interpret):
+def _compare(kind, outputs, inputs, sizes, shared, interpret):
     random = np.random.default_rng(0)
     experts = len(sizes)
     weight = Mxfp4Weight(random.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8),
@@ -42,16 +50,46 @@ def _compare(kind, outputs, inputs, sizes, interpret):
     x = np.asarray(random.standard_normal((sum(sizes), inputs)), jnp.bfloat16)
     rest = np.asarray(random.standard_normal((experts, outputs)), jnp.bfloat16), np.asarray(sizes, np.int32)
     constants = dict(limit=7.0, alpha=1.702) if kind is HopperGateUpWeight else {}
-    run = functools.partial(mosaic_gpu.run, kind=kind, aligned=True, interpret=interpret, **constants)
-    found = _now(run, x, hopper_layout.pack(weight, kind), *rest)
-    expected = _now(reference.expert_matmul, x.astype(np.float32), weight, *rest)
+    run, given = functools.partial(mosaic_gpu.run, kind=kind, aligned=True, interpret=interpret, **constants), x
+    if shared:
+        run, given = functools.partial(_of_shared, slots=len(x), interpret=interpret, **constants), x[:shared]
+        x = np.tile(np.pad(given, ((0, 8 - shared), (0, 0))), (len(x) // 8, 1))
+    found = now(run, given, hopper_layout.pack(weight, kind), *rest)
+    expected = now(reference.expert_matmul, x.astype(np.float32), weight, *rest)
     if constants:
-        expected = _now(functools.partial(reference.swiglu, **constants), expected)
+        expected = now(functools.partial(reference.swiglu, **constants), expected)
     wrong = ~(np.abs(found - expected) <= 2**-6 * np.abs(expected) + 2**-6 * expected.std())  # a rounding to bfloat16 is 2^-9; NaN is wrong
     if not wrong.any():
         return None
     return f"a kernel that computes right here (found {wrong.mean():.1%} of {kind.__name__} {outputs} x {inputs} wrong)"
 
 
-def _now(function, *arguments) -> np.ndarray:
-    return np.asarray(jax.jit(function)(*arguments), np.float32)
+def _of_shared(x, weight, bias, sizes, *, slots, interpret, **constants):
+    """Run the kernel on tiles of 8 rows that all take the same x."""
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+
+    plan = hopper_kernel.plan(slots, weight, 8)._replace(interpret=interpret)
+    return hopper_kernel.matmul(x, weight, bias, hopper_kernel.tiles(sizes, slots, 8), plan, slots=slots, **constants)
+
+
+def _misrouted(*, interpret, tokens=40, experts=32, count=4, rows=8):
+    from gptoss_jax.kernels.expert_matmul import hopper_routing
+
+    random = np.random.default_rng(0)
+    scores, bias = (random.integers(-8, 8, shape).astype(np.float32) for shape in ((tokens, experts), experts))
+    logits = scores + bias  # many are equal
+    expert = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    weight = np.exp(np.take_along_axis(logits - logits.max(axis=1, keepdims=True), expert, axis=1))
+    run = functools.partial(hopper_routing.route, count=count, experts=experts, rows=rows, interpret=interpret)
+    found = jax.tree.map(np.asarray, run(scores, bias.astype(jnp.bfloat16), None, np.zeros(1, np.int32)))
+    slot = np.clip(found.slot.T, 0, len(found.token) - 1)
+    right = (found.expert.T == expert) & (np.abs(found.weight.T - weight / weight.sum(axis=1, keepdims=True)) <= 2**-18)
+    right &= (found.token[slot] == np.arange(tokens)[:, None]) & (found.tiles.expert[slot // rows] == expert)
+    if right.all() and found.tiles.count[0] == np.sum(-(-np.bincount(expert.ravel()) // rows)):
+        return None
+    return f"a kernel that routes right here (found {1 - right.mean():.1%} of choices wrong, {found.tiles.count[0]} tiles)"
+
+
+def now(function, *arguments):
+    """Return what a function gives on the device, as float32 on the host."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), jax.jit(function)(*arguments))

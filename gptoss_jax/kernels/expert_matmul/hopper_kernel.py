@@ -96,47 +96,23 @@ def tiles(group_sizes_E, num_rows: int, rows: int) -> Tiles:
     return Tiles(expert, first, jnp.clip(row_end[expert] - first, 0, height), tile_end[-1:])
 
 
-def tiles_of_few(expert_M, experts: int, rows: int):
-    """Give rows of any order slots in tiles of `rows`, by comparing each row with each: five kernels, where sorting them is a dozen.
-
-    Returns (a row for each slot, int32 [S], any where the slot is spare; the slot of each row, int32 [M]; Tiles). An expert of `experts` or more is
-    nobody.
-    """
-    M = expert_M.shape[0]
-    T = min(M, M // rows + experts + 1)
-    row, slot, tile = (jnp.arange(count, dtype=jnp.int32) for count in (M, T * rows, T))
-    expert = jnp.minimum(expert_M, experts)
-    alike = expert == expert[:, None]
-    rank = (alike & (row < row[:, None])).sum(axis=1, dtype=jnp.int32)  # among the rows of its expert
-    opens = rank % rows == 0  # a tile
-    tile_M = (opens & ((expert < expert[:, None]) | alike & (rank <= rank[:, None]))).sum(axis=1, dtype=jnp.int32) - 1
-    slot_M = tile_M * rows + rank % rows
-    expert_T = jnp.where(opens & (tile_M == tile[:, None]), expert, 0).sum(axis=1, dtype=jnp.int32)
-    row_S = jnp.where(slot_M == slot[:, None], row, 0).sum(axis=1, dtype=jnp.int32)
-    return row_S, slot_M, whole_tiles(expert_T, rows, opens.sum(dtype=jnp.int32)[None])
-
-
-def whole_tiles(expert_T, rows: int, count=None) -> Tiles:
-    """Give each of these experts `rows` rows, in this order: nothing is left to compute."""
-    T, height = expert_T.shape[0], rows // ALIGNMENT
-    return Tiles(expert_T, np.arange(T, dtype=np.int32) * height, np.full(T, height, np.int32), np.full(1, T, np.int32) if count is None else count)
-
-
 def ends(sizes_E):
     """Return the cumulative sum of few numbers, by comparing: one kernel that fuses with others, where a scan is some."""
     index = jnp.arange(sizes_E.shape[0])
     return jnp.where(index <= index[:, None], sizes_E, 0).sum(axis=1, dtype=jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "limit", "alpha"))  # so that a kernel is made once for all layers
-def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, limit: float = 0.0, alpha: float = 0.0):
+@functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha"))  # so that a kernel is made once for all layers
+def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
+    slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT
+    or a multiple.
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
     HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
     gated = isinstance(weight, HopperGateUpWeight)
-    M = x_MI.shape[0]
+    M = slots or x_MI.shape[0]
     E, outs, ins = weight.scales.shape[:3]
     wgs, groups, N, stages, splits = plan.warpgroups, plan.groups, plan.rows, plan.stages, plan.splits
     steps, blocks = ins // groups, outs // wgs
@@ -162,7 +138,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, limit: float = 0.
 
             def copy_unit(i, done):
                 tile, column, _, begin, length = unit(i)
-                expert, first = tile_expert[tile], tile_first[tile]
+                expert, first = tile_expert[tile], tile_first[0 if slots else tile]  # past the end of x, zeros are read
 
                 def copy_step(step, _):
                     at = done + step
@@ -279,9 +255,9 @@ def _decode(words, scales, ops):
 
 # Layouts: [4, 128] words, 4 a thread; a vector of one number for each pair of wgmma's rows 8 apart; two; a matrix of one row for each pair.
 _WORDS = plgpu.Layout.WG_STRIDED((4, 128), vec_size=4)
-_ONE = plgpu.Layout.TILED(plgpu.Tiling(((32,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
+COLUMN = plgpu.Layout.TILED(plgpu.Tiling(((32,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
 _TWO = plgpu.Layout.TILED(plgpu.Tiling(((64,), (16,), (2,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
-_HALF = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+MATRIX = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 class _Mosaic:
@@ -290,7 +266,7 @@ class _Mosaic:
     @staticmethod
     def scale(pairs, factors):
         """Take pairs[j] [4, 128] and factors[block][h] [32], both as two bfloat16 a word, to their products in operand A's layout."""
-        @plgpu.inline_mgpu(arg_types=((_WORDS,) * 4, ((_ONE,) * 2,) * 2),
+        @plgpu.inline_mgpu(arg_types=((_WORDS,) * 4, ((COLUMN,) * 2,) * 2),
                            return_type=plgpu.ShapeDtypeStruct((GROUP, GROUP), jnp.bfloat16, layout=plgpu.Layout.WGMMA))
         def scaled(_, pairs, factors):
             two = ir.VectorType.get((2,), ir.BF16Type.get())
@@ -309,14 +285,14 @@ class _Mosaic:
     def halves(product, bias):
         """Take the product [64, N] and a bias of 64 in order apart: gate, up [32, N], their biases [32]."""
         rows = product.shape[1]
-        matrix, column = (plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout) for shape, layout in (((32, rows), _HALF), ((32,), _ONE)))
+        matrix, column = (plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout) for shape, layout in (((32, rows), MATRIX), ((32,), COLUMN)))
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _TWO), return_type=(matrix, matrix, column, column))
         def apart(_, product, bias):
             pairs, (two,) = product.registers.reshape(rows // 8, 2), bias.registers.flat
             biases = (np.array([_part(two, h)], object) for h in range(2))
             return tuple(_fragments(x, layout, shape) for x, layout, shape in
-                         ((pairs[:, 0], _HALF, (32, rows)), (pairs[:, 1], _HALF, (32, rows)), *((x, _ONE, (32,)) for x in biases)))
+                         ((pairs[:, 0], MATRIX, (32, rows)), (pairs[:, 1], MATRIX, (32, rows)), *((x, COLUMN, (32,)) for x in biases)))
 
         return apart(product, bias)
 

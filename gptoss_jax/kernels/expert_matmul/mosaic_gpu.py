@@ -6,6 +6,7 @@ That module is imported where it is used: Pallas' GPU side isn't in every jax, a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,15 @@ def unmet(x, weight, bias_EO) -> str | None:
     return hopper_layout.unmet(weight) if isinstance(weight, Mxfp4Weight) else None
 
 
-def device_unmet(device: jax.Device | None = None) -> str | None:
-    """Return what a device lacks, by default this process's first; None for a Hopper GPU that computes right, or one that isn't here to be asked."""
+def device_unmet(device: jax.Device | None = None, wrong: Callable[[], str | None] | None = None) -> str | None:
+    """Return what a device lacks, by default this process's first; None for a Hopper GPU that computes right, or one that isn't here to be asked.
+
+    wrong: looks whether one that is here does; by default `wrong_here`.
+    """
     device = device or jax.local_devices()[0]
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"a Hopper GPU (found {device.device_kind})"
-    return wrong_here() if device in jax.local_devices() else None
+    return (wrong or wrong_here)() if device in jax.local_devices() else None
 
 
 @functools.cache
@@ -90,31 +94,36 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned=False, interpret=Non
     return out if aligned else out[slot_M]
 
 
-def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, limit, alpha, interpret=None):
+def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, router, limit, alpha, interpret=None):
     """Same result as `expert_mlp` of this package, for bfloat16 rows, a HopperGateUpWeight and a HopperWeight; no look at the device.
 
-    The rows of one token need no grouping, a tile each; few rows get tiles by comparing, many by sorting.
+    Few tokens are routed here, by one kernel, if `router` says from what; the rows of others are sorted by expert.
     """
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_routing
 
-    (T, A), E, D = expert_TA.shape, gate_up_bias.shape[0], x_TD.shape[1]
-    rows = ALIGNMENT if T == 1 else hopper_kernel.tile_rows(T * A, E)
-    if T == 1:
-        x_SD, slot_M = jnp.broadcast_to(x_TD, (A * rows, D)), np.arange(A) * rows
-        tiles = hopper_kernel.whole_tiles(expert_TA[0], rows)
-    elif T * A <= grouping.FEW_ROWS:
-        row_S, slot_M, tiles = hopper_kernel.tiles_of_few(expert_TA.reshape(-1), E, rows)
-        x_SD = x_TD[row_S // A]
+    (T, A), E = expert_TA.shape, gate_up_bias.shape[0]
+    if router is not None and hopper_routing.takes(*router.scores.shape, A):
+        rows = hopper_kernel.tile_rows(T * A, E)
+        _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router, count=A, experts=E, rows=rows, interpret=interpret)
+        slots = hopper_routing.most_tiles(T * A, E, rows) * rows
+        if token_S is not None:
+            x_SD = x_TD.at[token_S].get(mode="clip")
+        else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
+            x_SD = x_TD if T <= ALIGNMENT else jnp.pad(x_TD, ((0, -T % ALIGNMENT), (0, 0)))
     else:
         order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
         row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
-        x_SD, slot_M = x_TD[order_M[row_S] // A], slot_M[place_M]
-        rows, tiles = None, hopper_kernel.tiles(group_sizes_E, len(row_S), hopper_kernel.plan(len(row_S), gate_up).rows)
-    plans = (_plan(len(x_SD), weight, interpret, rows) for weight in (gate_up, down))
-    h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, next(plans), limit=limit, alpha=alpha)
-    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, plan := next(plans))
-    y_MD = y[slot_M] if plan.splits == 1 else y[:, slot_M].sum(axis=0)
-    return grouping.weighted_sum(y_MD.reshape(T, A, D), weight_TA)
+        slots, rows, token_S, weight_AT, slot_AT = len(row_S), None, row_S, weight_TA.T, slot_M[place_M].reshape(T, A).T
+        x_SD = x_TD[order_M[row_S] // A]
+        tiles = hopper_kernel.tiles(group_sizes_E, slots, hopper_kernel.plan(slots, gate_up).rows)
+    plans = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
+    h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, next(plans), slots=slots if token_S is None else None, limit=limit, alpha=alpha)
+    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, plan := next(plans)).reshape(plan.splits, slots, -1)
+
+    def rows_of(slot_T):  # zeros for somebody else's
+        return y.at[:, slot_T].get(mode="fill", fill_value=0).astype(jnp.float32).sum(axis=0)
+
+    return functools.reduce(jnp.add, (rows_of(slot_T) * weight_T[:, None] for slot_T, weight_T in zip(slot_AT, weight_AT)))
 
 
 def _plan(slots: int, weight, interpret, rows: int | None = None):

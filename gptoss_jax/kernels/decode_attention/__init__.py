@@ -1,0 +1,46 @@
+"""All of a decode step's attention between the product for q, k and v and the output's: rotation, cache write, attention of one query a row."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.kernels import attention
+from gptoss_jax.kernels.decode_attention import mosaic_gpu, reference
+from gptoss_jax.kernels.decode_attention.reference import rotate
+
+IMPLEMENTATIONS = (*attention.IMPLEMENTATIONS, "mosaic_gpu")
+
+__all__ = ["IMPLEMENTATIONS", "decode_attention", "rotate"]
+
+
+def decode_attention(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks, positions_B, *, ring: bool, dtype=jnp.bfloat16,
+                     implementation: str = "auto"):
+    """Same result as `reference.decode_attention`; with "mosaic_gpu" the caches are written where they lie, if nobody else holds them.
+
+    sinks: [N], or [K, G] as weights arranged for Hopper have them: a promise that a program for another GPU than the ones here is for a Hopper.
+    implementation: one of IMPLEMENTATIONS, which raises where it can't run: "mosaic_gpu" does all in one kernel or two, the others are
+    `attention`'s, after separate rotation and writes; or "auto": "mosaic_gpu" where it can run, otherwise what is best of the others.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"decode_attention implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
+    sinks_KG = sinks.reshape(keys_BSKH.shape[2], -1)
+    arrays = qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG, positions_B
+    apart = functools.partial(reference.decode_attention, ring=ring, dtype=dtype, implementation=implementation)
+    if implementation not in ("auto", "mosaic_gpu"):
+        return apart(*arrays)
+    requirement = mosaic_gpu.unmet(keys_BSKH, values_BSKH, sinks_KG, dtype)
+    here = jax.default_backend() == "gpu"
+    if requirement is None and (here or implementation == "mosaic_gpu"):
+        requirement = mosaic_gpu.device_unmet()
+    if implementation == "mosaic_gpu":
+        if requirement:
+            raise ValueError(f"decode_attention implementation 'mosaic_gpu' needs {requirement}")
+        return mosaic_gpu.run(*arrays, ring=ring)
+    if here:
+        attention.say_once("decode_attention: mosaic_gpu" if requirement is None else f"decode_attention: several kernels, as mosaic_gpu needs {requirement}")
+    if requirement or not (here or sinks.ndim == 2):
+        return apart(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=functools.partial(mosaic_gpu.run, ring=ring), default=apart)

@@ -1,0 +1,57 @@
+"""The routing kernel for Hopper GPUs, interpreted with race detection: experts and weights as sorting gives them, and a place for every row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.kernels.expert_matmul import mosaic_gpu
+from gptoss_jax.model import moe
+
+pytestmark = pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
+
+# tokens, experts, experts here and the first of them, rows of a tile, what is special
+CASES = [(1, 32, (32, 0), 8, ""), (2, 13, (5, 4), 8, "nan"), (3, 128, (128, 0), 8, "ties"), (5, 32, (8, 24), 8, "unreal"), (16, 128, (128, 0), 16, "one"),
+         (17, 32, (32, 0), 8, "ties unreal"), (64, 32, (16, 8), 16, "one unreal"), (64, 128, (128, 0), 8, ""), (128, 32, (32, 0), 32, "ties one")]
+
+
+@pytest.mark.parametrize("tokens,experts,here,rows,special", CASES)
+def test_routing_equals_sorting_and_gives_each_row_a_slot_in_a_tile_of_its_expert(tokens, experts, here, rows, special):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from gptoss_jax.kernels.expert_matmul import hopper_routing
+
+    random, (local, first) = np.random.default_rng(tokens), here
+    logits = random.standard_normal((tokens, experts)).astype(np.float16).astype(np.float32)  # so that logits less bias are exact
+    logits = np.round(logits) + 0.0 if "ties" in special else logits  # none -0.0, which sorting puts below 0.0
+    logits[:, first + 1] = 9 if "one" in special else logits[:, first + 1]
+    real = random.random(tokens) < 0.6 if "unreal" in special else np.full(tokens, True)
+    number = np.arange(tokens) != 1 if "nan" in special else np.full(tokens, True)
+    logits[~number, 3] = np.nan
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    bias = random.integers(-1, 2, experts).astype(np.float32)
+    found = hopper_routing.route(jnp.asarray(logits - bias), jnp.asarray(bias, jnp.bfloat16), None if real.all() else jnp.asarray(real),
+                                 jnp.full(1, first, jnp.int32), count=4, experts=local, rows=rows, interpret=interpret)
+    expert, weight, slot, token, tiles = jax.tree.map(np.asarray, found)
+    chosen, weights = map(np.asarray, moe._top_by_sorting(jnp.asarray(logits), count=4))
+    np.testing.assert_array_equal(expert.T[number], chosen[number])
+    np.testing.assert_allclose(weight.T[number], weights[number], rtol=3e-7)
+    assert np.isnan(weight.T[~number]).all() and (expert.T[~number] == experts).all()
+
+    index = np.where(real[:, None] & number[:, None], chosen - first, -1)
+    ours = (index >= 0) & (index < local)
+    slots, sizes = slot.T[ours], np.bincount(index[ours], minlength=local)
+    count = int((sizes > 0).sum() if tokens <= rows else (-(-sizes // rows)).sum())
+    assert tiles.count[0] == count <= hopper_routing.most_tiles(4 * tokens, local, rows)
+    assert len(set(slots)) == len(slots) and slots.min() >= 0 and slots.max() < count * rows
+    assert (slot.T[~ours] >= hopper_routing.most_tiles(4 * tokens, local, rows) * rows).all()
+    np.testing.assert_array_equal(tiles.expert[slots // rows], index[ours])
+    np.testing.assert_array_equal(slots % rows if token is None else token[slots], np.nonzero(ours)[0])
+    np.testing.assert_array_equal(tiles.first[:count], np.arange(count) * (rows // 8))
+    assert (tiles.rows[:count] == rows // 8).all()
+
+
+def test_what_the_kernel_has_no_room_for_is_left_to_others():
+    hopper_routing = pytest.importorskip("gptoss_jax.kernels.expert_matmul.hopper_routing")
+    assert hopper_routing.takes(128, 256, 4) and hopper_routing.takes(1, 4, 4)
+    assert not hopper_routing.takes(129, 128, 1) and not hopper_routing.takes(128, 128, 5) and not hopper_routing.takes(1, 257, 4)
