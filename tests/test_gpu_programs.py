@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parent / "gpu_programs.py"
@@ -23,9 +24,10 @@ def programs():
 
 
 def test_a_decode_step_starts_few_kernels_a_layer(programs):
-    """13.5 of them at batch 1, where 22 were before routing and decode attention had kernels, 30 before the experts had; 15.5 at batch 4, where 26.5
-    were. Routing, gate and up, down, attention are a kernel each."""
-    assert programs["kernels_per_layer"] <= 13.5 and programs["kernels_per_layer_of_4_rows"] <= 15.5
+    """13.5 of them at batch 1 (14 with jax 0.11) and 15.5 at batch 4. Before routing and decode attention had kernels there were 22 and 26.5, before
+    the experts had, 30 at batch 1. Routing, gate and up, down, attention are a kernel each."""
+    most = 13.5 if jax.__version_info__ >= (0, 12) else 14
+    assert programs["kernels_per_layer"] <= most and programs["kernels_per_layer_of_4_rows"] <= 15.5
     for few, many in (programs["kernels"][:2], programs["kernels"][2:]):
         assert many["mosaic_gpu_v2"] == 16 and many["while"] == few["while"]  # the sampler's
         assert set(many) == {"copy", "fusion", "mosaic_gpu_v2", "while"}  # no sort, no scatter
