@@ -123,11 +123,11 @@ class Warp:
 class Machine:
     """One block of a kernel. memory: the arguments, numpy arrays which are written in place."""
 
-    def __init__(self, program: Program, launch: Launch, arguments: list[np.ndarray], block: tuple[int, int, int], *, late: bool, shared: int = 1 << 18):
+    def __init__(self, program: Program, launch: Launch, arguments: list[np.ndarray], block: tuple[int, int, int], *, late: bool):
         self.program, self.launch, self.block, self.late = program, launch, block, late
         self.arguments = [argument.reshape(-1).view(np.uint8) for argument in arguments]
         self.itemsize = [argument.itemsize for argument in arguments]
-        self.shared = np.random.default_rng(0).integers(0, 256, shared, np.uint8)  # nobody has cleaned up
+        self.shared = np.random.default_rng(0).integers(0, 256, 1 << 18, np.uint8)  # nobody has cleaned up
         self.barriers: dict[int, list[int]] = {}  # address: [phase, arrivals still expected, arrivals of a phase, bytes still expected]
         self.loads: list = []
         self.named: dict[int, list[Warp]] = {}
@@ -163,8 +163,10 @@ class Machine:
             elif operation == "ret":
                 warp.pc[mask] = end
             elif mask.any():
-                name = re.match(r"[a-z]\w*", operation).group()
-                done = getattr(self, f"_{name}")(warp, mask, operation.split("."), operands)
+                instruction = getattr(self, f"_{operation.split('.')[0]}", None)
+                if instruction is None:
+                    raise NotImplementedError(f"{operation} {', '.join(operands)}")
+                done = instruction(warp, mask, operation.split("."), operands)
                 if done is False:  # a try_wait in vain: others go on, then it is asked again
                     warp.pc[active] = pc
                     return moved
@@ -177,7 +179,7 @@ class Machine:
         dtype = np.dtype(dtype)
         if operand in warp.registers:
             value = warp.registers[operand]
-            return value if value.dtype == bool else value.astype(f"u{dtype.itemsize}").view(dtype) if value.itemsize != dtype.itemsize else value.view(dtype)
+            return value.view(dtype) if value.itemsize == dtype.itemsize else value.astype(f"u{dtype.itemsize}").view(dtype)
         if operand.startswith("0f"):
             return np.full(LANES, int(operand[2:], 16), np.uint32).view(dtype)
         if operand.startswith("%tid.x"):
@@ -246,8 +248,6 @@ class Machine:
         self._set(warp, mask, operands[0], self._get(warp, operands[1], np.uint64))
 
     def _add(self, *step):
-        if step[2][-1] == "bf16x2":
-            return self._pairs(*step, np.add)
         self._binary(*step, np.add)
 
     def _sub(self, *step):
@@ -255,7 +255,8 @@ class Machine:
 
     def _mul(self, warp, mask, parts, operands):
         if parts[-1] == "bf16x2":
-            return self._pairs(warp, mask, parts, operands, np.multiply)
+            a, b = (self._get(warp, operand, np.uint32).copy().view(_BF16).astype(np.float32) for operand in operands[1:])
+            return self._set(warp, mask, operands[0], (a * b).astype(_BF16).view(np.uint32))
         if parts[1] in ("wide", "hi"):
             dtype = np.dtype(_TYPES[parts[-1]])
             a, b = (self._get(warp, operand, dtype).astype(object if dtype.itemsize == 8 else f"{dtype.kind}{2 * dtype.itemsize}")
@@ -264,16 +265,10 @@ class Machine:
             return self._set(warp, mask, operands[0], value if parts[1] == "wide" else (value >> 8 * dtype.itemsize).astype(dtype))
         self._binary(warp, mask, parts, operands, np.multiply)
 
-    def _pairs(self, warp, mask, _, operands, function):
-        values = [self._get(warp, operand, np.uint32).copy().view(_BF16).astype(np.float32) for operand in operands[1:]]
-        self._set(warp, mask, operands[0], function(*values).astype(_BF16).view(np.uint32))
-
     def _mad(self, *step):
         self._binary(*step, lambda a, b, c: a * b + c)
 
     def _fma(self, warp, mask, parts, operands):
-        if parts[-1] == "bf16x2":
-            return self._pairs(warp, mask, parts, operands, lambda a, b, c: a * b + c)
         a, b, c = (self._get(warp, operand, np.float32).astype(np.float64) for operand in operands[1:])
         exact = a * b + c
         value = exact.astype(np.float32)
@@ -282,13 +277,7 @@ class Machine:
         self._set(warp, mask, operands[0], value.astype(np.float32))
 
     def _div(self, *step):
-        self._binary(*step, np.divide if step[2][-1] == "f32" else lambda a, b: (np.trunc(a / np.where(b == 0, 1, b))))
-
-    def _rem(self, *step):
-        self._binary(*step, np.fmod)
-
-    def _rcp(self, *step):
-        self._binary(*step, lambda a: 1 / a)
+        self._binary(*step, np.divide)
 
     def _ex2(self, *step):
         self._binary(*step, np.exp2)
@@ -298,9 +287,6 @@ class Machine:
 
     def _neg(self, *step):
         self._binary(*step, np.negative)
-
-    def _abs(self, *step):
-        self._binary(*step, np.abs)
 
     def _min(self, *step):
         self._binary(*step, np.minimum if "NaN" in step[2] else np.fmin)
@@ -346,48 +332,14 @@ class Machine:
         value = both << count >> np.uint64(32) if parts[1] == "l" else both >> count
         self._set(warp, mask, operands[0], value.astype(np.uint32))
 
-    def _lop3(self, warp, mask, parts, operands):
-        a, b, c, table = (self._get(warp, operand, np.uint32) for operand in operands[1:])
-        value = np.zeros(LANES, np.uint32)
-        for index in range(8):
-            if int(table[0]) >> index & 1:
-                value |= (a if index & 4 else ~a) & (b if index & 2 else ~b) & (c if index & 1 else ~c)
-        self._set(warp, mask, operands[0], value)
-
-    def _prmt(self, warp, mask, parts, operands):
-        a, b, selector = (self._get(warp, operand, np.uint32) for operand in operands[1:])
-        both = np.stack([a, b], axis=-1).copy().view(np.uint8)
-        chosen = np.stack([np.take_along_axis(both, (selector >> 4 * i & 7).astype(np.int64)[:, None], axis=1)[:, 0] for i in range(4)], axis=-1)
-        self._set(warp, mask, operands[0], np.ascontiguousarray(chosen).view(np.uint32)[:, 0])
-
-    def _bfe(self, *step):
-        self._binary(*step, lambda a, start, length: a >> start & ((1 << length) - 1).astype(a.dtype))
-
-    def _popc(self, *step):
-        self._binary(*step, lambda a: np.asarray([int(x).bit_count() for x in a], np.uint32))
-
-    def _clz(self, *step):
-        self._binary(*step, lambda a: np.asarray([32 - int(x).bit_length() for x in a], np.uint32))
-
     def _setp(self, warp, mask, parts, operands):
-        dtype = _TYPES[parts[-1]]
-        a, b = (self._get(warp, operand, dtype) for operand in operands[1:3])
-        unordered, compare = np.isnan(a.astype(np.float64)) | np.isnan(b.astype(np.float64)) if parts[-1][0] in "fb" and "f" in parts[-1] else False, parts[1]
-        value = {"eq": a == b, "ne": a != b, "lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b, "num": ~np.isnan(a), "nan": np.isnan(a)
-                 }.get(compare) if compare in ("eq", "ne", "lt", "le", "gt", "ge") else None
-        if value is None:
-            value = {"equ": a == b, "neu": a != b, "ltu": a < b, "leu": a <= b, "gtu": a > b, "geu": a >= b, "lo": a < b, "ls": a <= b, "hi": a > b,
-                     "hs": a >= b, "nan": False, "num": True}[compare]
-            value = ~unordered if compare == "num" else value | unordered
-        elif compare == "ne" and "f" in parts[-1]:
-            value = value & ~np.asarray(unordered)
+        a, b = (self._get(warp, operand, _TYPES[parts[-1]]) for operand in operands[1:3])
+        value = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}[parts[1]](a, b)
+        if parts[1] == "ne" and value.dtype == bool and a.dtype.kind == "f":
+            value &= ~(np.isnan(a) | np.isnan(b))  # an ordered comparison
         if len(operands) == 4:
-            other = warp.registers[operands[3].strip("!")] != operands[3].startswith("!")
-            value = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[parts[2]](value, other)
-        first, _, second = operands[0].partition("|")
-        self._set(warp, mask, first, value)
-        if second:
-            self._set(warp, mask, second, ~value)
+            value = {"and": np.logical_and, "or": np.logical_or}[parts[2]](value, warp.registers[operands[3]])
+        self._set(warp, mask, operands[0], value)
 
     def _selp(self, warp, mask, parts, operands):
         dtype = _TYPES[parts[-1]]
@@ -446,27 +398,10 @@ class Machine:
             matrix = np.stack([self.memory(address[8 * index + row], 16).view(np.uint16) for row in range(8)])
             self._set(warp, mask, name.strip(), np.ascontiguousarray(matrix.T if "trans" in parts else matrix).view(np.uint32).reshape(LANES))
 
-    def _atom(self, warp, mask, parts, operands):
-        dtype = np.dtype(_TYPES[parts[-1]])
-        address, value = self._address(warp, operands[1]), self._get(warp, operands[2], dtype)
-        before = np.zeros(LANES, dtype)
-        change = {"add": np.add, "max": np.maximum, "min": np.minimum, "exch": lambda _, new: new, "inc": lambda old, top: 0 if old >= top else old + 1}
-        for lane in np.flatnonzero(mask):
-            place = self.memory(address[lane], dtype.itemsize).view(dtype)
-            before[lane] = place[0]
-            place[0] = change[next(part for part in parts if part in change)](place[0], value[lane])
-        self._set(warp, mask, operands[0], before)
-
-    def _red(self, warp, mask, parts, operands):
-        self._atom(warp, mask, parts, ["_", *operands])
-
     def _fence(self, *_):
         pass
 
-    _prefetch = _setmaxnreg = _membar = _griddepcontrol = _fence
-
-    def _trap(self, *_):
-        raise AssertionError("trap")
+    _prefetch = _setmaxnreg = _fence
 
     # Between lanes and warps.
 
@@ -490,21 +425,7 @@ class Machine:
         if predicate:
             self._set(warp, mask, predicate, valid)
 
-    def _vote(self, warp, mask, parts, operands):
-        value = warp.registers[operands[1].strip("!")] != operands[1].startswith("!")
-        held = value & mask
-        if "ballot" in parts:
-            return self._set(warp, mask, operands[0], np.full(LANES, int((held << np.arange(LANES)).sum()), np.uint32))
-        self._set(warp, mask, operands[0], np.full(LANES, held.any() if "any" in parts else value[mask].all()))
-
-    def _redux(self, warp, mask, parts, operands):
-        value = self._get(warp, operands[1], _TYPES[parts[-1]])[mask]
-        result = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}[parts[2]].reduce(value)
-        self._set(warp, mask, operands[0], np.full(LANES, result, value.dtype))
-
     def _bar(self, warp, mask, parts, operands):
-        if parts[1] == "warp":
-            return
         index = int(self._get(warp, operands[0], np.uint32)[0])
         most = int(self._get(warp, operands[1], np.uint32)[0]) if len(operands) > 1 else self.launch.threads
         here = self.named.setdefault(index, [])
@@ -513,8 +434,6 @@ class Machine:
         if len(here) * LANES == most:
             for other in self.named.pop(index):
                 other.waiting = None
-
-    _barrier = _bar
 
     def _mbarrier(self, warp, mask, parts, operands):
         if parts[1] == "init":
@@ -526,15 +445,12 @@ class Machine:
             for lane in np.flatnonzero(mask):
                 bytes_, arrivals = (int(count[lane]), 1) if "expect_tx" in parts else (0, int(count[lane]))
                 self._arrive(int(address[lane]), arrivals, bytes_)
-        elif parts[1] in ("try_wait", "test_wait"):
+        elif parts[1] == "try_wait":
             lane = int(np.flatnonzero(mask)[0])
             parity = int(self._get(warp, operands[2], np.uint32)[lane])
             done = self.barriers[int(self._address(warp, operands[1])[lane])][0] % 2 != parity
             self._set(warp, mask, operands[0], np.full(LANES, done))
             return done
-        elif parts[1] == "expect_tx":
-            for lane in np.flatnonzero(mask):
-                self._arrive(int(self._address(warp, operands[0])[lane]), 0, int(self._get(warp, operands[1], np.uint32)[lane]))
         else:
             raise NotImplementedError(".".join(parts))
 
@@ -613,14 +529,12 @@ class Machine:
                     mine[lane // 4 + 8 * (index % 2), lane % 4 * 2 + half + 8 * (index // 2)] = word[:, half]
             transposed = ["0", *transposed]
         else:
-            rows = self._in_shared(int(self._get(warp, a, np.uint64)[0]), 64, transposed[0] == "1")
-            mine = rows[16 * (warp.index % 4) :][:16] if not self.late else None
-        descriptor = int(self._get(warp, b, np.uint64)[0])
-        fresh = not bool(warp.registers[accumulate][0])
+            mine, left = None, int(self._get(warp, a, np.uint64)[0])
+        right, fresh = int(self._get(warp, b, np.uint64)[0]), not bool(warp.registers[accumulate][0])
 
         def multiply():
-            left = mine if mine is not None else self._in_shared(int(self._get(warp, a, np.uint64)[0]), 64, transposed[0] == "1")[16 * (warp.index % 4) :][:16]
-            product = left @ self._in_shared(descriptor, n, transposed[1] == "1").T
+            rows = self._in_shared(left, 64, transposed[0] == "1")[16 * (warp.index % 4) :][:16] if mine is None else mine
+            product = rows @ self._in_shared(right, n, transposed[1] == "1").T
             for index, name in enumerate(sums):
                 part = product[lane // 4 + 8 * (index // 2 % 2), lane % 4 * 2 + index % 2 + 8 * (index // 4)]
                 before = np.float32(0) if fresh else self._get(warp, name, np.float32)
