@@ -25,6 +25,16 @@ def compilation_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """Whole training steps take longer to compile than to run, here and in the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of reference data made by other implementations; tests that need the whole of it skip without it."""

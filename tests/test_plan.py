@@ -248,12 +248,10 @@ TRAINED = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 64, "num_h
 
 
 @pytest.fixture
-def trained(tmp_path):
+def trained(quickly_compiled, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps({"model": TRAINED, "data": {"row_tokens": 16, "batch_size": 4}, "mesh": {"fsdp": 2}}))
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield str(file)
-    jax.config.update("jax_disable_most_optimizations", False)
+    return str(file)
 
 
 def test_a_training_step_is_planned_for_a_mesh(trained, capsys):

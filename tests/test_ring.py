@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
-from test_step import quickly_compiled  # noqa: F401 (a fixture)
 
 from gptoss_jax.kernels.attention import reference
 from gptoss_jax.model import ring
 from gptoss_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 N, K, H = 6, 2, 8
 
 

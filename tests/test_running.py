@@ -29,24 +29,15 @@ from gptoss_jax.training.optimizer import check_rates, make_optimizer, schedule
 from gptoss_jax.training.state import declare_trained, resolve
 from gptoss_jax.training.synthetic import clock
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 20
 CONFIGS, LAUNCH = sorted((ROOT / "configs").glob("*.yaml")), ROOT / "launch"
 TINY_VOCABULARY = ROOT / "gptoss_jax" / "assets" / "tiny" / "tokenizer.model"
 SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=4 "
          "--model.num_attention_heads=2 --model.num_key_value_heads=1 --model.head_dim=20 --train.remat=none --data.row_tokens=128 "
-         "--run.log_every_steps=1 --run.eval_every_steps=100 --run.eval_batches=1 --optimizer.kind=adamw --optimizer.warmup_steps=2 --optimizer.learning_rate=0.0003 "
-         f"--output.tensorboard=false --data.batch_size=8 --data.tokenizer={TINY_VOCABULARY}").split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Steps take longer to compile than all they are tested with; the processes started here are told the same."""
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+         "--run.log_every_steps=1 --run.eval_every_steps=100 --run.eval_batches=1 --optimizer.kind=adamw --optimizer.warmup_steps=2 "
+         f"--optimizer.learning_rate=0.0003 --output.tensorboard=false --data.batch_size=8 --data.tokenizer={TINY_VOCABULARY}").split()
 
 
 def words(directory, *more):

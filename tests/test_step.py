@@ -19,6 +19,7 @@ from gptoss_jax.training.export import export
 from gptoss_jax.training.state import Batch, initial_state, resolve
 from gptoss_jax.training.step import forward_loss, make_eval_step, make_train_step, model_weights
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 DATA = pathlib.Path(__file__).parent / "data"
 TINY = DATA / "tiny_checkpoint"
 # One layer, which slides, of sizes that a mesh of two by two by two divides whichever way; no two are equal.
@@ -32,14 +33,6 @@ def configured(checkpoint=None, **train):
     data = DataConfig(batch_size=ROWS, row_tokens=TOKENS)
     init = InitConfig("" if checkpoint is None else str(checkpoint))
     return resolve(TrainingConfig(model=SMALL if checkpoint is None else None, init=init, train=TrainConfig(**train), data=data))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Whole steps take longer to compile than anything else here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_step import configured, random_batches, quickly_compiled, small_checkpoint  # noqa: F401 (fixtures)
+from test_step import configured, random_batches, small_checkpoint  # noqa: F401 (fixtures)
 
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.training.config import MeshConfig, OptimizerConfig, TrainingConfigError
@@ -14,6 +14,7 @@ from gptoss_jax.training.optimizer import make_optimizer
 from gptoss_jax.training.state import abstract_state, initial_state, place_batch, resolve, training_mesh
 from gptoss_jax.training.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 STEPS = 20
 
 
