@@ -58,8 +58,8 @@ def main() -> int:
         command = [sys.executable, __file__, "--out", str(arguments.out), "--seconds", str(seconds), "--section", section, "--model", model,
                    "--steps", str(arguments.steps), *flags]
         try:
-            environment = os.environ | ({"XLA_FLAGS": xla_flags} if xla_flags else {})
-            failed += subprocess.run(command, timeout=seconds + 10, cwd=ROOT, env=environment).returncode != 0  # it watches the time itself
+            environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()}
+            failed += subprocess.run(command, timeout=seconds + 10, env=environment).returncode != 0  # it watches the time itself
         except subprocess.TimeoutExpired:
             write(arguments.out, {"section": section, "model": model, "skipped": f"stopped after {seconds:.0f} s"})
     show(arguments.out)
