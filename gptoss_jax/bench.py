@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import functools
 import json
+import os
 import resource
 import statistics
 import sys
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         if name in ("decode", "prefill", "kernels"):
             mode.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N")
             mode.add_argument("--context", type=int, nargs="+", default=[512 if name == "prefill" else 128], metavar="TOKENS",
-                              help="tokens of each prompt" if name == "prefill" else "where the measured steps end")
+                              help={"prefill": "of each prompt", "decode": "where the measured steps end", "kernels": "that a step attends to"}[name])
         if name in ("decode", "train"):
             mode.add_argument("--steps", type=int, default=32 if name == "decode" else 5, metavar="N", help="in a repetition")
         mode.add_argument("--repetitions", type=int, default=5, metavar="N")
@@ -62,6 +63,8 @@ def _run(args: argparse.Namespace) -> None:
     for flag in ("repetitions", "steps"):
         if getattr(args, flag, 1) < 1:
             raise command.UsageError(f"--{flag} is {getattr(args, flag)}, expected at least 1")
+    if args.json and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):  # told before anything is measured
+        raise command.UsageError(f"--json {args.json}: can't be written, expected a file in a directory that is there")
     if args.overrides and args.mode != "train":
         raise command.UsageError(f"{args.overrides[0]}: of a training configuration, found with {args.mode}")
     args.body(args)
@@ -73,13 +76,8 @@ def _steps(args: argparse.Namespace) -> None:
     import jax
 
     from gptoss_jax.inference import measure, memory_plan
-    from gptoss_jax.inference.engine import cache_length
 
-    for batch in args.batch:
-        for context in args.context:
-            memory_plan.check_request(config, batch, context)
-    longest = cache_length(max(args.context) + 1, config.max_position_embeddings)
-    memory_plan.announce(config, max(args.batch), longest, dtype=args.dtype, write=_tell)
+    memory_plan.announce(config, max(args.batch), min(max(args.context) + 1, config.max_position_embeddings), dtype=args.dtype, write=_tell)
     limits = _limits(out, args.dtype)
     model = _model(args, config)
     for batch in args.batch:
@@ -160,9 +158,9 @@ def _train(args: argparse.Namespace) -> None:
     if args.random_weights and not config.init.checkpoint:
         raise command.UsageError(f"--random-weights {args.random_weights}: {args.config} starts from random weights, expected one with init.checkpoint")
     config = training.resolve(config, _named(args) if args.random_weights else None)
+    optimizer, mesh = make_optimizer(config.optimizer, config.run.steps), training.training_mesh(config)
     out = _Output(args)
     out.note(f"{args.config}: {memory_plan.describe(config)}")
-    optimizer, mesh = make_optimizer(config.optimizer, config.run.steps), training.training_mesh(config)
     memory_plan.announce(config, mesh, _tell)
     state, frozen = training.initial_state(config, optimizer, mesh, _random_weights(config, mesh) if args.random_weights else None)
     batch = training.place_batch(_random_batch(config), mesh)
@@ -262,9 +260,14 @@ class _Output:
 
 
 def _opened(args: argparse.Namespace) -> tuple[GptOssConfig, _Output]:
+    from gptoss_jax.inference import memory_plan
     from gptoss_jax.plan import config_named
 
-    return config_named(args.checkpoint) if args.checkpoint else _named(args), _Output(args)
+    config = config_named(args.checkpoint) if args.checkpoint else _named(args)
+    for batch in args.batch:
+        for context in args.context:
+            memory_plan.check_request(config, batch, context)
+    return config, _Output(args)
 
 
 def _named(args: argparse.Namespace) -> GptOssConfig:
@@ -300,7 +303,10 @@ def _model(args: argparse.Namespace, config: GptOssConfig):
 def _trace(args: argparse.Namespace):
     import jax
 
-    return functools.partial(jax.profiler.trace, args.profile) if args.profile else None
+    if not args.profile:
+        return None
+    os.makedirs(args.profile, exist_ok=True)  # which JAX does when all has run
+    return functools.partial(jax.profiler.trace, args.profile)
 
 
 def _peak(jax) -> dict:

@@ -140,7 +140,7 @@ def mesh_axes(text: str, known: Sequence[str]) -> dict[str, int]:
     axes: dict[str, int] = {}
     for part in text.split(",") if text else ():
         name, _, size = part.strip().partition("=")
-        if name not in known or name in axes or not size.isdigit() or int(size) < 1:
+        if name not in known or name in axes or not size.isdecimal() or int(size) < 1:
             raise command.UsageError(f"--mesh {text!r}: {part!r} found, expected each of {', '.join(known)} once at most, as in expert=8,data=2")
         axes[name] = int(size)
     return axes

@@ -114,13 +114,6 @@ def test_load_is_timed(capsys, quick):
     assert code == 0 and row["what"] == "load" and row["weights_bytes"] > 2e6 and "GB/s" in out
 
 
-@pytest.fixture
-def quickly_compiled():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_training_steps_of_a_configuration_are_timed(capsys, quick, quickly_compiled, tmp_path, monkeypatch):
     monkeypatch.setitem(bench.RANDOM, "smaller", SMALL.replace(num_hidden_layers=1, layer_types=SMALL.layer_types[:1]))
     file = tmp_path / "config.yaml"
@@ -139,6 +132,9 @@ def test_training_steps_of_a_configuration_are_timed(capsys, quick, quickly_comp
     (["decode", "--random-weights", "tiny", "--batch", "3"], "batch is 3, expected a power of two"),
     (["prefill", "--checkpoint", "/no/such/place"], "model '/no/such/place': no such checkpoint directory"),
     (["kernels", "--random-weights", "tiny", "--repetitions", "0"], "--repetitions is 0, expected at least 1"),
+    (["kernels", "--random-weights", "tiny", "--context", "0"], "context is 0, expected 2 to the model's maximum of 4096"),
+    (["load", "--checkpoint", "tiny", "--json", "/no/such/rows.jsonl"], "--json /no/such/rows.jsonl: can't be written, expected a file in a"),
+    (["load", "--checkpoint", "tiny", "--profile", __file__], f"{__file__}: File exists"),
     (["load"], "one of the arguments --checkpoint is required"),
     (["train", "/no/such.yaml"], "/no/such.yaml"),
     (["decode", "--random-weights", "tiny", "--train.mode", "qat"], "--train.mode: of a training configuration, found with decode"),
