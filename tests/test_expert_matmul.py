@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax import mxfp4
-from gptoss_jax.kernels.expert_matmul import IMPLEMENTATIONS, Mxfp4Weight, expert_matmul, grouping, lean_mlp, reference, xla
+from gptoss_jax.kernels.expert_matmul import IMPLEMENTATIONS, Mxfp4Weight, expert_matmul, expert_mlp, grouping, lean_mlp, reference, xla
 E, IN, OUT = 5, 64, 48
 GROUPS = {
     "one row": [0, 0, 1, 0, 0],
@@ -150,3 +150,5 @@ def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
         expert_matmul(x[:, :32], packed, bias, sizes, implementation="cpu")
     with pytest.raises(ValueError, match="'mosaic', expected 'auto' or one of reference, xla, cpu"):
         expert_matmul(x, packed, bias, sizes, implementation="mosaic")
+    with pytest.raises(ValueError, match="expert_mlp implementation 'mosaic', expected 'auto' or one of"):
+        expert_mlp(*[None] * 7, limit=7, alpha=1.7, implementation="mosaic")

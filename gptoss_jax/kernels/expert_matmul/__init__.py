@@ -44,7 +44,7 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, implementation: str =
     on a GPU, and both as the checkpoint stores them elsewhere.
     implementation: one of IMPLEMENTATIONS, which raises where it can't run, or "auto": the fastest that can.
     """
-    _check(implementation)
+    _check("expert_matmul", implementation)
     return _matmul(x_MI, weight, bias_EO, group_sizes_E, implementation)
 
 
@@ -57,7 +57,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     with h rounded once, where the program runs on a GPU. router: what `expert` and `weight` were chosen from, for a kernel that chooses itself.
     implementation: as of `expert_matmul`.
     """
-    _check(implementation)
+    _check("expert_mlp", implementation)
     arguments = x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias
     arranged = isinstance(gate_up, HopperGateUpWeight) and isinstance(down, HopperWeight)
     if implementation == "mosaic_gpu":
@@ -99,9 +99,9 @@ def _mlp_backward(limit, alpha, arrays, g_TD):
 _mlp_on_hopper.defvjp(lambda *arguments: (_mlp_on_hopper(*arguments), arguments[:8]), _mlp_backward)
 
 
-def _check(implementation):
+def _check(op, implementation):
     if implementation != "auto" and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"expert_matmul implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"{op} implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, HopperGateUpWeight, HopperWeight
@@ -51,22 +50,15 @@ def wrong_here() -> str | None:
     return hopper_check.disagreement()
 
 
-def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, aligned: bool = False, interpret=None):
+def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, interpret=None):
     """Same signature and result as `reference.expert_matmul`, for bfloat16 rows and a HopperWeight, not differentiable.
 
-    An Mxfp4Weight is rearranged in the program, at every call: right, and slow. aligned: a promise that all group sizes and M are
-    multiples of ALIGNMENT, else rows are moved apart first and back after. interpret: plgpu.InterpretGPUParams.
+    An Mxfp4Weight is rearranged in the program, at every call: right, and slow. interpret: plgpu.InterpretGPUParams.
     """
     if isinstance(weight, HopperGateUpWeight):
         raise ValueError("expert_matmul implementation 'mosaic_gpu' needs a HopperWeight (a HopperGateUpWeight is for expert_mlp)")
     require("expert_matmul", x_MI, weight, bias_EO, interpret)
-    return run(x_MI, weight, bias_EO, group_sizes_E, HopperWeight, aligned, interpret)
-
-
-def expert_swiglu(x_MI, weight, bias_EO, group_sizes_E, *, limit: float, alpha: float, aligned: bool = False, interpret=None):
-    """Return `reference.swiglu` of `reference.expert_matmul`, rounded once; for a HopperGateUpWeight, otherwise as `expert_matmul` here."""
-    require("expert_swiglu", x_MI, weight, bias_EO, interpret)
-    return run(x_MI, weight, bias_EO, group_sizes_E, HopperGateUpWeight, aligned, interpret, limit=limit, alpha=alpha)
+    return run(x_MI, weight, bias_EO, group_sizes_E, HopperWeight, interpret=interpret)
 
 
 def require(name, x, weight, bias_EO, interpret=None) -> None:
@@ -76,7 +68,11 @@ def require(name, x, weight, bias_EO, interpret=None) -> None:
 
 
 def run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned=False, interpret=None, **constants):
-    """Do what `expert_matmul` and `expert_swiglu` do, without a look at the device: for programs compiled elsewhere than where they run."""
+    """Do what `expert_matmul` does, and clamped SwiGLU after it for kind HopperGateUpWeight, which is rounded once, without a look at the device.
+
+    aligned: a promise that all group sizes and M are multiples of ALIGNMENT, else rows are moved apart first and back after. constants: SwiGLU's
+    limit and alpha.
+    """
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
     if isinstance(weight, Mxfp4Weight):
@@ -116,9 +112,9 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         slots, rows, token_S, weight_AT, slot_AT = len(row_S), None, row_S, weight_TA.T, slot_M[place_M].reshape(T, A).T
         x_SD = x_TD[order_M[row_S] // A]
         tiles = hopper_kernel.tiles(group_sizes_E, slots, hopper_kernel.plan(slots, gate_up).rows)
-    plans = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
-    h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, next(plans), slots=slots if token_S is None else None, limit=limit, alpha=alpha)
-    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, plan := next(plans)).reshape(plan.splits, slots, -1)
+    first, second = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
+    h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, first, slots=slots if token_S is None else None, limit=limit, alpha=alpha)
+    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second).reshape(second.splits, slots, -1)
 
     def rows_of(slot_T):  # zeros for somebody else's
         return y.at[:, slot_T].get(mode="fill", fill_value=0).astype(jnp.float32).sum(axis=0)
