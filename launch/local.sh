@@ -5,5 +5,4 @@
 #
 # SIGTERM saves and ends with exit code 143; the same command goes on from there, after a kill or a power cut too.
 set -euo pipefail
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}"
 exec "${PYTHON:-python}" -m gptoss_jax.finetune "$@"

@@ -9,5 +9,4 @@ set -euo pipefail
 hosts=$1
 shift
 exec mpirun --hostfile "$hosts" --bind-to none --mca odls_base_sigkill_timeout 300 \
-  -x XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}" \
   "${PYTHON:-python}" -m gptoss_jax.finetune "$@" --distributed
