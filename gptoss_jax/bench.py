@@ -22,10 +22,7 @@ RANDOM = PRESETS | {"four-layer-20b": PRESETS["gpt-oss-20b"].replace(num_hidden_
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    words, overrides = command.split_overrides(sys.argv[1:] if argv is None else argv)
-    options = parser()
-    options.set_defaults(overrides=overrides)
-    return command.run(_run, options, words)
+    return command.run(_run, parser(), argv, overrides=True)
 
 
 def parser() -> argparse.ArgumentParser:

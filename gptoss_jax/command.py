@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 import time
@@ -18,17 +17,23 @@ class UsageError(ValueError):
 
 
 def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser,
-        argv: Sequence[str] | None = None) -> int:
+        argv: Sequence[str] | None = None, *, overrides: bool = False) -> int:
     """Parse `argv`, call `body(arguments)` and return the exit code; adds `--debug` to the parser.
 
+    overrides: `--section.field value` and `--section.field=value` are left to a configuration file's reader, as `arguments.overrides`.
     Our errors are subclasses of ValueError, so these and OSError become one line on stderr and exit code 2, with `--debug` the traceback
     first. A bare ValueError is a bug of ours or of a library: it keeps its traceback.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; --help lists the flags\n")  # without the usage
+    flags = "--help lists the flags" + ", and --section.field value sets a field of a configuration" * overrides
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; {flags}\n")  # without the usage
     use_gpu_memory()
+    words = sys.argv[1:] if argv is None else list(argv)
+    if overrides:
+        words, found = _split_overrides(words)
+        parser.set_defaults(overrides=found)
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(words)
     except SystemExit as stop:  # argparse has printed its help, or the error
         return stop.code or 0
     try:
@@ -46,18 +51,6 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             traceback.print_exc()
         print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr)
         return 2
-
-
-def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (all other words, those of `--section.field value` and `--section.field=value`)."""
-    others, overrides, remaining = [], [], iter(words)
-    for word in remaining:
-        name, equals, _ = word.partition("=")
-        if name.startswith("--") and "." in name:
-            overrides += [word] if equals else [word, *itertools.islice(remaining, 1)]
-        else:
-            others.append(word)
-    return others, overrides
 
 
 def use_gpu_memory() -> None:
@@ -106,6 +99,17 @@ class Progress:
                 f"{seconds:.1f} s")
         start = "\r" if sys.stderr.isatty() else ""
         print(f"{start}{line}", end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (all other words, those of overrides)."""
+    others, overrides, lacks_value = [], [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        opens = name.startswith("--") and "." in name
+        (overrides if opens or lacks_value and not name.startswith("--") else others).append(word)
+        lacks_value = opens and not equals
+    return others, overrides
 
 
 def _one_line(error: Exception) -> str:

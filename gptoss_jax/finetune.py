@@ -14,7 +14,6 @@ from pathlib import Path
 from gptoss_jax import evaluate
 from gptoss_jax.command import UsageError, enable_compilation_cache, run
 
-_FLAGS = ("--debug", "--dry-run", "--distributed")  # after the configuration they land among the overrides
 _TERMINATED = 128 + signal.SIGTERM  # not 0: what started the run shall not take it for finished
 
 
@@ -29,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on, and stop before training")
     parser.add_argument("--distributed", action="store_true",
                         help="one process of several, as SLURM, Open MPI, Kubernetes or a TPU pod started them (see launch/)")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.field value", help="override fields of the file")
-    code = run(_finetune, parser, argv)
+    code = run(_finetune, parser, argv, overrides=True)
     if code == 2 and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         sys.stderr.flush()
         os._exit(code)  # leaving in good order would wait for the other processes, which wait for this one
@@ -40,13 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _finetune(arguments: argparse.Namespace) -> int:
     from gptoss_jax.training.config import load_config
 
-    flags = {flag for flag in _FLAGS if flag in arguments.overrides}
-    arguments.debug |= "--debug" in flags
-    config = load_config(arguments.config, [word for word in arguments.overrides if word not in flags])
-    if arguments.dry_run or "--dry-run" in flags:
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
         _dry_run(config)
         return 0
-    if arguments.distributed or "--distributed" in flags:
+    if arguments.distributed:
         _join_the_others()
     import jax  # once the configuration is known to be good
 

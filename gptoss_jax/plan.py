@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="H100", metavar="KIND", help="A100 (80 GB), H100, H200, B200, v5e, v5p, v6e, 7x or cpu (default: H100)")
     parser.add_argument("--mesh", metavar="AXIS=N,...",
                         help=f"several devices: {', '.join(AXES)}, for example expert=8; instead of the configuration's")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="of prompt and answer (default: the model's maximum)")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="max_context of an engine; generate has a power of two of prompt and answer (default: the model's maximum)")
     parser.add_argument("--batch", type=int, metavar="N", help="rows at once, a power of two (default: 1)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of computation (default: bfloat16)")
     how = parser.add_mutually_exclusive_group()
@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                      "of a training step: compile 4 and 6 layers and extend in a straight line")
     how.add_argument("--arithmetic", action="store_true", help="without temporaries: nothing is compiled, no wheel needed")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    words, overrides = command.split_overrides(sys.argv[1:] if argv is None else argv)
-    parser.set_defaults(overrides=overrides)
-    return command.run(run, parser, words)
+    return command.run(run, parser, argv, overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -63,7 +63,9 @@ def test_the_configuration_of_the_embedded_checkpoint_is_its_own():
     ("--train.compute_dtype bfloat", "train.compute_dtype: 'bfloat' found, expected one of float32, bfloat16; did you mean bfloat16?"),
     ("--model.hidden_size 33", "model: config: hidden_size is 33, expected a multiple of 32"),
     ("--run.steps", "--run.steps without a value"),
-    ("steps 5", "'steps' found, expected --section.field value"),
+    ("--run.steps --run.answers 5", "--run.steps without a value"),
+    ("--data.sources [{path:x", "--data.sources [{path:x: not readable YAML: expected ',' or '}'"),
+    ("--steps 5", "unrecognized arguments: --steps 5; --help lists the flags, and --section.field value sets a field of a configuration"),
 ])
 def test_a_wrong_setting_is_one_line_with_key_value_and_expectation(words, message, capsys):
     assert finetune.main([str(PRETRAIN_TINY), *words.split()]) == 2

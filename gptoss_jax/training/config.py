@@ -239,7 +239,7 @@ def _overridden(content: Mapping[str, Any], words: Sequence[str]) -> dict[str, A
         if not word.startswith("--") or "." not in key:
             raise TrainingConfigError(f"{word!r} found, expected --section.field value")
         if not equals:
-            if not words:
+            if not words or words[0].startswith("--"):
                 raise TrainingConfigError(f"{word} without a value, expected --{key} value")
             value = words.pop(0)
         *sections, field = key.split(".")
@@ -248,7 +248,10 @@ def _overridden(content: Mapping[str, Any], words: Sequence[str]) -> dict[str, A
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise TrainingConfigError(f"--{key}: {section} is {target!r}, expected a section")
-        target[field] = yaml.safe_load(value)
+        try:
+            target[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise TrainingConfigError(f"--{key} {value}: not readable YAML: {getattr(error, 'problem', error)}") from None
     return merged
 
 
