@@ -135,7 +135,8 @@ def _draw(logits_V, seed, step):
 
 def _invert(weights, uniform):
     """Return the index where the cumulative weights pass `uniform` of their sum; never one without weight, however sums are rounded."""
-    cumulative = jnp.cumsum(weights)
+    below = functools.partial(jnp.tri, weights.shape[0], dtype=bool)  # for a kernel where `cumsum` is two
+    cumulative = jax.lax.platform_dependent(weights, cuda=lambda weights: jnp.where(below(), weights, 0).sum(axis=1), default=jnp.cumsum)
     passed = (cumulative > uniform * cumulative[-1]) & (weights > 0)
     return jnp.argmax(jnp.where(passed, jnp.inf, weights))  # the first that passed; where rounding let none, the largest
 
