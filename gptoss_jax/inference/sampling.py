@@ -18,7 +18,8 @@ import numpy as np
 
 _LOWEST = -1e30
 _BLOCK = 512  # ids a block: about the square root of their number
-_SEARCH = {"cuda": (33, 6), "default": (2, 31)}  # ways of `_search` and how many times they are taken
+_IMPOSSIBLE = -1e8  # a logit whose probability is 0 by far; 1,287,568,417 float32 from here to 0
+_SEARCH = {"cuda": (33, 6), "default": (2, 31)}  # (parts, passes) of `_search`: as many parts to the power of passes, at least
 
 
 class SamplingError(ValueError):
@@ -143,39 +144,42 @@ def _invert(weights, uniform):
 
 def _filter(logits_V, settings: SamplingArrays):
     """Lower what the row's settings exclude. logits: scaled by temperature, largest 0."""
+    weights = jnp.exp(logits_V)
     top_k = jnp.where(settings.top_k > 0, settings.top_k, logits_V.shape[0])
-    kept = logits_V >= _cut(logits_V, jnp.ones_like(logits_V), top_k.astype(jnp.float32))
-    weights = jnp.where(kept, jnp.exp(logits_V), 0)
-    kept &= logits_V >= _cut(logits_V, weights, settings.top_p * weights.sum())
-    kept &= jnp.exp(logits_V) >= settings.min_p
-    return jnp.where(kept, logits_V, _LOWEST)
+    cut = _cut(logits_V, jnp.ones_like(logits_V), top_k.astype(jnp.float32), jnp.float32(_IMPOSSIBLE))
+    cut = _cut(logits_V, weights, settings.top_p * jnp.where(logits_V >= cut, weights, 0).sum(), cut)
+    return jnp.where((logits_V >= cut) & (weights >= settings.min_p), logits_V, _LOWEST)
 
 
-def _cut(values_V, weights_V, target):
-    """Return the largest value such that the weights of all values not below it sum to at least `target`; what keeps all when none does.
+def _cut(values_V, weights_V, target, least):
+    """Return the largest value such that the weights of all values not below it sum to at least `target`; `least` when none above that does.
 
-    values: float32 up to 0. On GPUs those below -1.3e8, whose exponential is 0 by far, may be cut off.
+    values: float32, the largest 0. least: float32, from _IMPOSSIBLE to 0.
     """
     by_platform = {platform: functools.partial(_search, ways=ways, passes=passes) for platform, (ways, passes) in _SEARCH.items()}
-    return jax.lax.platform_dependent(values_V, weights_V, target, **by_platform)
+    return jax.lax.platform_dependent(values_V, weights_V, target, least, **by_platform)
 
 
-def _search(values_V, weights_V, target, *, ways: int, passes: int):
+def _search(values_V, weights_V, target, least, *, ways: int, passes: int):
     """Search float32's bit patterns: exact, and far cheaper than sorting 201,088 logits.
 
-    A pass sums for the ways - 1 bounds between as many parts of what is left. All sums are taken in the same order, so that none is above
-    that of a lower bound, however they are rounded.
+    A pass sums for the ways - 1 bounds between equal parts of what is left. All sums are taken in the same order, so that none is above that
+    of a lower bound, however they are rounded.
     """
-    bits = jax.lax.bitcast_convert_type(values_V.astype(jnp.float32), jnp.int32)
-    ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
 
     def narrow(bounds_W, steps_2W):
-        sums_W = jnp.where(ordered[:, None] >= bounds_W, weights_V[:, None], 0).sum(axis=0)
+        sums_W = jnp.where(ordered_V[:, None] >= bounds_W, weights_V[:, None], 0).sum(axis=0)
         reached_W = jnp.where(sums_W >= target, bounds_W, bounds_W[0] - steps_2W[0, 0])
-        return (reached_W + steps_2W[1, :, None]).max(axis=1), None  # the next bounds at once: `low` and then they would be two kernels
+        return (reached_W + steps_2W[1, :, None]).max(axis=1), None  # the next bounds: with the largest reached by itself a kernel more
 
+    ordered_V, low = _ordered(values_V), _ordered(least)
     steps_PW = np.asarray([[way * ways**left for way in range(1, ways)] for left in reversed(range(passes))] + [[0] * (ways - 1)], np.int32)
-    lowest = np.int32(max(1 - ways**passes, -0x7F800001))  # minus infinity
-    bounds_W, _ = jax.lax.scan(narrow, lowest + steps_PW[0], np.stack([steps_PW[:-1], steps_PW[1:]], 1), unroll=ways > 2)
+    bounds_W, _ = jax.lax.scan(narrow, low + steps_PW[0], np.stack([steps_PW[:-1], steps_PW[1:]], 1), unroll=ways > 2)
     low = jnp.minimum(bounds_W[0], 0)
     return jax.lax.bitcast_convert_type(jnp.where(low < 0, low ^ 0x7FFFFFFF, low), jnp.float32)
+
+
+def _ordered(values):
+    """Return int32 in the order of the float32."""
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
