@@ -93,12 +93,12 @@ def main() -> None:
         others = (compiled_steps("gpt-oss-120b", layers, batch, ["decode"]) for layers, batch in ((4, 1), (2, 4), (4, 4)))
         counts = [kernels(step(steps["decode"].as_text())) for steps in (small, *others)]
         gradient = gradient_of_attention()
-        samplers = [sampler(*which) for which in ((Sampling(temperature=0), 1), (Sampling(), 1), (Sampling(top_k=1), 1), (Sampling(top_k=1), 8))]
+        samplers = [sampler(Sampling(temperature=0), 1), sampler(Sampling(), 1), *(sampler(Sampling(top_k=1), batch) for batch in (1, 8, 256))]
         found = {"kernels": counts, "kernels_per_layer": (counts[1].total() - counts[0].total()) / 2,
                  "kernels_per_layer_of_4_rows": (counts[3].total() - counts[2].total()) / 2,
                  "cache": cost.cache_bytes(PRESETS["gpt-oss-120b"].replace(num_hidden_layers=2, layer_types=()), 1, CONTEXT),
                  "decode": memory(small["decode"]), "prefill": memory(small["prefill"]), "prefill_kernels": entry(small["prefill"]),
-                 "sampler_kernels": [entry(program) for program in samplers], "sampler_of_8_rows": memory(samplers[-1]),
+                 "sampler_kernels": [entry(program) for program in samplers], "sampler_of_256_rows": memory(samplers[-1]),
                  "gradient": memory(gradient), "gradient_kernels": entry(gradient)}
     print(json.dumps(found, indent=1))
 

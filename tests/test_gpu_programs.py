@@ -34,12 +34,11 @@ def test_a_decode_step_starts_few_kernels_a_layer(programs):
 
 
 def test_a_sampled_token_starts_few_kernels(programs):
-    """3 of them greedy, 11 drawn (12 with jax 0.11), 51 filtered (52), or 54 for 8 rows: 3 in each of a cut's 6 passes. By halving, a filtered token
-    started 477, or 349 for 8 rows. What a pass compares, 32 bounds by 201,088 ids by 8 rows, would take 206 MB."""
-    older = jax.__version_info__ < (0, 12)
-    for found, most in zip(programs["sampler_kernels"], (3, 11 + older, 51 + older, 54), strict=True):
-        assert set(found) == {"fusion"} and found["fusion"] <= most
-    assert programs["sampler_of_8_rows"]["temp"] < 20e6
+    """3 of them greedy, 11 drawn, 52 filtered, 56 for 256 rows (one more with jax 0.11): 3 in each of a cut's 6 passes. By halving, a filtered
+    token started 477. No pass keeps what it compares: 32 bounds by 201,088 ids by 256 rows would be 1.6 GB of booleans, the logits are 206 MB."""
+    for found, most in zip(programs["sampler_kernels"], (3, 11, 52, 52, 56), strict=True):
+        assert set(found) == {"fusion"} and found["fusion"] <= most + (jax.__version_info__ < (0, 12))
+    assert programs["sampler_of_256_rows"]["temp"] < 500e6
 
 
 def test_the_cache_is_written_in_place(programs):
