@@ -185,7 +185,7 @@ LARGEST_0 = {
     "one by far": [-3e7] * 20 + [0] + [-2.9e7] * 20,
     "denormals": [0, -1e-45, -1e-40, -1e-38, -2e-45, -1e-30],
     "minus zero": [-0.0, 0, -0.0, -1e-45, -1],
-    "neighbours": np.nextafter(np.float32(-3), np.float32(0) * np.arange(50, dtype=np.float32) - np.arange(50) % 2 * 9).tolist() + [0, -3],
+    "neighbours": [*(np.float32(-3).view(np.int32) + np.arange(-20, 20, dtype=np.int32)).view(np.float32), 0, -3],
 } | {f"{size} random": np.append(-5 * np.abs(np.random.default_rng(size).standard_normal(size - 1)), 0) for size in (2, 513, 7000, 201_088)}
 search = jax.jit(sampling._search, static_argnames=("ways", "passes"))
 
@@ -223,7 +223,8 @@ def test_a_gpu_samples_the_same_tokens(monkeypatch):
     settings = [Sampling(temperature=0), Sampling(seed=5), Sampling(top_k=1), Sampling(top_k=50, temperature=1.3), Sampling(top_p=0.8, seed=9),
                 Sampling(top_k=300, top_p=0.95, min_p=0.01), Sampling(top_p=1e-30), Sampling(top_k=10**6, temperature=1e-3)]
     logits = rng.standard_normal((len(settings), 3001)).astype(np.float32) * 3
-    several = [logits, np.round(logits), np.zeros_like(logits), np.where(rng.random(logits.shape) < 0.99, -np.inf, logits), 1e-30 * logits, 1e6 * logits]
+    masked = np.where(rng.random(logits.shape) < 0.99, -np.inf, logits)
+    several = [logits, np.round(logits), np.zeros_like(logits), masked, 1e-30 * logits, 1e6 * logits]
 
     def tokens():
         run = jax.jit(lambda *args, kind: sample(*args, kind=kind, sampleable=2990), static_argnames="kind")
