@@ -121,9 +121,9 @@ def kernels(arguments, record) -> None:
     """Check the Hopper kernels, and every implementation of every op, against the reference; then time them."""
     config, limits = begin(arguments, record)
     from gptoss_jax.inference import measure
-    from gptoss_jax.kernels import decode_attention, expert_matmul
+    from gptoss_jax.kernels import decode_attention, decode_matmul, expert_matmul
 
-    for op in (expert_matmul, decode_attention):
+    for op in (expert_matmul, decode_attention, decode_matmul):
         record(what="check", op="hopper", kernel=op.__name__, missing=op.mosaic_gpu.device_unmet())
     context = min(8192, config.max_position_embeddings, max(arguments.contexts))
     for case in measure.cases(config, 4, min(context, 1024), experts=min(8, config.num_local_experts)):

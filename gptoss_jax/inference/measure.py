@@ -23,7 +23,7 @@ import numpy as np
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.sampling import Sampling
-from gptoss_jax.kernels import attention, decode_attention, expert_matmul
+from gptoss_jax.kernels import attention, decode_attention, decode_matmul, expert_matmul
 from gptoss_jax.kernels.cache_write import cache_write
 from gptoss_jax.kernels.dense_matmul import dense_matmul
 from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, mosaic_gpu
@@ -230,6 +230,17 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
         found.append(Case("dense_matmul", f"{name} {batch} rows", ("xla", "cpu"),
                           lambda how, x, weight: dense_matmul(x, weight, implementation=how), normal(batch, inputs), (normal(out, inputs),),
                           out * inputs * item, 2 * batch * out * inputs))
+
+    def products(how, x, added, scale, bias, *weights):
+        for weight in weights:  # several, which no cache keeps
+            y, _, _ = decode_matmul.decode_matmul(x, weight, bias, added_TD=added, scale_D=scale, epsilon=c.rms_norm_eps, implementation=how)
+            x += (y.ravel()[0] * 0).astype(x.dtype)
+        return y
+
+    for name, out, width, added in (("q, k and v", inputs, D, False), ("output", D, N * H, None), ("router", E, D, True)):
+        before = (normal(batch, width) if added else None, None if added is None else normal(width), normal(out) if added is None else None)
+        found.append(Case("decode_matmul", f"{name} {batch} rows", decode_matmul.IMPLEMENTATIONS, products, normal(batch, width),
+                          (*before, *(normal(out, width) for _ in range(4))), 4 * out * width * item, 8 * batch * out * width))
     found.append(Case("cache_write", f"{batch} x {context} slots", ("xla", "cpu"),
                       lambda how, old, new, slots: cache_write(old, new, slots, implementation=how),
                       normal(batch, context, K, H), (normal(batch, 1, K, H), positions[:, -1:]), 2 * batch * K * H * item, 0))
