@@ -121,9 +121,9 @@ def kernels(arguments, record) -> None:
     """Check the Hopper kernels, and every implementation of every op, against the reference; then time them."""
     config, limits = begin(arguments, record)
     from gptoss_jax.inference import measure
-    from gptoss_jax.kernels import decode_attention, expert_matmul
+    from gptoss_jax.kernels import decode_attention, decode_matmul, expert_matmul
 
-    for op in (expert_matmul, decode_attention):
+    for op in (expert_matmul, decode_attention, decode_matmul):
         record(what="check", op="hopper", kernel=op.__name__, missing=op.mosaic_gpu.device_unmet())
     context = min(8192, config.max_position_embeddings, max(arguments.contexts))
     for case in measure.cases(config, 4, min(context, 1024), experts=min(8, config.num_local_experts)):
@@ -141,7 +141,7 @@ def kernels(arguments, record) -> None:
 
 
 def variants(arguments, record) -> None:
-    """Time the Hopper kernel by tile, parts of the sum and stages: which plan is best can't be told from the compiled program."""
+    """Time the Hopper kernels by tile, parts of the sum, steps and stages: which plan is best can't be told from the compiled program."""
     config, limits = begin(arguments, record)
     import jax
     import jax.numpy as jnp
@@ -174,6 +174,28 @@ def variants(arguments, record) -> None:
                                     active * outputs * inputs * 17 // 32, 2 * len(x) * outputs * inputs)
                 row = {"what": "variant", "size": case.size, "splits": plan.splits, "stages": plan.stages, "planned": plan == planned}
                 in_time(arguments, record, row, lambda: measure.kernel(case, "", limits, repetitions=3, seconds=0.02))
+    product_variants(arguments, record, config, limits)
+
+
+def product_variants(arguments, record, config, limits) -> None:
+    """The same for a decode step's dense products of one row."""
+    import functools
+
+    import jax.numpy as jnp
+
+    from gptoss_jax.inference import measure
+    from gptoss_jax.kernels.decode_matmul import hopper_kernel
+
+    for case in measure.cases(config, 1, 128, experts=config.num_experts_per_tok):
+        if case.op != "decode_matmul":
+            continue
+        added, *_, weight = case.arrays
+        planned = hopper_kernel.plan(1, *weight.shape, added is not None)
+        for plan in {planned, planned._replace(stages=3), planned._replace(groups=1, stages=12), planned._replace(groups=1, stages=6)}:
+            multiply = functools.partial(hopper_kernel.matmul, plan=plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
+            run = case._replace(run=lambda _, *arrays, multiply=multiply: measure.products(multiply, *arrays))
+            row = {"what": "variant", "size": case.size, "groups": plan.groups, "stages": plan.stages, "planned": plan == planned}
+            in_time(arguments, record, row, lambda: measure.kernel(run, "", limits, repetitions=3, seconds=0.02))
 
 
 def model(arguments, record) -> None:
@@ -183,6 +205,7 @@ def model(arguments, record) -> None:
 
     from gptoss_jax import devices
     from gptoss_jax.inference import measure, memory_plan
+    from gptoss_jax.inference.sampling import Sampling
     from gptoss_jax.model import GptOss
 
     memory = devices.usable_bytes()
@@ -192,16 +215,19 @@ def model(arguments, record) -> None:
     by_kernel = any(name.endswith("hopper_words") for name in model.arrays())
     record(what="weights", seconds=time.monotonic() - start, experts="mosaic_gpu" if by_kernel else "xla")
     grid = [(batch, context) for batch in arguments.batches for context in arguments.contexts if context <= config.max_position_embeddings]
+    sampled = Sampling(top_p=0.95)  # of the sampler's three kinds the one that does most
     points = [("decode", *point) for point in sorted(grid, key=lambda point: FIRST.index(point) if point in FIRST else len(FIRST))]
     prompts = [("prefill", 1, min(tokens, config.max_position_embeddings - 1)) for tokens in arguments.prompts]
-    for what, batch, context in [*points[:3], *prompts[:2], *points[3:], *prompts[2:]]:
+    for what, batch, context in [*points[:3], *prompts[:2], ("decode sampled", *points[0][1:]), *points[3:], *prompts[2:]]:
         row = {"what": what, "batch": batch, "context": context}
         if memory_plan.by_arithmetic(config, batch, context, memory=memory).left < 0.02 * memory:  # temporaries
             record(**row, skipped="does not fit")
-        elif what == "decode":
-            in_time(arguments, record, row, lambda: measure.decode(model, batch, context, limits, steps=arguments.steps, repetitions=3))
-        else:
+        elif what == "prefill":
             in_time(arguments, record, row, lambda: measure.prefill(model, batch, context, limits, repetitions=3))
+        else:
+            sampling = measure.GREEDY if what == "decode" else sampled
+            in_time(arguments, record, row, lambda: measure.decode(model, batch, context, limits, steps=arguments.steps, repetitions=3,
+                                                                   sampling=sampling) | {"what": what})
     record(what="memory", **{name: size for name, size in (jax.devices()[0].memory_stats() or {}).items() if "bytes" in name})
 
 
@@ -315,8 +341,8 @@ def show(path: pathlib.Path) -> None:
     missing = collections.Counter()
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row.get("what") in ("decode", "prefill") and "tokens_per_second" in row:
-            print(f"{row['model']} {row['what']:8} batch {row['batch']:4} context {row['context']:7,}: {row['tokens_per_second']:12,.1f} tokens/s, "
+        if row.get("what") in ("decode", "decode sampled", "prefill") and "tokens_per_second" in row:
+            print(f"{row['model']} {row['what']:14} batch {row['batch']:4} context {row['context']:7,}: {row['tokens_per_second']:12,.1f} tokens/s, "
                   f"{row['floor_fraction']:6.1%} of the floor {row['xla_flags']}".rstrip())
         elif row.get("op") == "hopper" and row["what"] == "check":
             print(f"Hopper kernel of {row['kernel']}: {row['missing'] and 'needs ' + row['missing'] or 'equals the reference'}")

@@ -13,10 +13,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptoss_jax import devices
 from gptoss_jax.config import PRESETS
 from gptoss_jax.inference.engine import Engine
+from gptoss_jax.inference.sampling import Sampling, sample, stack
 from gptoss_jax.kernels.attention import attention
 from gptoss_jax.model import GptOss, cost
 
@@ -67,6 +69,15 @@ def gradient_of_attention():
     return jax.jit(jax.grad(loss)).lower(arrays, tag, tag).compile()
 
 
+def sampler(settings: Sampling, batch: int):
+    """Return the compiled sampler of what serves these settings."""
+    config, place = PRESETS["gpt-oss-120b"], jax.sharding.SingleDeviceSharding(devices.described("H100")[0])
+    kind, arrays = stack([settings] * batch)
+    logits = jax.ShapeDtypeStruct((batch, config.vocab_size), jnp.float32, sharding=place)
+    jitted = jax.jit(sample, static_argnames=("kind", "sampleable"))
+    return jitted.lower(logits, arrays, np.zeros(batch, np.int32), kind=kind, sampleable=config.vocab_size).compile()
+
+
 def entry(program) -> collections.Counter:
     text = program.as_text()
     return kernels(text[text.index("\nENTRY ") + 1 :])
@@ -82,10 +93,12 @@ def main() -> None:
         others = (compiled_steps("gpt-oss-120b", layers, batch, ["decode"]) for layers, batch in ((4, 1), (2, 4), (4, 4)))
         counts = [kernels(step(steps["decode"].as_text())) for steps in (small, *others)]
         gradient = gradient_of_attention()
+        samplers = [sampler(Sampling(temperature=0), 1), sampler(Sampling(), 1), *(sampler(Sampling(top_k=1), batch) for batch in (1, 8, 256))]
         found = {"kernels": counts, "kernels_per_layer": (counts[1].total() - counts[0].total()) / 2,
                  "kernels_per_layer_of_4_rows": (counts[3].total() - counts[2].total()) / 2,
                  "cache": cost.cache_bytes(PRESETS["gpt-oss-120b"].replace(num_hidden_layers=2, layer_types=()), 1, CONTEXT),
                  "decode": memory(small["decode"]), "prefill": memory(small["prefill"]), "prefill_kernels": entry(small["prefill"]),
+                 "sampler_kernels": [entry(program) for program in samplers], "sampler_of_256_rows": memory(samplers[-1]),
                  "gradient": memory(gradient), "gradient_kernels": entry(gradient)}
     print(json.dumps(found, indent=1))
 

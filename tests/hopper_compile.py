@@ -37,6 +37,9 @@ CASES = [
 DECODE_CASES = [("NVIDIA H200", 1, 131_072, False), ("NVIDIA H200", 1, 128, True), ("NVIDIA H100 80GB HBM3", 64, 8192, False)]
 # device, tokens, experts: routing of four experts a token
 ROUTINGS = [("NVIDIA H200", 1, 128), ("NVIDIA H100 80GB HBM3", 4, 32), ("NVIDIA H200", 17, 32), ("NVIDIA H100 80GB HBM3", 128, 128)]
+# device, rows, outputs, inputs, whether they are summed and normed, whether only normed: q, k and v; the attention's output; both routers
+PRODUCTS = [("NVIDIA H200", 1, 5120, 2880, False, True), ("NVIDIA H100 80GB HBM3", 8, 2880, 4096, False, False),
+            ("NVIDIA H200", 16, 128, 2880, True, True), ("NVIDIA H100 80GB HBM3", 1, 32, 2880, True, True)]
 
 
 def tool(package, pattern):
@@ -54,7 +57,8 @@ def missing():
 
 
 def main(folder):
-    cases = [(compile_, case) for compile_, cases in ((compile_experts, CASES), (compile_decode, DECODE_CASES), (compile_routing, ROUTINGS)) for case in cases]
+    cases = [(compile_, case) for compile_, cases in ((compile_experts, CASES), (compile_decode, DECODE_CASES), (compile_routing, ROUTINGS),
+                                                      (compile_product, PRODUCTS)) for case in cases]
     for number, (compile_, case) in enumerate(cases):
         dump = pathlib.Path(folder) / str(number)
         dump.mkdir(parents=True)
@@ -117,6 +121,19 @@ def compile_routing(shape, tokens, experts):
     jax.jit(lambda *arrays: hopper_routing.route(*arrays, None, np.zeros(1, np.int32), count=4, experts=experts, rows=8)).lower(
         shape((tokens, experts), jnp.float32), shape((experts,), jnp.bfloat16)).compile()
     return {"op": "routing", "tokens": tokens, "experts": experts}
+
+
+def compile_product(shape, rows, outputs, inputs, summed, normed):
+    import jax
+    import jax.numpy as jnp
+
+    from gptoss_jax.kernels.decode_matmul import hopper_kernel
+
+    plan, x = hopper_kernel.plan(rows, outputs, inputs, summed), shape((rows, inputs), jnp.bfloat16)
+    scale, bias = shape((inputs,), jnp.bfloat16) if normed else None, None if normed else shape((outputs,), jnp.bfloat16)
+    jax.jit(lambda *arrays: hopper_kernel.matmul(*arrays, plan, epsilon=1e-5, dtype=jnp.float32 if normed else jnp.bfloat16)).lower(
+        x, x if summed else None, scale, shape((outputs, inputs), jnp.bfloat16), bias).compile()
+    return {"op": "product", "normed": normed, "blocks": outputs // plan.outputs, **plan._asdict()}
 
 
 def report(dump):

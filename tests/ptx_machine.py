@@ -224,6 +224,9 @@ class Machine:
     # Instructions.
 
     def _binary(self, warp, mask, parts, operands, function):
+        if parts[-1] == "bf16x2":
+            pairs = (self._get(warp, operand, np.uint32).copy().view(_BF16).astype(np.float32) for operand in operands[1:])
+            return self._set(warp, mask, operands[0], function(*pairs).astype(_BF16).view(np.uint32))
         dtype = _TYPES[parts[-1]]
         result = function(*(self._get(warp, operand, dtype) for operand in operands[1:]))
         self._set(warp, mask, operands[0], result.astype(dtype))
@@ -254,9 +257,6 @@ class Machine:
         self._binary(*step, np.subtract)
 
     def _mul(self, warp, mask, parts, operands):
-        if parts[-1] == "bf16x2":
-            a, b = (self._get(warp, operand, np.uint32).copy().view(_BF16).astype(np.float32) for operand in operands[1:])
-            return self._set(warp, mask, operands[0], (a * b).astype(_BF16).view(np.uint32))
         if parts[1] in ("wide", "hi"):
             dtype = np.dtype(_TYPES[parts[-1]])
             a, b = (self._get(warp, operand, dtype).astype(object if dtype.itemsize == 8 else f"{dtype.kind}{2 * dtype.itemsize}")
@@ -281,6 +281,9 @@ class Machine:
 
     def _ex2(self, *step):
         self._binary(*step, np.exp2)
+
+    def _rsqrt(self, *step):
+        self._binary(*step, lambda x: 1 / np.sqrt(x))
 
     def _lg2(self, *step):
         self._binary(*step, np.log2)
@@ -314,6 +317,10 @@ class Machine:
 
     def _shl(self, warp, mask, parts, operands):
         self._shift(warp, mask, parts, operands, np.left_shift)
+
+    def _bfe(self, warp, mask, parts, operands):
+        first, count = (int(operand) for operand in operands[2:])
+        self._binary(warp, mask, parts, operands[:2], lambda x: x << x.dtype.type(8 * x.itemsize - first - count) >> x.dtype.type(8 * x.itemsize - count))
 
     def _shr(self, warp, mask, parts, operands):
         self._shift(warp, mask, parts, operands, np.right_shift)

@@ -65,7 +65,7 @@ def test_every_implementation_that_runs_here_agrees_with_the_reference():
             if measure.unmet(case, how) is None:
                 assert measure.compare(case, how) < 0.02, (case.op, case.size, how)  # bfloat16
                 checked.add((case.op, how))
-    ops = ("expert_mlp", "expert_matmul", "attention", "decode_attention", "dense_matmul", "cache_write")
+    ops = ("expert_mlp", "expert_matmul", "attention", "decode_attention", "decode_matmul", "dense_matmul", "cache_write")
     assert {(op, "xla") for op in ops} <= checked
 
 
@@ -105,7 +105,7 @@ def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
     assert code == 0 and "[memory: weights" in err and "ran expert_mlp" in out and "of the floor" in out
     rows = [json.loads(line) for line in quick.read_text().splitlines()]
     assert [row["what"] for row in rows] == ["ceilings", "prefill"] and rows[1]["context"] == 20 and rows[1]["jax"] == jax.__version__
-    assert set(rows[1]["implementations"]) == {"expert_mlp", "expert_matmul", "attention", "decode_attention", "dense_matmul", "cache_write"}
+    assert set(rows[1]["implementations"]) == {"expert_mlp", "expert_matmul", "attention", "decode_attention", "decode_matmul", "dense_matmul", "cache_write"}
 
 
 def test_load_is_timed(capsys, quick):

@@ -7,6 +7,7 @@ import pytest
 from conftest import DATA
 
 from gptoss_jax import checkpoint, sharding
+from gptoss_jax.inference import sampling
 from gptoss_jax.inference.engine import Engine, PromptError
 from gptoss_jax.inference.sampling import Sampling, SamplingError, sample, stack
 
@@ -173,3 +174,65 @@ def test_draws_follow_the_distribution_and_unsampleable_ids_never_come():
     ids, logprobs = draw(jnp.broadcast_to(logits, (rows, 4)), arrays, jnp.arange(rows), kind=kind, sampleable=3)
     np.testing.assert_allclose(np.bincount(ids, minlength=4) / rows, [0.5, 0.3, 0.2, 0], atol=0.015)  # four standard deviations
     np.testing.assert_allclose(np.exp(logprobs), np.asarray([0.5, 0.3, 0.2])[ids], rtol=1e-5)
+
+
+LARGEST_0 = {
+    "one": [0],
+    "ties": [-1, 0, -2, -1, 0, -1, -2, -3] * 9,
+    "all equal": [0] * 40,
+    "masked": [-1e30, 0, -1e30, -0.5, -1e30] * 5,
+    "minus infinity": [0, -np.inf, -1, -np.inf],
+    "one by far": [-3e7] * 20 + [0] + [-2.9e7] * 20,
+    "denormals": [0, -1e-45, -1e-40, -1e-38, -2e-45, -1e-30],
+    "minus zero": [-0.0, 0, -0.0, -1e-45, -1],
+    "neighbours": [*(np.float32(-3).view(np.int32) + np.arange(-20, 20, dtype=np.int32)).view(np.float32), 0, -3],
+} | {f"{size} random": np.append(-5 * np.abs(np.random.default_rng(size).standard_normal(size - 1)), 0) for size in (2, 513, 7000, 201_088)}
+search = jax.jit(sampling._search, static_argnames=("ways", "passes"))
+
+
+@pytest.mark.parametrize("values", LARGEST_0.values(), ids=LARGEST_0)
+@pytest.mark.parametrize("ways, passes", sampling._SEARCH.values(), ids=sampling._SEARCH)
+def test_a_cut_is_the_largest_value_that_reaches_the_target(values, ways, passes):
+    """In integers, so that no sum is rounded. What is below -1e8 has no probability and goes."""
+    values = np.asarray(values, np.float32)
+    weights = np.random.default_rng(1).integers(0, 4, values.size).astype(np.float32)
+    weights[values == 0] = 1
+    for weights in (np.ones_like(weights), weights):
+        distinct, place = np.unique(-values, return_inverse=True)  # the largest value first
+        sums = np.cumsum(np.bincount(place, weights))
+        for target in {0, 1, 2, 3, sums[-1] // 3, sums[-1] - 1, sums[-1], sums[-1] + 1, 1e9}:
+            for least in np.float32([-1e8, -1.5, 0]):
+                cut = max(-distinct[min(np.searchsorted(sums, target), distinct.size - 1)], least)
+                kept = values >= np.asarray(search(values, weights, np.float32(target), least, ways=ways, passes=passes))
+                np.testing.assert_array_equal(kept, values >= cut, err_msg=f"target {target}, least {least}")
+
+
+@pytest.mark.parametrize("ways, passes", sampling._SEARCH.values(), ids=sampling._SEARCH)
+@pytest.mark.parametrize("share", [1e-6, 0.3, 0.9, 0.999])
+def test_a_cut_by_probability_keeps_no_more_than_reaches_it(share, ways, passes):
+    values = LARGEST_0["7000 random"].astype(np.float32)
+    weights = np.exp(values)
+    cut = np.asarray(search(values, weights, np.float32(share * weights.sum()), np.float32(-1e8), ways=ways, passes=passes))
+    p = weights.astype(np.float64) / weights.sum(dtype=np.float64)
+    assert cut in values and p[values > cut].sum() - 1e-6 < share < p[values >= cut].sum() + 1e-6
+
+
+def test_a_gpu_samples_the_same_tokens(monkeypatch):
+    """By what it runs instead of what CPUs do, run here; the rows of each kind, of ties and of masked logits, too."""
+    rng = np.random.default_rng(0)
+    settings = [Sampling(temperature=0), Sampling(seed=5), Sampling(top_k=1), Sampling(top_k=50, temperature=1.3), Sampling(top_p=0.8, seed=9),
+                Sampling(top_k=300, top_p=0.95, min_p=0.01), Sampling(top_p=1e-30), Sampling(top_k=10**6, temperature=1e-3)]
+    logits = rng.standard_normal((len(settings), 3001)).astype(np.float32) * 3
+    masked = np.where(rng.random(logits.shape) < 0.99, -np.inf, logits)
+    several = [logits, np.round(logits), np.zeros_like(logits), masked, 1e-30 * logits, 1e6 * logits]
+
+    def tokens():
+        run = jax.jit(lambda *args, kind: sample(*args, kind=kind, sampleable=2990), static_argnames="kind")
+        return [run(logits, stack(settings)[1], np.full(len(settings), step, np.int32), kind=kind)
+                for logits in several for step in range(3) for kind in ("greedy", "plain", "filtered")]
+
+    expected = tokens()
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
+    for (ids, logprobs), (expected_ids, expected_logprobs) in zip(tokens(), expected):
+        np.testing.assert_array_equal(ids, expected_ids)
+        np.testing.assert_allclose(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)

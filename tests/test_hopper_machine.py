@@ -8,6 +8,10 @@ import numpy as np
 import ptx_machine
 import pytest
 from test_decode_attention import CASES, arguments
+from test_decode_matmul import CASES as PRODUCTS
+from test_decode_matmul import arguments as product_arguments
+from test_decode_matmul import check as check_product
+from test_decode_matmul import planned
 
 from gptoss_jax.kernels.decode_attention import mosaic_gpu as decode_kernel
 from gptoss_jax.kernels.decode_attention import reference as decode_reference
@@ -151,4 +155,20 @@ def test_decode_attention(case, late):
     np.testing.assert_allclose(out, expected[0].reshape(out.shape), rtol=2**-7, atol=2**-8)
     np.testing.assert_array_equal(keys, expected[1])
     np.testing.assert_array_equal(values, expected[2])
+    assert any(name.startswith("wgmma.mma_async") for name in ran[0])
+
+
+@needs_compiler
+@asynchronous
+@pytest.mark.parametrize("case", PRODUCTS, ids=PRODUCTS)
+def test_decode_products(case, late):
+    from hopper_machine import on_machine
+
+    from gptoss_jax.kernels.decode_matmul import hopper_kernel
+
+    *sizes, groups, stages = PRODUCTS[case]
+    arrays, dtype = product_arguments(*sizes), jnp.bfloat16 if "bias" in sizes[-1] else jnp.float32
+    with on_machine(late=late) as ran:
+        found = hopper_kernel.matmul(*arrays, planned(*sizes, groups, stages), epsilon=1e-5, dtype=jnp.dtype(dtype))
+    check_product(found, arrays, dtype)
     assert any(name.startswith("wgmma.mma_async") for name in ran[0])

@@ -23,7 +23,7 @@ import numpy as np
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.sampling import Sampling
-from gptoss_jax.kernels import attention, decode_attention, expert_matmul
+from gptoss_jax.kernels import attention, decode_attention, decode_matmul, expert_matmul
 from gptoss_jax.kernels.cache_write import cache_write
 from gptoss_jax.kernels.dense_matmul import dense_matmul
 from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, mosaic_gpu
@@ -115,7 +115,8 @@ class _Primed(Engine):
         return jax.device_put((cache, hidden), self._place(cache, hidden))
 
 
-def decode(model: GptOss, batch: int, context: int, limits: Ceilings, *, steps: int = 32, repetitions: int = 5, trace=None) -> dict:
+def decode(model: GptOss, batch: int, context: int, limits: Ceilings, *, steps: int = 32, repetitions: int = 5, trace=None,
+           sampling: Sampling = GREEDY) -> dict:
     """Time decode steps of `batch` rows whose contexts end at `context` tokens, as `Engine.stream` runs them, the tokens read by the host."""
     count = _WARM_STEPS + steps + 1
     engine = _Primed(model, max_context=min(model.config.max_position_embeddings, max(context, count + 1)))
@@ -123,7 +124,7 @@ def decode(model: GptOss, batch: int, context: int, limits: Ceilings, *, steps: 
     prompts = [[0] * max(min(context, engine.max_context) - count, 1)] * batch
 
     def once() -> float:
-        times = [time.perf_counter() for token in engine.stream(prompts, GREEDY, max_new_tokens=count) if token.row == batch - 1]
+        times = [time.perf_counter() for token in engine.stream(prompts, sampling, max_new_tokens=count) if token.row == batch - 1]
         return (times[-1] - times[_WARM_STEPS]) / (len(times) - 1 - _WARM_STEPS)
 
     dtype = str(engine.dtype)
@@ -230,10 +231,28 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
         found.append(Case("dense_matmul", f"{name} {batch} rows", ("xla", "cpu"),
                           lambda how, x, weight: dense_matmul(x, weight, implementation=how), normal(batch, inputs), (normal(out, inputs),),
                           out * inputs * item, 2 * batch * out * inputs))
+
+    for name, out, width, added in (("q, k and v", inputs, D, False), ("output", D, N * H, None), ("router", E, D, True)):
+        before = (normal(batch, width) if added else None, None if added is None else normal(width), normal(out) if added is None else None)
+        found.append(Case("decode_matmul", f"{name} {batch} rows", decode_matmul.IMPLEMENTATIONS,
+                          lambda how, *arrays: products(functools.partial(_decode_matmul, how, epsilon=c.rms_norm_eps), *arrays), normal(batch, width),
+                          (*before, *(normal(out, width) for _ in range(4))), 4 * out * width * item, 8 * batch * out * width))
     found.append(Case("cache_write", f"{batch} x {context} slots", ("xla", "cpu"),
                       lambda how, old, new, slots: cache_write(old, new, slots, implementation=how),
                       normal(batch, context, K, H), (normal(batch, 1, K, H), positions[:, -1:]), 2 * batch * K * H * item, 0))
     return found
+
+
+def _decode_matmul(how, x, added, scale, weight, bias, *, epsilon):
+    return decode_matmul.decode_matmul(x, weight, bias, added_TD=added, scale_D=scale, epsilon=epsilon, implementation=how)
+
+
+def products(multiply: Callable, x, added, scale, bias, *weights):
+    """Call multiply(x, added, scale, weight, bias) for several weights, which no cache keeps, each call fed from the one before."""
+    for weight in weights:
+        y, _, _ = multiply(x, added, scale, weight, bias)
+        x += (y.ravel()[0] * 0).astype(x.dtype)
+    return y
 
 
 def chosen_implementation(case: Case) -> str:

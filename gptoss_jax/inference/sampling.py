@@ -1,8 +1,12 @@
-"""Choosing the next token, on the device, each row with its own settings and its own random stream."""
+"""Choosing the next token, on the device, each row with its own settings and its own random stream.
+
+On a GPU what a token takes is the number of kernels started: there a pass over the logits does more, and passes are fewer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -14,6 +18,8 @@ import numpy as np
 
 _LOWEST = -1e30
 _BLOCK = 512  # ids a block: about the square root of their number
+_IMPOSSIBLE = -1e8  # a logit whose probability is 0 by far; 1,287,568,417 float32 from here to 0
+_SEARCH = {"cuda": (33, 6), "default": (2, 31)}  # (parts, passes) of `_search`: as many parts to the power of passes, at least
 
 
 class SamplingError(ValueError):
@@ -77,21 +83,44 @@ def sample(logits_BV, settings: SamplingArrays, step_B, *, kind: str, sampleable
     """Return (ids int32 [B], their log-probabilities float32 [B] under the model's own distribution, before temperature and filters).
 
     step: how many tokens the row has generated, so that its random numbers depend on nothing but its seed and the step.
-    kind: from `stack`. sampleable: ids from here up are never chosen and have no probability.
+    kind: from `stack`. sampleable: ids from here up are never chosen and have no probability. Compiled for one row on an H100 the greedy kind
+    starts 3 kernels, plain 11, filtered 52.
     """
     id_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     logits_BV = jnp.where(id_V < sampleable, logits_BV, _LOWEST)
-    logits_BV -= logits_BV.max(axis=-1, keepdims=True)
-    # The first largest; `argmax` is a loop without vector instructions on CPUs.
-    ids_B = jnp.where(logits_BV == 0, id_V, sampleable - 1).min(axis=-1)
+    by_platform = {"cuda": _in_one_pass, "default": _in_two_passes}
+    largest_B, ids_B, total_B = jax.lax.platform_dependent(
+        logits_BV, **{platform: functools.partial(run, last=sampleable - 1) for platform, run in by_platform.items()})
+    logits_BV -= largest_B[:, None]
     if kind != "greedy":
         scaled = jnp.maximum(logits_BV / jnp.maximum(settings.temperature, 1e-6)[:, None], _LOWEST)
         if kind == "filtered":
             scaled = jax.vmap(_filter)(scaled, settings)
         drawn_B = jax.vmap(_draw)(scaled, settings.seed, step_B)
         ids_B = jnp.where(settings.temperature > 0, drawn_B, ids_B)
-    logprobs_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0] - jnp.log(jnp.exp(logits_BV).sum(axis=-1))
+    logprobs_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0] - jnp.log(total_B)
     return ids_B, logprobs_B
+
+
+def _in_two_passes(logits_BV, *, last: int):
+    """Return of each row (the largest logit, the first id that has it, the sum of exp(logit - largest)). last: the id where there is none."""
+    largest_B = logits_BV.max(axis=-1)
+    logits_BV -= largest_B[:, None]
+    # `argmax` is a loop without vector instructions on CPUs.
+    return largest_B, jnp.where(logits_BV == 0, jnp.arange(logits_BV.shape[1]), last).min(axis=-1), jnp.exp(logits_BV).sum(axis=-1)
+
+
+def _in_one_pass(logits_BV, *, last: int):
+    """Return the same: parts of a row are merged, which takes two exponentials an id."""
+
+    def merge(a, b):
+        largest = jnp.maximum(a[0], b[0])
+        first = jnp.minimum(*(jnp.where(part[0] == largest, part[1], last) for part in (a, b)))
+        return largest, first, sum(part[2] * jnp.exp(part[0] - largest) for part in (a, b))
+
+    id_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
+    nothing = np.float32(2 * _LOWEST), np.int32(last), np.float32(0)
+    return jax.lax.reduce((logits_BV, id_BV, jnp.ones_like(logits_BV)), nothing, merge, (1,))
 
 
 def _draw(logits_V, seed, step):
@@ -108,34 +137,50 @@ def _draw(logits_V, seed, step):
 
 def _invert(weights, uniform):
     """Return the index where the cumulative weights pass `uniform` of their sum; never one without weight, however sums are rounded."""
-    cumulative = jnp.cumsum(weights)
+    below = functools.partial(jnp.tri, weights.shape[0], dtype=bool)  # for a kernel where `cumsum` is two
+    cumulative = jax.lax.platform_dependent(weights, cuda=lambda weights: jnp.where(below(), weights, 0).sum(axis=1), default=jnp.cumsum)
     passed = (cumulative > uniform * cumulative[-1]) & (weights > 0)
-    return jnp.where(passed.any(), jnp.argmax(passed), jnp.argmax(weights))
+    return jnp.argmax(jnp.where(passed, jnp.inf, weights))  # the first that passed; where rounding let none, the largest
 
 
 def _filter(logits_V, settings: SamplingArrays):
     """Lower what the row's settings exclude. logits: scaled by temperature, largest 0."""
+    weights = jnp.exp(logits_V)
     top_k = jnp.where(settings.top_k > 0, settings.top_k, logits_V.shape[0])
-    kept = logits_V >= _cut(logits_V, jnp.ones_like(logits_V), top_k.astype(jnp.float32))
-    weights = jnp.where(kept, jnp.exp(logits_V), 0)
-    kept &= logits_V >= _cut(logits_V, weights, settings.top_p * weights.sum())
-    kept &= jnp.exp(logits_V) >= settings.min_p
-    return jnp.where(kept, logits_V, _LOWEST)
+    cut = _cut(logits_V, jnp.ones_like(logits_V), top_k.astype(jnp.float32), jnp.float32(_IMPOSSIBLE))
+    cut = _cut(logits_V, weights, settings.top_p * jnp.where(logits_V >= cut, weights, 0).sum(), cut)
+    return jnp.where((logits_V >= cut) & (weights >= settings.min_p), logits_V, _LOWEST)
 
 
-def _cut(values_V, weights_V, target):
-    """Return the largest value such that the weights of all values not below it sum to at least `target`; the smallest when none does.
+def _cut(values_V, weights_V, target, least):
+    """Return the largest value such that the weights of all values not below it sum to at least `target`; `least` when none above that does.
 
-    A binary search over float32's bit patterns, 32 sums: exact, and far cheaper than sorting 201,088 logits.
+    values: float32, the largest 0. least: float32, from _IMPOSSIBLE to 0.
     """
-    bits = jax.lax.bitcast_convert_type(values_V.astype(jnp.float32), jnp.int32)
-    ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+    by_platform = {platform: functools.partial(_search, ways=ways, passes=passes) for platform, (ways, passes) in _SEARCH.items()}
+    return jax.lax.platform_dependent(values_V, weights_V, target, least, **by_platform)
 
-    def halve(_, bounds):
-        low, high = bounds  # `low` reaches the target, `high` doesn't
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        reaches = jnp.where(ordered >= middle, weights_V, 0).sum() >= target
-        return jnp.where(reaches, middle, low), jnp.where(reaches, high, middle)
 
-    low, _ = jax.lax.fori_loop(0, 32, halve, (ordered.min(), ordered.max() + 1))
+def _search(values_V, weights_V, target, least, *, ways: int, passes: int):
+    """Search float32's bit patterns: exact, and far cheaper than sorting 201,088 logits.
+
+    A pass sums for the ways - 1 bounds between equal parts of what is left. All sums are taken in the same order, so that none is above that
+    of a lower bound, however they are rounded.
+    """
+
+    def narrow(bounds_W, steps_2W):
+        sums_W = jnp.where(ordered_V[:, None] >= bounds_W, weights_V[:, None], 0).sum(axis=0)
+        reached_W = jnp.where(sums_W >= target, bounds_W, bounds_W[0] - steps_2W[0, 0])
+        return (reached_W + steps_2W[1, :, None]).max(axis=1), None  # the next bounds: with the largest reached by itself a kernel more
+
+    ordered_V, low = _ordered(values_V), _ordered(least)
+    steps_PW = np.asarray([[way * ways**left for way in range(1, ways)] for left in reversed(range(passes))] + [[0] * (ways - 1)], np.int32)
+    bounds_W, _ = jax.lax.scan(narrow, low + steps_PW[0], np.stack([steps_PW[:-1], steps_PW[1:]], 1), unroll=ways > 2)
+    low = jnp.minimum(bounds_W[0], 0)
     return jax.lax.bitcast_convert_type(jnp.where(low < 0, low ^ 0x7FFFFFFF, low), jnp.float32)
+
+
+def _ordered(values):
+    """Return int32 in the order of the float32."""
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

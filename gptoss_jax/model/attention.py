@@ -13,7 +13,7 @@ from gptoss_jax import sharding
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.kernels.attention import attention
 from gptoss_jax.kernels.decode_attention import decode_attention, rotate
-from gptoss_jax.kernels.dense_matmul import dense_matmul
+from gptoss_jax.kernels.decode_matmul import decode_matmul
 from gptoss_jax.model import cache as cache_lib, ring
 from gptoss_jax.model.linear import Linear
 
@@ -37,8 +37,6 @@ class Attention(nnx.Module):
         c = self.config
         implementation = "auto" if mesh is None or mesh.size == 1 else "xla"
         B, T, _ = x_BTD.shape
-        if cache is not None and T == 1 and hasattr(self, QKV):
-            return self._decode(x_BTD, rope, cache, chunk, mesh)
         q, k, v = (x.reshape(B, T, -1, c.head_dim) for x in self._project(x_BTD, mesh))
         q = sharding.constrain(rotate(q, *rope), ("batch", "tokens", "heads", None), mesh)
         k = sharding.constrain(rotate(k, *rope), ("batch", "tokens", "kv_heads", None), mesh)
@@ -52,13 +50,17 @@ class Attention(nnx.Module):
         out = self._attend(q, k.astype(q.dtype), v.astype(q.dtype), self.sinks[...].reshape(-1), *tags, mesh=mesh, order=order)
         return self.o_proj(out.reshape(B, T, -1), mesh=mesh), cache
 
-    def _decode(self, x_B1D, rope, cache, chunk, mesh):
-        """Do the same for one token a row, of joined projections: on one device."""
-        projection, angles = getattr(self, QKV), (table[:, 0] for table in rope)
-        qkv_BJ = dense_matmul(x_B1D[:, 0], projection.weight[...], dtype=jnp.float32)
-        out_BJ, *new = decode_attention(qkv_BJ, projection.bias[...], *angles, *cache, self.sinks[...], chunk.positions[:, 0],
-                                        ring=self.window is not None, dtype=x_B1D.dtype)
-        return self.o_proj(out_BJ[:, None], mesh=mesh), cache_lib.LayerCache(*new)
+    @property
+    def for_hopper(self) -> bool:
+        """Whether the weights are arranged for decode's kernels on a Hopper GPU."""
+        return self.sinks[...].ndim == 2
+
+    def decode(self, qkv_BJ, rope, cache, chunk, dtype):
+        """Do the same for one token a row, of what the joined projections gave, float32 without the bias: on one device. Returns ([B, D], cache)."""
+        out_BJ, *new = decode_attention(qkv_BJ, getattr(self, QKV).bias[...], *(table[:, 0] for table in rope), *cache, self.sinks[...],
+                                        chunk.positions[:, 0], ring=self.window is not None, dtype=dtype)
+        out_BD, _, _ = decode_matmul(out_BJ, self.o_proj.weight[...], self.o_proj.bias[...], for_hopper=self.for_hopper)
+        return out_BD, cache_lib.LayerCache(*new)
 
     def _project(self, x_BTD, mesh):
         if not hasattr(self, QKV):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gptoss_jax.kernels.decode_matmul import decode_matmul, rms_norm
 from gptoss_jax.kernels.dense_matmul import dense_matmul
 
 
@@ -33,13 +34,16 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation in float32 (Zhang and Sennrich 2019), as openai/gpt-oss: scaled before rounding to x's dtype."""
+    """`rms_norm` with its scale, `name.weight` [D]."""
 
     def __init__(self, weights: Mapping[str, jax.Array], name: str, epsilon: float):
         self.weight = nnx.Param(weights[f"{name}.weight"])
         self.epsilon = epsilon
 
     def __call__(self, x):
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.epsilon)
+
+    def before(self, linear: Linear, x_BD, added_BD=None, *, for_hopper: bool):
+        """Return (linear(norm of x + added) in float32 without its bias; the sum; the norm), of a token each: in one kernel where that can run."""
+        return decode_matmul(x_BD, linear.weight[...], added_TD=added_BD, scale_D=self.weight[...], epsilon=self.epsilon, dtype=jnp.float32,
+                             for_hopper=for_hopper)

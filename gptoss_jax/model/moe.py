@@ -90,19 +90,18 @@ class MoE(nnx.Module):
         self.router = Linear(weights, f"model.layers.{layer}.mlp.router")
         self.experts = Experts(config, f"model.layers.{layer}.mlp.experts", weights)
 
-    def route(self, x_BTD, mesh=None):
-        """Return (scores float32 [B, T, E], which lack the bias; logits; chosen experts int32 [B, T, A] by descending logit; their weights float32
-        [B, T, A]). One softmax, over the chosen logits only."""
-        scores = self.router(x_BTD, jnp.float32, mesh=mesh, biased=False)
-        logits = scores + self.router.bias[...].astype(jnp.float32)
+    def route(self, scores_BTE):
+        """Take the router's product, float32 without the bias. Return (logits float32 [B, T, E]; chosen experts int32 [B, T, A] by descending logit;
+        their weights float32 [B, T, A]). One softmax, over the chosen logits only."""
+        logits = scores_BTE + self.router.bias[...].astype(jnp.float32)
         count = self.config.num_experts_per_tok
         by_rank, by_sorting = (functools.partial(f, count=count) for f in (_top_by_rank, _top_by_sorting))
         if math.prod(logits.shape[:-1]) * count > grouping.FEW_ROWS:
-            return scores, logits, *by_sorting(logits)
-        return scores, logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
+            return logits, *by_sorting(logits)
+        return logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
 
     def __call__(self, x_BTD, scores_BTE, indices_BTA, weights_BTA, real_BT, mesh, transport="gather", lean=False):
-        """Return the weighted sum of the chosen experts' outputs, [B, T, D], of what `route` returned. Tokens that aren't real go to no expert.
+        """Return the weighted sum of the chosen experts' outputs, [B, T, D], of what `route` took and returned. Tokens that aren't real go to no expert.
 
         transport: how tokens get to experts on other devices, "gather" or "all_to_all". lean: keep nothing for the backward pass.
         """

@@ -14,7 +14,7 @@ from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model import arrangement
 from gptoss_jax.model import cache as cache_lib
-from gptoss_jax.model.attention import Attention
+from gptoss_jax.model.attention import QKV, Attention
 from gptoss_jax.model.linear import Linear, RMSNorm
 from gptoss_jax.model.moe import MoE
 from gptoss_jax.model.rope import rope_tables
@@ -63,16 +63,34 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, keep: Capture, transport: str = "gather", lean: bool = False):
         with jax.named_scope("attention"):
-            normed = keep("attn_norm", self.input_layernorm(x_BTD))
-            out, cache = self.self_attn(normed, rope, positions, segments, cache, chunk, mesh)
-            x_BTD = keep("after_attn", x_BTD + keep("attn_out", out))
+            if cache is not None and x_BTD.shape[1] == 1 and self._decodes_in_few_kernels():
+                x_BTD, normed, scores, cache = self._decode(x_BTD[:, 0], rope, cache, chunk, keep)
+            else:
+                out, cache = self.self_attn(keep("attn_norm", self.input_layernorm(x_BTD)), rope, positions, segments, cache, chunk, mesh)
+                x_BTD = x_BTD + keep("attn_out", out)
+                normed = self.post_attention_layernorm(x_BTD)
+                scores = self.mlp.router(normed, jnp.float32, mesh=mesh, biased=False)
+            keep("after_attn", x_BTD)
         with jax.named_scope("mlp"):
-            normed = keep("mlp_norm", self.post_attention_layernorm(x_BTD))
-            scores, logits, indices, weights = self.mlp.route(normed, mesh)
+            logits, indices, weights = self.mlp.route(scores)
             keep("router_logits", logits)
-            out = self.mlp(normed, scores, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport, lean)
+            out = self.mlp(keep("mlp_norm", normed), scores, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport, lean)
             x_BTD = x_BTD + keep("mlp_out", out)
         return keep("hidden", sharding.constrain(x_BTD, ("batch", "tokens", None), mesh)), cache
+
+    def _decodes_in_few_kernels(self) -> bool:
+        """Return whether projections are joined, as on a single GPU, and those after them have no adapters, for which there is no kernel."""
+        return hasattr(self.self_attn, QKV) and self.self_attn.o_proj.lora_A is None and self.mlp.router.lora_A is None
+
+    def _decode(self, x_BD, rope, cache, chunk, keep: Capture):
+        """Do all before the experts for one token a row. Returns (x after attention, its norm, the router's scores, all [B, 1, ...]; the new cache)."""
+        for_hopper = self.self_attn.for_hopper
+        qkv_BJ, _, normed_BD = self.input_layernorm.before(getattr(self.self_attn, QKV), x_BD, for_hopper=for_hopper)
+        keep("attn_norm", normed_BD[:, None])
+        out_BD, cache = self.self_attn.decode(qkv_BJ, rope, cache, chunk, x_BD.dtype)
+        keep("attn_out", out_BD[:, None])
+        scores_BE, x_BD, normed_BD = self.post_attention_layernorm.before(self.mlp.router, x_BD, out_BD, for_hopper=for_hopper)
+        return x_BD[:, None], normed_BD[:, None], scores_BE[:, None], cache
 
 
 class GptOss(nnx.Module):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels import attention
 from gptoss_jax.kernels.decode_attention import mosaic_gpu, reference
 from gptoss_jax.kernels.decode_attention.reference import rotate
+from gptoss_jax.kernels.one_kernel import one_kernel_or_several
 
 IMPLEMENTATIONS = (*attention.IMPLEMENTATIONS, "mosaic_gpu")
 
@@ -28,19 +28,7 @@ def decode_attention(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH,
         raise ValueError(f"decode_attention implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     sinks_KG = sinks.reshape(keys_BSKH.shape[2], -1)
     arrays = qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG, positions_B
-    apart = functools.partial(reference.decode_attention, ring=ring, dtype=dtype, implementation=implementation)
-    if implementation not in ("auto", "mosaic_gpu"):
-        return apart(*arrays)
-    requirement = mosaic_gpu.unmet(keys_BSKH, values_BSKH, sinks_KG, dtype)
-    here = jax.default_backend() == "gpu"
-    if requirement is None and (here or implementation == "mosaic_gpu"):
-        requirement = mosaic_gpu.device_unmet()
-    if implementation == "mosaic_gpu":
-        if requirement:
-            raise ValueError(f"decode_attention implementation 'mosaic_gpu' needs {requirement}")
-        return mosaic_gpu.run(*arrays, ring=ring)
-    if here:
-        attention.say_once("decode_attention: mosaic_gpu" if requirement is None else f"decode_attention: several kernels, as mosaic_gpu needs {requirement}")
-    if requirement or not (here or sinks.ndim == 2):
-        return apart(*arrays)
-    return jax.lax.platform_dependent(*arrays, cuda=functools.partial(mosaic_gpu.run, ring=ring), default=apart)
+    return one_kernel_or_several(
+        "decode_attention", implementation, mosaic_gpu.unmet(keys_BSKH, values_BSKH, sinks_KG, dtype), mosaic_gpu.device_unmet, sinks.ndim == 2,
+        functools.partial(mosaic_gpu.run, ring=ring), functools.partial(reference.decode_attention, ring=ring, dtype=dtype, implementation=implementation),
+        *arrays)

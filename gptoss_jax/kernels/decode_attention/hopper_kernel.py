@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.attention.cudnn import LOWEST, PROCESSORS, SHORTEST_SPLIT, merge
+from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS
 
 HEADS = 8  # wgmma's N: query heads of a key-value head, spare ones included
 WIDTH = 64  # of a head
@@ -26,8 +27,7 @@ TILE = 128  # keys of a step
 _STAGES = 3  # with which two blocks fit a multiprocessor
 _LOG2E = math.log2(math.e)
 
-# Layouts: eight rows, both halves of a head in the same thread; a column for each query head.
-_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+# Layout: a column for each query head.
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -79,24 +79,24 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
         def in_rows(x):
             return _down(x, HEADS)
 
-        cos, sin = (in_rows(load(table.at[row], _ROWS.reduce(0))) for table in (cosine, sine))
+        cos, sin = (in_rows(load(table.at[row], EIGHT_ROWS.reduce(0))) for table in (cosine, sine))
 
         def rotate(x):
             first, second = x[:, :R].astype(jnp.float32), x[:, R:].astype(jnp.float32)
             return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1).astype(jnp.bfloat16)
 
-        q_smem[...] = rotate(projected(pl.ds(head * G, HEADS), _ROWS))  # rows past G are other heads', computed for nobody
-        new_key, new_value = (in_rows(projected(N + first + head, _ROWS.reduce(0))) for first in (0, K))
+        q_smem[...] = rotate(projected(pl.ds(head * G, HEADS), EIGHT_ROWS))  # rows past G are other heads', computed for nobody
+        new_key, new_value = (in_rows(projected(N + first + head, EIGHT_ROWS.reduce(0))) for first in (0, K))
         new = rotate(new_key), new_value
         plgpu.commit_smem()
 
         def write_new(stage, at):
             """Put the new key and value into slot `at` of the tiles at hand, and from there into the cache."""
             group = at // ALIGNMENT * ALIGNMENT
-            here = plgpu.broadcasted_iota(jnp.int32, (ALIGNMENT, H), 0, layout=_ROWS) == at - group
+            here = plgpu.broadcasted_iota(jnp.int32, (ALIGNMENT, H), 0, layout=EIGHT_ROWS) == at - group
             for held, x in zip((key_tiles, value_tiles), new):
                 slots = held.at[stage, pl.ds(group, ALIGNMENT)]
-                slots[...] = jnp.where(here, x, plgpu.load(slots, layout=_ROWS))
+                slots[...] = jnp.where(here, x, plgpu.load(slots, layout=EIGHT_ROWS))
             plgpu.commit_smem()
             for held, cache in ((key_tiles, keys), (value_tiles, values)):
                 there = pl.ds(slot - at + group, ALIGNMENT)

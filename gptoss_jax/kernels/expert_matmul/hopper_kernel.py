@@ -23,7 +23,7 @@ from jaxlib.mlir.dialects import arith, vector
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
 
 SMS = 132  # of an H100 or H200 (SXM)
-_SHARED_BYTES = 232448 - 4096  # of a block, less barriers and what the compiler takes
+SHARED_BYTES = 232448 - 4096  # of a block, less barriers and what the compiler takes
 _FEWEST_STAGES, _MOST_STAGES = 4, 8
 
 
@@ -56,7 +56,7 @@ def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
     most = num_rows // rows if rows else None
     rows = rows or min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
     warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
-    room = _SHARED_BYTES - warpgroups * rows * GROUP * 4  # beside the rows that are on their way out
+    room = SHARED_BYTES - warpgroups * rows * GROUP * 4  # beside the rows that are on their way out
     group = warpgroups * (2048 + 128) + rows * 2 * GROUP
     groups = next(n for n in (3, 2, 1) if ins % n == 0 and (n == 1 or room // (n * group) >= _FEWEST_STAGES))
     units, steps = (most or _most_tiles(num_rows, E, rows)) * (outs // warpgroups), ins // groups
@@ -118,7 +118,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
     steps, blocks = ins // groups, outs // wgs
     out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
-    ops = _Interpreted if plan.interpret else _Mosaic
+    ops = Interpreted if plan.interpret else Mosaic
 
     def body(tile_expert, tile_first, tile_rows, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
@@ -253,14 +253,16 @@ def _decode(words, scales, ops):
     return ops.scale(pairs, factors)
 
 
-# Layouts: [4, 128] words, 4 a thread; a vector of one number for each pair of wgmma's rows 8 apart; two; a matrix of one row for each pair.
+# Layouts: [4, 128] words, 4 a thread; a vector of one number for each pair of wgmma's rows 8 apart; two; eight rows, both halves of 64
+# columns in the same thread; a matrix of one row for each pair.
 _WORDS = plgpu.Layout.WG_STRIDED((4, 128), vec_size=4)
 COLUMN = plgpu.Layout.TILED(plgpu.Tiling(((32,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
 _TWO = plgpu.Layout.TILED(plgpu.Tiling(((64,), (16,), (2,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
+EIGHT_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 MATRIX = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-class _Mosaic:
+class Mosaic:
     """What runs on the device and can't be interpreted."""
 
     @staticmethod
@@ -273,7 +275,7 @@ class _Mosaic:
             factor = [[vector.bitcast(two, half.registers.item()) for half in block] for block in factors]
             products = [arith.mulf(vector.bitcast(two, _part(pairs[j].registers.item(), 2 * v + h)), factor[j // 2][h])
                         for j, v, h in np.ndindex(4, 2, 2)]
-            return _fragments(np.array(products, object), plgpu.Layout.WGMMA, (GROUP, GROUP))
+            return fragments(np.array(products, object), plgpu.Layout.WGMMA, (GROUP, GROUP))
 
         return scaled(pairs, factors)
 
@@ -291,7 +293,7 @@ class _Mosaic:
         def apart(_, product, bias):
             pairs, (two,) = product.registers.reshape(rows // 8, 2), bias.registers.flat
             biases = (np.array([_part(two, h)], object) for h in range(2))
-            return tuple(_fragments(x, layout, shape) for x, layout, shape in
+            return tuple(fragments(x, layout, shape) for x, layout, shape in
                          ((pairs[:, 0], MATRIX, (32, rows)), (pairs[:, 1], MATRIX, (32, rows)), *((x, COLUMN, (32,)) for x in biases)))
 
         return apart(product, bias)
@@ -315,12 +317,12 @@ def _part(register, index):
     return vector.extract_strided_slice(ir.VectorType.get((1,), ir.VectorType(register.type).element_type), register, [index], [1], [1])
 
 
-def _fragments(registers, layout, shape):
+def fragments(registers, layout, shape):
     layout = layout.to_mgpu()
     return mgpu.FragmentedArray(_registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None)
 
 
-class _Interpreted:
+class Interpreted:
     """The same by jnp."""
 
     @staticmethod

@@ -1,0 +1,37 @@
+"""Whether the Hopper kernel computes right on the device at hand: a few products against the reference."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.kernels.decode_matmul import mosaic_gpu, reference
+from gptoss_jax.kernels.expert_matmul.hopper_check import first_disagreement, now
+
+# rows, inputs, outputs, whether they are summed and normed, whether only normed: more steps than stages, fewer; blocks of 8 and of 24 outputs.
+CASES = ((3, 2880, 128, True, True), (1, 704, 1088, False, True), (8, 192, 2880, False, False))
+
+
+def disagreement(interpret=None) -> str | None:
+    """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
+    return first_disagreement(CASES, functools.partial(_compare, interpret=interpret))
+
+
+def _compare(rows, inputs, outputs, summed, normed, interpret):
+    random = np.random.default_rng(0)
+
+    def numbers(*shape):
+        return np.asarray(random.standard_normal(shape), jnp.bfloat16)
+
+    x, added, scale = numbers(rows, inputs), numbers(rows, inputs) if summed else None, numbers(inputs) if normed else None
+    arguments = x, added, scale, numbers(outputs, inputs), None if normed else numbers(outputs)
+    constants = {"epsilon": 1e-5, "dtype": jnp.float32 if normed else jnp.bfloat16}
+    expected = now(functools.partial(reference.decode_matmul, **constants, implementation="xla"), *arguments)
+    found = now(functools.partial(mosaic_gpu.run, interpret=interpret, **constants), *arguments)
+    for what, ours, right in zip(("products", "sums", "norms"), found, expected):
+        wrong = ~(np.abs(ours - right) <= 2**-7 * np.abs(right) + 2**-7 * right.std())  # a norm's last bit may differ; NaN is wrong
+        if wrong.any():
+            return f"a kernel that computes right here (found {wrong.mean():.1%} of {what} of {outputs} x {inputs} wrong)"
+    return None

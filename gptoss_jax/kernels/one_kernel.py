@@ -1,0 +1,32 @@
+"""The choice that a decode step's ops share: all of an op in one kernel for Hopper GPUs where that can run, otherwise by the ops it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from gptoss_jax.kernels.attention import say_once
+
+
+def one_kernel_or_several(op: str, implementation: str, requirement: str | None, device_unmet: Callable[[], str | None], for_hopper: bool,
+                          kernel: Callable, several: Callable, *arrays):
+    """Return kernel(*arrays), which does all, or several(*arrays). Raises ValueError where "mosaic_gpu" is named and can't run.
+
+    implementation: "mosaic_gpu"; "auto": that, where it can run; or another. requirement, device_unmet: what the arguments don't meet, and this
+    device. for_hopper: a promise that a program for another GPU than the ones here is for a Hopper.
+    """
+    if implementation not in ("auto", "mosaic_gpu"):
+        return several(*arrays)
+    here = jax.default_backend() == "gpu"
+    if requirement is None and (here or implementation == "mosaic_gpu"):
+        requirement = device_unmet()
+    if implementation == "mosaic_gpu":
+        if requirement:
+            raise ValueError(f"{op} implementation 'mosaic_gpu' needs {requirement}")
+        return kernel(*arrays)
+    if here:
+        say_once(f"{op}: mosaic_gpu" if requirement is None else f"{op}: several kernels, as mosaic_gpu needs {requirement}")
+    if requirement or not (here or for_hopper):
+        return several(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=several)

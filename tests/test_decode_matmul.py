@@ -1,0 +1,134 @@
+"""A decode step's dense products in one kernel, without a Hopper: interpreted with race detection against the ops they replace. What the compiler makes
+of it is in test_mosaic_gpu.py, its PTX is run in test_hopper_machine.py, what a decode step is made of with it is in test_gpu_programs.py."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.kernels.attention import say_once
+from gptoss_jax.kernels.decode_matmul import decode_matmul, hopper_check, mosaic_gpu, reference
+from gptoss_jax.kernels.expert_matmul import mosaic_gpu as expert_kernel
+
+needs_new_jax = pytest.mark.skipif(jax.__version_info__ < expert_kernel.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
+
+# rows, inputs, outputs, what comes before and after, steps of so many groups, stages: None as planned
+CASES = {
+    "a row summed and normed, fewer steps than warpgroups": (1, 192, 64, ("added", "scale"), None, None),
+    "odd rows normed, with a bias": (3, 320, 40, ("scale", "bias"), 1, None),
+    "eight rows, only a bias, stages used again": (8, 704, 136, ("bias",), 1, 3),
+    "sixteen rows summed and normed, stages used again": (16, 640, 24, ("added", "scale"), 2, 3),
+    "sixteen rows, nothing else, one group": (16, 64, 8, (), None, None),
+}
+
+
+def arguments(rows, inputs, outputs, parts, dtype=jnp.bfloat16, seed=0):
+    random = np.random.default_rng(seed)
+    shapes = {"x": (rows, inputs), "added": (rows, inputs), "scale": (inputs,), "weight": (outputs, inputs), "bias": (outputs,)}
+    return [jnp.asarray(random.standard_normal(shape), dtype) if name in ("x", "weight", *parts) else None for name, shape in shapes.items()]
+
+
+def planned(rows, inputs, outputs, parts, groups, stages, interpret=None):
+    from gptoss_jax.kernels.decode_matmul import hopper_kernel
+
+    plan = hopper_kernel.plan(rows, outputs, inputs, "added" in parts)
+    return plan._replace(groups=groups or plan.groups, stages=stages or plan.stages, interpret=interpret)
+
+
+def check(found, arrays, dtype):
+    """Sums are exact; a norm's last bit may differ, as squares are summed in another order; products are of the norms at hand."""
+    y, summed, normed = found
+    assert (y.shape, y.dtype) == ((len(arrays[0]), len(arrays[3])), dtype)
+    _, right_sum, right_norm = reference.decode_matmul(*arrays, epsilon=1e-5, dtype=dtype, implementation="xla")
+    np.testing.assert_array_equal(summed, right_sum)
+    np.testing.assert_allclose(normed.astype(jnp.float32), right_norm.astype(jnp.float32), rtol=0 if arrays[2] is None else 2**-7)
+    x, weight, bias = (0 if array is None else np.asarray(array, np.float64) for array in (normed, *arrays[3:]))
+    right = x @ weight.T + bias
+    np.testing.assert_allclose(y.astype(jnp.float32), right, rtol=2**-8 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5 * right.std())
+
+
+@needs_new_jax
+@pytest.mark.parametrize("case", CASES, ids=CASES)
+def test_interpreted_with_race_detection_it_equals_sum_norm_and_product(case):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from gptoss_jax.kernels.decode_matmul import hopper_kernel
+
+    *sizes, groups, stages = CASES[case]
+    arrays, dtype = arguments(*sizes), jnp.bfloat16 if "bias" in sizes[-1] else jnp.float32
+    plan = planned(*sizes, groups, stages, plgpu.InterpretGPUParams(detect_races=True))
+    found = hopper_kernel.matmul(*arrays, plan, epsilon=1e-5, dtype=jnp.dtype(dtype))
+    check(found, arrays, dtype)
+
+
+def test_the_reference_is_the_formula():
+    x, added, scale, weight, bias = (np.asarray(array, np.float64) for array in arguments(2, 96, 40, ("added", "scale", "bias"), jnp.float32))
+    given = (jnp.asarray(array, jnp.float32) for array in (x, weight, bias, added, scale))
+    y, summed, normed = decode_matmul(*(arrays := list(given))[:3], added_TD=arrays[3], scale_D=arrays[4], epsilon=1e-5)
+    right = (x + added) / np.sqrt(((x + added) ** 2).mean(axis=1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(summed, x + added, atol=1e-6)
+    np.testing.assert_allclose(normed, right, atol=1e-5)
+    np.testing.assert_allclose(y, right @ weight.T + bias, atol=1e-4)
+
+
+@needs_new_jax
+def test_about_as_many_blocks_as_processors_share_the_outputs():
+    from gptoss_jax.kernels.decode_matmul import hopper_kernel
+
+    blocks = {(outputs, inputs): outputs // hopper_kernel.plan(rows, outputs, inputs, summing).outputs for rows, outputs, inputs, summing in
+              ((1, 5120, 2880, False), (16, 2880, 4096, False), (16, 128, 2880, True), (8, 32, 2880, True))}
+    assert blocks == {(5120, 2880): 128, (2880, 4096): 120, (128, 2880): 16, (32, 2880): 4}
+    assert hopper_kernel.plan(1, 201_088, 2880) is None and hopper_kernel.plan(1, 5120, 2872) is None
+    assert hopper_kernel.plan(1, 5124, 2880) is None and hopper_kernel.plan(16, 8, 8192, True) is None  # 530 kB of rows
+
+
+@needs_new_jax
+def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, caplog):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    interpret = plgpu.InterpretGPUParams()
+    monkeypatch.setattr(hopper_check, "CASES", [(3, 320, 64, True, True), (8, 192, 48, False, False)])
+    assert hopper_check.disagreement(interpret) is None
+    right = mosaic_gpu.run
+    for index, what in enumerate(("products", "sums", "norms")):
+        def wrong(*arrays, index=index, **options):
+            return [1.25 * array if at == index else array for at, array in enumerate(right(*arrays, **options))]
+
+        monkeypatch.setattr(mosaic_gpu, "run", wrong)
+        assert f"% of {what} of 64 x 320 wrong)" in hopper_check.disagreement(interpret)
+    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(mosaic_gpu, "wrong_here", lambda: "a kernel that computes right here (found 50.0% wrong)")
+    x, _, _, weight, _ = arguments(1, 64, 8, ())
+    with pytest.raises(ValueError, match=r"decode_matmul implementation 'mosaic_gpu' needs a kernel that computes right here \(found 50.0% wrong\)"):
+        decode_matmul(x, weight, implementation="mosaic_gpu")
+    say_once.cache_clear()
+    with caplog.at_level("INFO", "gptoss_jax"):
+        programs = [str(jax.make_jaxpr(functools.partial(decode_matmul, for_hopper=True))(x, weight)) for _ in range(2)]
+    assert not any("mosaic" in program or "mpmd" in program for program in programs)
+    assert ["decode_matmul: several kernels" in record.message for record in caplog.records if "decode" in record.message] == [True]
+
+
+def test_named_it_says_what_is_missing():
+    x, added, scale, weight, _ = arguments(2, 64, 8, ("added", "scale"))
+    with pytest.raises(ValueError, match="decode_matmul implementation 'pallas', expected 'auto' or one of xla, cpu, mosaic_gpu"):
+        decode_matmul(x, weight, implementation="pallas")
+    with pytest.raises(ValueError, match="added_TD without scale_D"):
+        decode_matmul(x, weight, added_TD=added)
+    needs = functools.partial(pytest.raises, ValueError)
+    if jax.__version_info__ < expert_kernel.OLDEST_JAX:
+        with needs(match="'mosaic_gpu' needs jax 0.11.2 or newer"):
+            decode_matmul(x, weight, implementation="mosaic_gpu")
+        return
+    wide, tall = arguments(2, 72, 8, ()), arguments(12, 64, 8, ())
+    for x, weight, options, message in ((x, weight, {}, r"a Hopper GPU \(found cpu\)"),
+                                        (x, weight, {"scale_D": scale.astype(jnp.float32)}, r"in bfloat16.*\(found bfloat16, float32, bfloat16\)"),
+                                        (x, weight, {"dtype": jnp.float16}, r"a result in that or float32 \(found bfloat16, float16\)"),
+                                        (tall[0], tall[3], {}, r"1 to 8 rows, or 16 \(found 12\)"),
+                                        (wide[0], wide[3], {}, r"inputs in multiples of 64.*\(found 72 and 8\)")):
+        with needs(match=f"decode_matmul implementation 'mosaic_gpu' needs .*{message}"):
+            decode_matmul(x, weight, implementation="mosaic_gpu", **options)
