@@ -141,5 +141,7 @@ def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
         attention(q, k, v, sinks, **tags, implementation="cpu")
     with pytest.raises(ValueError, match=r"k \(1, 2, 2, 8\).* positions \(1,\), \(1, 1\) don't fit"):
         attention(q[:, :1], k, v, sinks, q_positions=positions(1, 1), k_positions=positions(1, 1), implementation="cpu")
+    with pytest.raises(ValueError, match="3 query heads and 2 key-value heads found"):
+        attention(jnp.zeros((1, 2, 3, 8)), k, v, jnp.zeros(3), **tags)
     with pytest.raises(ValueError, match="'flash', expected 'auto' or one of reference, xla, cpu, cudnn"):
         attention(q, k, v, sinks, **tags, implementation="flash")

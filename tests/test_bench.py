@@ -129,6 +129,7 @@ def test_training_steps_of_a_configuration_are_timed(capsys, quick, quickly_comp
 @pytest.mark.parametrize("argv, said", [
     (["decode", "--random-weights", "gpt-oss-200b"], "--random-weights 'gpt-oss-200b': no such model, expected one of gpt-oss-20b, gpt-oss-120b"),
     (["decode", "--random-weights", "tiny", "--context", "5000"], "context is 5000, expected 2 to the model's maximum of 4096"),
+    (["decode", "--random-weights", "tiny", "--context", "64", "--steps", "60"], "--context is 64, expected more than the 69 tokens that --steps 60 decodes"),
     (["decode", "--random-weights", "tiny", "--batch", "3"], "batch is 3, expected a power of two"),
     (["prefill", "--checkpoint", "/no/such/place"], "model '/no/such/place': no such checkpoint directory"),
     (["kernels", "--random-weights", "tiny", "--repetitions", "0"], "--repetitions is 0, expected at least 1"),

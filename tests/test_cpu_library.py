@@ -121,7 +121,7 @@ def test_another_compiler_processor_or_source_has_another_file(change, built, tm
 @pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v3", "x86-64-v4"])
 def test_every_instruction_set_gives_the_same_products(architecture, tmp_path, monkeypatch):
     if architecture == "x86-64-v4" and "avx512dq" not in pathlib.Path("/proc/cpuinfo").read_text():
-        architecture = "x86-64-v3"
+        pytest.skip("a processor without AVX-512")
     cpu_library.load()  # which registers the functions once, under the name they have now
     cpu_library.register(f"test_{architecture}", cpu_library.build(tmp_path, architecture))
     monkeypatch.setattr(cpu_library, "_PREFIX", f"test_{architecture}")

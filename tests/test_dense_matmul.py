@@ -63,8 +63,10 @@ def test_a_mapped_product_is_the_product_of_each():
 
 def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
     x, weight, _ = arguments(2, 8, 4, "float32", None)
-    with pytest.raises(ValueError, match="needs a bfloat16 weight.*found float32"):
+    with pytest.raises(ValueError, match="needs a weight in bfloat16 .found float32"):
         dense_matmul(x, weight.astype(jnp.float32), implementation="cpu")
+    with pytest.raises(ValueError, match=r"'cpu' needs a weight in bfloat16 \(found float32\), x, result and bias in that or float32 \(found float16, float32\)"):
+        dense_matmul(jnp.zeros((1, 8), jnp.float16), jnp.zeros((4, 8)), dtype="float32", implementation="cpu")
     with pytest.raises(ValueError, match="'triton', expected 'auto', 'xla' or 'cpu'"):
         dense_matmul(x, weight, implementation="triton")
 

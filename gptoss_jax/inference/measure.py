@@ -31,7 +31,7 @@ from gptoss_jax.model import GptOss, cost
 from gptoss_jax.model.cache import abstract_cache
 
 GREEDY = Sampling(temperature=0)
-_WARM_STEPS = 8
+WARM_STEPS = 8
 
 
 class Ceilings(NamedTuple):
@@ -117,15 +117,18 @@ class _Primed(Engine):
 
 def decode(model: GptOss, batch: int, context: int, limits: Ceilings, *, steps: int = 32, repetitions: int = 5, trace=None,
            sampling: Sampling = GREEDY) -> dict:
-    """Time decode steps of `batch` rows whose contexts end at `context` tokens, as `Engine.stream` runs them, the tokens read by the host."""
-    count = _WARM_STEPS + steps + 1
-    engine = _Primed(model, max_context=min(model.config.max_position_embeddings, max(context, count + 1)))
+    """Time decode steps of `batch` rows whose contexts end at `context` tokens, as `Engine.stream` runs them, the tokens read by the host.
+
+    The first WARM_STEPS aren't timed; a context is longer than all steps together.
+    """
+    count = WARM_STEPS + steps + 1
+    engine = _Primed(model, max_context=context)
     engine.stop_ids = frozenset()
-    prompts = [[0] * max(min(context, engine.max_context) - count, 1)] * batch
+    prompts = [[0] * (context - count)] * batch
 
     def once() -> float:
         times = [time.perf_counter() for token in engine.stream(prompts, sampling, max_new_tokens=count) if token.row == batch - 1]
-        return (times[-1] - times[_WARM_STEPS]) / (len(times) - 1 - _WARM_STEPS)
+        return (times[-1] - times[WARM_STEPS]) / (len(times) - 1 - WARM_STEPS)
 
     dtype = str(engine.dtype)
     needed = cost.decode_bytes(model.config, batch, context, dtype)

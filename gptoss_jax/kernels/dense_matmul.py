@@ -25,8 +25,9 @@ def dense_matmul(x, weight_OI, bias_O=None, dtype=None, *, implementation: str =
     fits = weight_OI.dtype == jnp.bfloat16 and x.dtype in numbers and dtype in numbers and (bias_O is None or bias_O.dtype in numbers)
     if implementation == "cpu":
         if not fits:
-            raise ValueError(f"dense_matmul implementation 'cpu' needs a bfloat16 weight and x in float32 or bfloat16, found {weight_OI.dtype} "
-                             f"and {x.dtype}")
+            others = ", ".join(str(jnp.dtype(part)) for part in (x.dtype, dtype, *(() if bias_O is None else (bias_O.dtype,))))
+            raise ValueError(f"dense_matmul implementation 'cpu' needs a weight in bfloat16 (found {weight_OI.dtype}), x, result and bias in that or float32 "
+                             f"(found {others})")
         cpu_library.load()
     elif implementation not in ("auto", "xla"):
         raise ValueError(f"dense_matmul implementation {implementation!r}, expected 'auto', 'xla' or 'cpu'")
