@@ -218,7 +218,7 @@ def model(arguments, record) -> None:
     sampled = Sampling(top_p=0.95)  # of the sampler's three kinds the one that does most
     points = [("decode", *point) for point in sorted(grid, key=lambda point: FIRST.index(point) if point in FIRST else len(FIRST))]
     prompts = [("prefill", 1, min(tokens, config.max_position_embeddings - 1)) for tokens in arguments.prompts]
-    for what, batch, context in [*points[:3], *prompts[:2], ("decode sampled", *points[0][1:]), *points[3:], *prompts[2:]]:
+    for what, batch, context in [*points[:3], *prompts[:2], *(("decode sampled", *point[1:]) for point in points[:1]), *points[3:], *prompts[2:]]:
         row = {"what": what, "batch": batch, "context": context}
         if memory_plan.by_arithmetic(config, batch, context, memory=memory).left < 0.02 * memory:  # temporaries
             record(**row, skipped="does not fit")

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="H100", metavar="KIND", help="A100 (80 GB), H100, H200, B200, v5e, v5p, v6e, 7x or cpu (default: H100)")
     parser.add_argument("--mesh", metavar="AXIS=N,...",
                         help=f"several devices: {', '.join(AXES)}, for example expert=8; instead of the configuration's")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="max_context of an engine; generate has a power of two of prompt and answer (default: the model's maximum)")
+    parser.add_argument("--context", type=int, metavar="TOKENS",
+                        help="max_context of an engine; generate has a power of two of prompt and answer (default: the model's maximum)")
     parser.add_argument("--batch", type=int, metavar="N", help="rows at once, a power of two (default: 1)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of computation (default: bfloat16)")
     how = parser.add_mutually_exclusive_group()

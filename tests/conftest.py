@@ -31,9 +31,10 @@ def quickly_compiled():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         jax.config.update("jax_disable_most_optimizations", True)
-        jax.clear_caches()  # programs of earlier modules, which aren't compiled again, differ in the last bit from those of the processes
+        jax.clear_caches()  # or programs that other modules have compiled serve, which differ in the last bit from those of the processes
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -234,7 +234,6 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
         found.append(Case("dense_matmul", f"{name} {batch} rows", ("xla", "cpu"),
                           lambda how, x, weight: dense_matmul(x, weight, implementation=how), normal(batch, inputs), (normal(out, inputs),),
                           out * inputs * item, 2 * batch * out * inputs))
-
     for name, out, width, added in (("q, k and v", inputs, D, False), ("output", D, N * H, None), ("router", E, D, True)):
         before = (normal(batch, width) if added else None, None if added is None else normal(width), normal(out) if added is None else None)
         found.append(Case("decode_matmul", f"{name} {batch} rows", decode_matmul.IMPLEMENTATIONS,

@@ -15,8 +15,8 @@ from gptoss_jax.kernels.expert_matmul import mosaic_gpu
 
 def unmet(keys_BSKH, values_BSKH, sinks_KG, dtype) -> str | None:
     """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `device_unmet`."""
-    if jax.__version_info__ < mosaic_gpu.OLDEST_JAX:
-        return f"jax {'.'.join(map(str, mosaic_gpu.OLDEST_JAX))} or newer (found {jax.__version__})"
+    if requirement := mosaic_gpu.jax_unmet():
+        return requirement
     if {jnp.dtype(dtype), keys_BSKH.dtype, values_BSKH.dtype} != {jnp.dtype(jnp.bfloat16)}:
         return f"activations and a cache in bfloat16 (found {jnp.dtype(dtype)}, {keys_BSKH.dtype} and {values_BSKH.dtype})"
     _, S, K, H = keys_BSKH.shape

@@ -15,8 +15,8 @@ from gptoss_jax.kernels.expert_matmul import mosaic_gpu
 
 def unmet(x_TD, added_TD, scale_D, weight_OD, bias_O, dtype) -> str | None:
     """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `device_unmet`."""
-    if jax.__version_info__ < mosaic_gpu.OLDEST_JAX:
-        return f"jax {'.'.join(map(str, mosaic_gpu.OLDEST_JAX))} or newer (found {jax.__version__})"
+    if requirement := mosaic_gpu.jax_unmet():
+        return requirement
     found = {str(array.dtype) for array in (x_TD, added_TD, scale_D, weight_OD, bias_O) if array is not None}
     if found != {"bfloat16"} or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"arrays in bfloat16, a result in that or float32 (found {', '.join(sorted(found))}, {jnp.dtype(dtype)})"

@@ -18,10 +18,15 @@ from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 OLDEST_JAX = (0, 11, 2)
 
 
+def jax_unmet() -> str | None:
+    """Return what this jax lacks for the Hopper kernels, None if nothing."""
+    return None if jax.__version_info__ >= OLDEST_JAX else f"jax {'.'.join(map(str, OLDEST_JAX))} or newer (found {jax.__version__})"
+
+
 def unmet(x, weight, bias_EO) -> str | None:
     """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `device_unmet`."""
-    if jax.__version_info__ < OLDEST_JAX:
-        return f"jax {'.'.join(map(str, OLDEST_JAX))} or newer (found {jax.__version__})"
+    if requirement := jax_unmet():
+        return requirement
     if not isinstance(weight, (Mxfp4Weight, HopperWeight, HopperGateUpWeight)):
         return f"a packed weight (found a dense one, {weight.dtype})"
     if x.dtype != jnp.bfloat16:
