@@ -186,7 +186,7 @@ def product_variants(arguments, record, config, limits) -> None:
     from gptoss_jax.inference import measure
     from gptoss_jax.kernels.decode_matmul import hopper_kernel
 
-    for case in measure.cases(config, 1, 128, experts=config.num_experts_per_tok):
+    for case in measure.cases(config, 1, 128):
         if case.op != "decode_matmul":
             continue
         added, *_, weight = case.arrays

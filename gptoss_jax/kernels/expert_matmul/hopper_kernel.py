@@ -4,6 +4,10 @@ The weights are wgmma's operand A, from registers, and the rows its N side, so t
 (128). A persistent grid walks over units: a tile of at most N rows of one expert, times a block of outputs, times a part of the sum. One
 warpgroup copies the next steps' words, scales and rows into a ring of stages, ahead of unit boundaries too; each of the others decodes and
 multiplies 64 outputs.
+
+The kernels of a decode step are launched ahead of their turn (programmatic dependent launch): each lets the next be launched, fetches what weights
+it can, and only then waits for the one before it to end. So what is fetched by then must be older than that: weights that no kernel of the same
+program has just computed.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, Hop
 SMS = 132  # of an H100 or H200 (SXM)
 SHARED_BYTES = 232448 - 4096  # of a block, less barriers and what the compiler takes
 _FEWEST_STAGES, _MOST_STAGES = 4, 8
+_MOST_ROWS = 160  # of a tile: what the registers of three warpgroups hold
 
 
 class Plan(NamedTuple):
@@ -46,8 +51,12 @@ class Plan(NamedTuple):
 
 
 def tile_rows(num_rows: int, experts: int) -> int:
-    """Return N for so many rows: twice the mean, so that most experts' rows fit one tile."""
-    return min(128, max(ALIGNMENT, 1 << (2 * -(-num_rows // experts) - 1).bit_length()))
+    """Return N for so many rows. Few: twice the mean, so that most experts' rows fit one tile. Many: what leaves the fewest rows of tiles empty."""
+    mean = -(-num_rows // experts)
+    if mean <= 64:
+        return max(ALIGNMENT, 1 << (2 * mean - 1).bit_length())
+    likely = mean + 2 * mean**0.5  # rows of an expert, at most, if tokens choose evenly
+    return min(range(_MOST_ROWS, 64, -ALIGNMENT), key=lambda rows: -(-likely // rows) * (rows + 2 * ALIGNMENT))  # a tile's own cost beside its rows'
 
 
 def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
@@ -56,12 +65,14 @@ def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
     most = num_rows // rows if rows else None
     rows = rows or min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
     warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
-    room = SHARED_BYTES - warpgroups * rows * GROUP * 4  # beside the rows that are on their way out
+    units = (most or _most_tiles(num_rows, E, rows)) * (outs // warpgroups)
+    gated, few = isinstance(weight, HopperGateUpWeight), units < SMS
+    room = SHARED_BYTES - warpgroups * rows * GROUP * (1 if gated else 4 if few else 2)  # beside the rows that are on their way out
     group = warpgroups * (2048 + 128) + rows * 2 * GROUP
     groups = next(n for n in (3, 2, 1) if ins % n == 0 and (n == 1 or room // (n * group) >= _FEWEST_STAGES))
-    units, steps = (most or _most_tiles(num_rows, E, rows)) * (outs // warpgroups), ins // groups
+    steps = ins // groups
     splits = 1
-    if isinstance(weight, HopperWeight) and units < SMS:  # few rows: fill the grid with parts of sums
+    if few and not gated:  # fill the grid with parts of sums
         splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-steps // n))
     return Plan(rows, warpgroups, groups, min(_MOST_STAGES, room // (groups * group)), splits)
 
@@ -102,12 +113,14 @@ def ends(sizes_E):
     return jnp.where(index <= index[:, None], sizes_E, 0).sum(axis=1, dtype=jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha"))  # so that a kernel is made once for all layers
-def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
+@functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha", "ahead"))  # so that a kernel is made once for all layers
+def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0, ahead: bool = False):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT
     or a multiple.
+    ahead: x comes from another of these products by the same tiles, and the weights are the program's arguments: the first of them are fetched
+    before that one has ended.
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
     HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
@@ -121,6 +134,9 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
     ops = Interpreted if plan.interpret else Mosaic
 
     def body(tile_expert, tile_first, tile_rows, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
+        if not ahead:
+            ops.wait_for_last()
+        ops.start_next()  # after the wait: one ahead relies on the tiles
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         units = count[0] * (blocks * splits)
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
@@ -140,22 +156,30 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                 tile, column, _, begin, length = unit(i)
                 expert, first = tile_expert[tile], tile_first[0 if slots else tile]  # past the end of x, zeros are read
 
-                def copy_step(step, _):
-                    at = done + step
-                    slot = jax.lax.rem(at, stages)
-
-                    @pl.when(at >= stages)
-                    def _():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    outputs, inputs = pl.ds(column * wgs, wgs), pl.ds((begin + step) * groups, groups)
+                def copy_weights(step):
+                    slot, outputs, inputs = jax.lax.rem(done + step, stages), pl.ds(column * wgs, wgs), pl.ds((begin + step) * groups, groups)
                     plgpu.copy_gmem_to_smem(words.at[expert, outputs, inputs], words_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(scales.at[expert, outputs, inputs], scales_smem.at[slot], full.at[slot])
+
+                def copy_rows(step):
+                    slot = jax.lax.rem(done + step, stages)
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(first * ALIGNMENT, N), pl.ds((begin + step) * groups * GROUP, groups * GROUP)],
                                             x_smem.at[slot], full.at[slot])
+
+                def copy_step(step, _):
+                    slot = jax.lax.rem(done + step, stages)
+                    pl.when(done + step >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                    copy_weights(step)
+                    copy_rows(step)
                     return _
 
-                jax.lax.fori_loop(0, length, copy_step, None)
+                start = 0
+                if ahead:
+                    start = jnp.where(i == 0, jnp.minimum(length, stages), 0)
+                    jax.lax.fori_loop(0, start, lambda step, _: copy_weights(step), None)
+                    pl.when(i == 0)(ops.wait_for_last)
+                    jax.lax.fori_loop(0, start, lambda step, _: copy_rows(step), None)
+                jax.lax.fori_loop(start, length, copy_step, None)
                 return done + length
 
             jax.lax.fori_loop(0, mine, copy_unit, jnp.int32(0))
@@ -163,6 +187,8 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
         @pl.when(me < wgs)
         def _multiply():
             plgpu.set_max_registers(plan.registers[1], action="increase")
+            if ahead:
+                ops.wait_for_last()
 
             def compute_unit(i, done):
                 tile, column, part, _, length = unit(i)
@@ -265,6 +291,9 @@ MATRIX = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5
 class Mosaic:
     """What runs on the device and can't be interpreted."""
 
+    start_next = staticmethod(plgpu.griddepcontrol_launch_dependents)
+    wait_for_last = staticmethod(plgpu.griddepcontrol_wait)
+
     @staticmethod
     def scale(pairs, factors):
         """Take pairs[j] [4, 128] and factors[block][h] [32], both as two bfloat16 a word, to their products in operand A's layout."""
@@ -324,6 +353,8 @@ def fragments(registers, layout, shape):
 
 class Interpreted:
     """The same by jnp."""
+
+    start_next = wait_for_last = staticmethod(lambda: None)
 
     @staticmethod
     def load_bias(ref, gated):
