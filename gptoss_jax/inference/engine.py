@@ -1,8 +1,8 @@
 """Generate and stream for many prompts at once.
 
 Two compiled functions do the work, prefill of a chunk and decode of a token, each compiled once per bucket: batch and chunk are powers of
-two, so is the cache's length. Decoding samples on the device, its cache is donated, and one dispatch goes on for several steps or until every
-row has ended; the host dispatches the next before it reads the tokens of the one before, so the device never waits for it.
+two, so is the cache's length. Decoding samples on the device, its cache is donated, and one dispatch takes several steps, or none if every row has
+ended; the host dispatches the next before it reads the tokens of the one before, so the device never waits for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptoss_jax.model.cache import abstract_cache
 _SMALLEST_CHUNK = 16
 _SMALLEST_CACHE = 256
 _PREFILL_CHUNK = {"cpu": 512}  # tokens, elsewhere 4,096: each chunk reads all experts, in which time a GPU could multiply about 1,000 tokens
-_STEPS = {"cpu": 1}  # a dispatch at most, elsewhere 8: a dispatch of 504 arrays costs the host 0.14 ms; 8 tokens still read as a stream
+_STEPS = {"cpu": 1}  # a dispatch, elsewhere 8: a dispatch of 504 arrays costs the host 0.14 ms; 8 tokens still read as a stream
 
 
 class PromptError(ValueError):
@@ -56,8 +56,7 @@ class Engine:
     model: GptOss. tokenizer: gives `stop_ids` and `sampleable`; None stops at the config's eos_token_id and samples every id.
     max_context: tokens of prompt and answer together, at most the config's max_position_embeddings. prefill_chunk: tokens of prompts
     computed at once, of all rows together but at least 16 of each; memory for activations grows with it, not with the prompts. steps_per_dispatch:
-    tokens of a row decoded before the host sees them, at most (it starts with one and doubles). None takes what suits the device; tokens
-    are the same with any.
+    tokens of a row decoded before the host sees them. None takes what suits the device; tokens are the same with any.
     arrange: on a GPU, rearrange the model's weights in place for it (`GptOss.arrange`), as they are never twice in memory.
     """
 
@@ -137,21 +136,23 @@ class Engine:
                 return
 
     def _steps(self, cache, ids, logprobs, settings, room_B, kind):
-        """Yield (ids [B], logprobs [B]) of each step on the host, the first token's first; each dispatch before those at hand are read."""
-        pending, count, most = (ids, logprobs, 1), 1, 1
+        """Yield (ids [B], logprobs [B]) of each step on the host, the first token's first; each dispatch before those at hand are read.
+
+        After the last row's end come up to a dispatch of steps that are nobody's.
+        """
+        pending, count = (ids, logprobs), 1
         (open_B,) = jax.device_put((jnp.asarray(room_B > 1),), self._place(jnp.asarray(room_B)))
         while True:
             read, pending = pending, None
             if count < room_B.max():
                 if self.steps_per_dispatch == 1:
                     ids, logprobs, cache = self._decode(self.weights, cache, ids, settings, np.full(room_B.shape, count, np.int32), kind=kind)
-                    pending = (ids, logprobs, 1)
+                    pending = (ids, logprobs)
                 else:
                     cache, (ids, open_B), pending = self._decode_many(
-                        self.weights, cache, (ids, open_B), settings, np.int32(count), np.int32(most), room_B, kind=kind)
-                count, most = count + most, min(2 * most, self.steps_per_dispatch)
-            step_ids, step_logprobs, done = jax.device_get(read)
-            yield from zip(np.atleast_2d(step_ids)[:done], np.atleast_2d(step_logprobs)[:done])
+                        self.weights, cache, (ids, open_B), settings, np.int32(count), room_B, kind=kind)
+                count += self.steps_per_dispatch
+            yield from zip(*map(np.atleast_2d, jax.device_get(read)))
             if pending is None:
                 return
 
@@ -200,29 +201,34 @@ class Engine:
         ids_B, logprobs_B = sample(model.unembed(x_BTD[:, 0]), settings, step_B, kind=kind, sampleable=self.sampleable)
         return ids_B, logprobs_B, cache
 
-    def _decode_steps(self, weights, cache, rows, settings, count, most, room_B, *, kind):
-        """Decode until no row is open, `most` steps or steps_per_dispatch. count: tokens each row has; a row is open until a stop id or its room.
+    def _decode_steps(self, weights, cache, rows, settings, count, room_B, *, kind):
+        """Decode steps_per_dispatch steps, or none where no row is open. count: tokens each row has; a row is open until a stop id or its room.
 
-        rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B], logprobs [steps, B], steps done)).
+        A row that ends goes on being computed until the others' dispatch is done: a loop of a number of steps that XLA knows never waits for the
+        host. rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B], logprobs [steps, B])), zeros where it took none.
         """
         ids_B, open_B = rows
         stop_ids = jnp.asarray(sorted(self.stop_ids), jnp.int32)
 
-        def still_open(ids_B, open_B):
-            return open_B & ~(ids_B[:, None] == stop_ids).any(axis=1)
+        def goes_on(ids):
+            return ~(ids[..., None] == stop_ids).any(axis=-1)
 
-        def body(carry):
-            done, cache, ids_B, open_B, all_ids, all_logprobs = carry
+        def step(carry, done):
+            cache, ids_B = carry
             step_B = jnp.broadcast_to(count + done, ids_B.shape)
             ids_B, logprobs_B, cache = self._decode_step(weights, cache, ids_B, settings, step_B, kind=kind)
-            open_B = still_open(ids_B, open_B) & (step_B + 1 < room_B)
-            return done + 1, cache, ids_B, open_B, all_ids.at[done].set(ids_B), all_logprobs.at[done].set(logprobs_B)
+            return (cache, ids_B), (ids_B, logprobs_B)
 
-        steps = (self.steps_per_dispatch, ids_B.shape[0])
-        carry = (jnp.int32(0), cache, ids_B, still_open(ids_B, open_B), jnp.zeros(steps, jnp.int32), jnp.zeros(steps, jnp.float32))
-        done, cache, ids_B, open_B, all_ids, all_logprobs = jax.lax.while_loop(
-            lambda carry: (carry[0] < jnp.minimum(most, steps[0])) & carry[3].any(), body, carry)
-        return cache, (ids_B, open_B), (all_ids, all_logprobs, done)
+        def steps(*carry):
+            return jax.lax.scan(step, carry, jnp.arange(self.steps_per_dispatch, dtype=jnp.int32))
+
+        def none(*carry):
+            shape = (self.steps_per_dispatch, ids_B.shape[0])
+            return carry, (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+        open_B &= goes_on(ids_B) & (count < room_B)
+        (cache, ids_B), tokens = jax.lax.cond(open_B.any(), steps, none, cache, ids_B)
+        return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0)), tokens
 
     def lower(self, batch: int, length: int) -> dict[str, jax.stages.Lowered]:
         """Lower what runs, for `batch` rows over a cache of `length` slots, with the sampler that takes most memory. Nothing is allocated or run.
@@ -239,7 +245,7 @@ class Engine:
             decode = self._decode.lower(self.weights, cache, ids, settings, steps, kind=kind)
         else:
             rows, one = (ids, abstract((batch,), np.bool)), abstract((), np.int32)
-            decode = self._decode_many.lower(self.weights, cache, rows, settings, one, one, steps, kind=kind)
+            decode = self._decode_many.lower(self.weights, cache, rows, settings, one, steps, kind=kind)
         return {"prefill": self._prefill.lower(self.weights, (cache, hidden), abstract((batch, self._chunk(batch, length)), np.int32), ids), "decode": decode}
 
     def _check(self, prompts) -> None:
