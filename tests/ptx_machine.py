@@ -408,7 +408,7 @@ class Machine:
     def _fence(self, *_):
         pass
 
-    _prefetch = _setmaxnreg = _griddepcontrol = _fence
+    _prefetch = _setmaxnreg = _fence
 
     # Between lanes and warps.
 

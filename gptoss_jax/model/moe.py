@@ -17,7 +17,6 @@ from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.kernels.expert_matmul import (
     HopperGateUpWeight, HopperWeight, Mxfp4Weight, Router, expert_matmul, expert_mlp, grouping, lean_mlp)
-from gptoss_jax.kernels.expert_matmul.mosaic_gpu import added
 from gptoss_jax.kernels.expert_matmul.reference import swiglu
 from gptoss_jax.model.exchange import Exchange
 from gptoss_jax.model.linear import Linear
@@ -101,9 +100,8 @@ class MoE(nnx.Module):
             return logits, *by_sorting(logits)
         return logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
 
-    def __call__(self, x_BTD, added_BTD, scores_BTE, indices_BTA, weights_BTA, real_BT, mesh, transport="gather", lean=False):
-        """Return (added + out, out), [B, T, D]: out is the weighted sum of the chosen experts' outputs, of what `route` took and returned. Tokens
-        that aren't real go to no expert.
+    def __call__(self, x_BTD, scores_BTE, indices_BTA, weights_BTA, real_BT, mesh, transport="gather", lean=False):
+        """Return the weighted sum of the chosen experts' outputs, [B, T, D], of what `route` took and returned. Tokens that aren't real go to no expert.
 
         transport: how tokens get to experts on other devices, "gather" or "all_to_all". lean: keep nothing for the backward pass.
         """
@@ -112,28 +110,26 @@ class MoE(nnx.Module):
             indices_BTA = jnp.where(real_BT[..., None], indices_BTA, self.config.num_local_experts)
         if mesh is None or mesh.size == 1:
             router = Router(scores_BTE, self.router.bias[...], real_BT, np.zeros(1, np.int32))
-            return self._local(x_BTD, indices_BTA, weights_BTA, *experts, lean, router, added_BTD)
-        out_BTD = self._sharded(x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, *experts, mesh=mesh, transport=transport, lean=lean)
-        return added_BTD + out_BTD, out_BTD
+            return self._local(x_BTD, indices_BTA, weights_BTA, *experts, lean, router).astype(x_BTD.dtype)
+        return self._sharded(x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, *experts, mesh=mesh, transport=transport, lean=lean)
 
-    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, lean: bool, router: Router | None = None, added_BTD=None):
+    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, lean: bool, router: Router | None = None):
         """Compute the experts whose matrices are here, float32 [B, T, D]; an index of E or more is somebody else's and adds nothing.
 
-        router: what the indices come from, with scores [B, T, experts] and real [B, T]; None where they aren't a token's own. added: as `__call__`.
+        router: what the indices come from, with scores [B, T, experts] and real [B, T]; None where they aren't a token's own.
         """
         B, T, D = x_BTD.shape
-        added_TD = None if added_BTD is None else added_BTD.reshape(B * T, D)
         rows = x_BTD.reshape(B * T, D), indices_BTA.reshape(B * T, -1), weights_BTA.reshape(B * T, -1)
         limit, alpha = self.experts.limit, self.experts.alpha
         if lean:
-            out = added(added_TD, lean_mlp(*rows, tuple(gate_up), tuple(down), limit, alpha))
+            out_TD = lean_mlp(*rows, tuple(gate_up), tuple(down), limit, alpha)
         elif gate_up.lora_A is None:
-            out = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha, added_TD=added_TD,
-                             router=router and jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), router))
+            out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha,
+                                router=router and jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), router))
         else:
-            out = added(added_TD, grouping.by_expert(
-                *rows, gate_up.bias.shape[0], lambda x_MD, group_sizes_E: down(swiglu(gate_up(x_MD, group_sizes_E), limit, alpha), group_sizes_E)))
-        return jax.tree.map(lambda x_TD: x_TD.reshape(B, T, D), out)
+            out_TD = grouping.by_expert(*rows, gate_up.bias.shape[0],
+                                        lambda x_MD, group_sizes_E: down(swiglu(gate_up(x_MD, group_sizes_E), limit, alpha), group_sizes_E))
+        return out_TD.reshape(B, T, D)
 
     def _sharded(self, x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, gate_up: ExpertLinear, down: ExpertLinear, *, mesh, transport, lean):
         """Expert and tensor parallelism: tokens travel to the devices that hold their experts, and the results back to the tokens.

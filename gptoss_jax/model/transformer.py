@@ -74,9 +74,8 @@ class Layer(nnx.Module):
         with jax.named_scope("mlp"):
             logits, indices, weights = self.mlp.route(scores)
             keep("router_logits", logits)
-            x_BTD, out = self.mlp(keep("mlp_norm", normed), x_BTD, scores, keep("router_indices", indices), keep("router_weights", weights), real, mesh,
-                                  transport, lean)
-            keep("mlp_out", out)
+            out = self.mlp(keep("mlp_norm", normed), scores, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport, lean)
+            x_BTD = x_BTD + keep("mlp_out", out)
         return keep("hidden", sharding.constrain(x_BTD, ("batch", "tokens", None), mesh)), cache
 
     def _decodes_in_few_kernels(self) -> bool:

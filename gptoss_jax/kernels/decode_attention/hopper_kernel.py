@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.attention.cudnn import LOWEST, PROCESSORS, SHORTEST_SPLIT, merge
-from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS, Interpreted, Mosaic
+from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS
 
 HEADS = 8  # wgmma's N: query heads of a key-value head, spare ones included
 WIDTH = 64  # of a head
@@ -52,11 +52,9 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
     """
     B, S, K, H = keys_BSKH.shape
     G, R, splits, stages = sinks_KG.shape[1], H // 2, plan.splits, plan.stages
-    N, ops = K * G, Interpreted if plan.interpret else Mosaic
+    N = K * G
 
     def body(qkv, bias, cosine, sine, sinks, positions, keys, values, out, q_smem, key_tiles, value_tiles, weights_smem, out_smem, full):
-        ops.start_next()
-        ops.wait_for_last()
         row, head, split = (jax.lax.axis_index(name) for name in ("row", "head", "split"))
         filled = jnp.minimum(positions[row] + 1, S)
         slot = jax.lax.rem(positions[row], S) if ring else positions[row]

@@ -53,10 +53,7 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "dtype", "plan"))  # so that a kernel is made once for all layers
 def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype):
-    """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale and bias may be None; at most `plan.rows` rows.
-
-    The weight is fetched before the kernel before this one has ended, so it can't be what a Pallas kernel of the same program computed.
-    """
+    """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale and bias may be None; at most `plan.rows` rows."""
     (T, D), O, (R, N, groups, stages, _) = x_TD.shape, weight_OD.shape[0], plan
     chunks, width = D // GROUP, groups * GROUP
     steps = D // width
@@ -82,17 +79,15 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
             slot = jax.lax.rem(step, stages)
             plgpu.copy_gmem_to_smem(inputs["weight"].at[mine, pl.ds(step * width, width)], weight_smem.at[slot], full.at[slot])
 
-        ops.start_next()
-        for turn in range(stages // _WARPGROUPS):
-            step = me + turn * _WARPGROUPS
-            pl.when(step < steps)(functools.partial(copy, step))
-        ops.wait_for_last()
-
         @pl.when(me == 0)
         def _():
             for name, there, held in (("x", all_rows, rows_smem), ("added", all_rows, sum_smem), ("scale", pl.ds(0, chunks), scale_smem)):
                 if name in inputs:
                     plgpu.copy_gmem_to_smem(inputs[name].at[there], held, loaded)
+
+        for turn in range(stages // _WARPGROUPS):
+            step = me + turn * _WARPGROUPS
+            pl.when(step < steps)(functools.partial(copy, step))
 
         def of_mine(visit, carry=None):
             """Fold `visit(step, carry)` over this warpgroup's steps."""

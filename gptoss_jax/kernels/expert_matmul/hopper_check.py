@@ -82,9 +82,8 @@ def _misrouted(*, interpret, tokens=40, experts=32, count=4, rows=8):
     weight = np.exp(np.take_along_axis(logits - logits.max(axis=1, keepdims=True), expert, axis=1))
     run = functools.partial(hopper_routing.route, count=count, experts=experts, rows=rows, interpret=interpret)
     found = jax.tree.map(np.asarray, run(scores, bias.astype(jnp.bfloat16), None, np.zeros(1, np.int32)))
-    chosen, weights, slot = (x[:, :tokens].T for x in found[:3])
-    slot = np.clip(slot, 0, len(found.token) - 1)
-    right = (chosen == expert) & (np.abs(weights - weight / weight.sum(axis=1, keepdims=True)) <= 2**-18)
+    slot = np.clip(found.slot.T, 0, len(found.token) - 1)
+    right = (found.expert.T == expert) & (np.abs(found.weight.T - weight / weight.sum(axis=1, keepdims=True)) <= 2**-18)
     right &= (found.token[slot] == np.arange(tokens)[:, None]) & (found.tiles.expert[slot // rows] == expert)
     if right.all() and found.tiles.count[0] == np.sum(-(-np.bincount(expert.ravel()) // rows)):
         return None

@@ -4,10 +4,6 @@ The weights are wgmma's operand A, from registers, and the rows its N side, so t
 (128). A persistent grid walks over units: a tile of at most N rows of one expert, times a block of outputs, times a part of the sum. One
 warpgroup copies the next steps' words, scales and rows into a ring of stages, ahead of unit boundaries too; each of the others decodes and
 multiplies 64 outputs.
-
-The kernels of a decode step are launched ahead of their turn (programmatic dependent launch): each lets the next be launched, fetches what weights
-it can, and only then waits for the one before it to end. So what is fetched by then must be older than that: weights that no kernel of the same
-program has just computed.
 """
 
 from __future__ import annotations
@@ -113,14 +109,12 @@ def ends(sizes_E):
     return jnp.where(index <= index[:, None], sizes_E, 0).sum(axis=1, dtype=jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha", "ahead"))  # so that a kernel is made once for all layers
-def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0, ahead: bool = False):
+@functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha"))  # so that a kernel is made once for all layers
+def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT
     or a multiple.
-    ahead: x comes from another of these products by the same tiles, and the weights are the program's arguments: the first of them are fetched
-    before that one has ended.
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
     HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
@@ -134,9 +128,6 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
     ops = Interpreted if plan.interpret else Mosaic
 
     def body(tile_expert, tile_first, tile_rows, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
-        if not ahead:
-            ops.wait_for_last()
-        ops.start_next()  # after the wait: one ahead relies on the tiles
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         units = count[0] * (blocks * splits)
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
@@ -156,30 +147,22 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                 tile, column, _, begin, length = unit(i)
                 expert, first = tile_expert[tile], tile_first[0 if slots else tile]  # past the end of x, zeros are read
 
-                def copy_weights(step):
-                    slot, outputs, inputs = jax.lax.rem(done + step, stages), pl.ds(column * wgs, wgs), pl.ds((begin + step) * groups, groups)
+                def copy_step(step, _):
+                    at = done + step
+                    slot = jax.lax.rem(at, stages)
+
+                    @pl.when(at >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    outputs, inputs = pl.ds(column * wgs, wgs), pl.ds((begin + step) * groups, groups)
                     plgpu.copy_gmem_to_smem(words.at[expert, outputs, inputs], words_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(scales.at[expert, outputs, inputs], scales_smem.at[slot], full.at[slot])
-
-                def copy_rows(step):
-                    slot = jax.lax.rem(done + step, stages)
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(first * ALIGNMENT, N), pl.ds((begin + step) * groups * GROUP, groups * GROUP)],
                                             x_smem.at[slot], full.at[slot])
-
-                def copy_step(step, _):
-                    slot = jax.lax.rem(done + step, stages)
-                    pl.when(done + step >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    copy_weights(step)
-                    copy_rows(step)
                     return _
 
-                start = 0
-                if ahead:
-                    start = jnp.where(i == 0, jnp.minimum(length, stages), 0)
-                    jax.lax.fori_loop(0, start, lambda step, _: copy_weights(step), None)
-                    pl.when(i == 0)(ops.wait_for_last)
-                    jax.lax.fori_loop(0, start, lambda step, _: copy_rows(step), None)
-                jax.lax.fori_loop(start, length, copy_step, None)
+                jax.lax.fori_loop(0, length, copy_step, None)
                 return done + length
 
             jax.lax.fori_loop(0, mine, copy_unit, jnp.int32(0))
@@ -187,8 +170,6 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
         @pl.when(me < wgs)
         def _multiply():
             plgpu.set_max_registers(plan.registers[1], action="increase")
-            if ahead:
-                ops.wait_for_last()
 
             def compute_unit(i, done):
                 tile, column, part, _, length = unit(i)
@@ -291,9 +272,6 @@ MATRIX = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5
 class Mosaic:
     """What runs on the device and can't be interpreted."""
 
-    start_next = staticmethod(plgpu.griddepcontrol_launch_dependents)
-    wait_for_last = staticmethod(plgpu.griddepcontrol_wait)
-
     @staticmethod
     def scale(pairs, factors):
         """Take pairs[j] [4, 128] and factors[block][h] [32], both as two bfloat16 a word, to their products in operand A's layout."""
@@ -353,8 +331,6 @@ def fragments(registers, layout, shape):
 
 class Interpreted:
     """The same by jnp."""
-
-    start_next = wait_for_last = staticmethod(lambda: None)
 
     @staticmethod
     def load_bias(ref, gated):

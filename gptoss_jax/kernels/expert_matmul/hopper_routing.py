@@ -1,8 +1,7 @@
-"""Routing of few tokens on NVIDIA Hopper GPUs by one small kernel: each token's experts, their weights, and where its rows go; and another that adds
-up what comes back.
+"""Routing of few tokens on NVIDIA Hopper GPUs by one small kernel: each token's experts, their weights, and where its rows go.
 
-Routing is one block, of a warpgroup for every 32 tokens, four lanes a token. Experts are chosen in as many rounds of the largest logit and its lowest
-index; then the pairs of a token and an expert, which are few, are compared each with each.
+One block, of a warpgroup for every 32 tokens, four lanes a token. Experts are chosen in as many rounds of the largest logit and its lowest index;
+then the pairs of a token and an expert, which are few, are compared each with each.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gptoss_jax.kernels.expert_matmul.hopper_kernel import COLUMN, EIGHT_ROWS, MATRIX, Interpreted, Mosaic, Tiles
+from gptoss_jax.kernels.expert_matmul.hopper_kernel import COLUMN, MATRIX, Tiles
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT
 
 MOST_TOKENS, MOST_PAIRS, MOST_EXPERTS = 128, 512, 256  # what a block's registers hold, what a key has bits for, and what a TMA copy takes
 _TOKENS = 32  # of a warpgroup
-_WIDTH = 64  # columns of a block
 _RANK_BITS = 10
 _LOWEST = np.finfo(np.float32).min
 _ROW = plgpu.Layout.TILED(plgpu.Tiling(((8,), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(plgpu.Replicated(8), -2), vector_dim=-1)
@@ -30,8 +28,7 @@ _ROW = plgpu.Layout.TILED(plgpu.Tiling(((8,), (2,))), warp_dims=(plgpu.Replicate
 class Routing(NamedTuple):
     """What becomes of T tokens with A choices each, and the tiles of `rows` slots that hold their rows.
 
-    expert: int32 [A, T and more] by descending logit; weight: float32, as many; slot: int32, as many, past the last for an expert that isn't here;
-    columns past T are anything (a slice would be one kernel more);
+    expert: int32 [A, T] by descending logit; weight: float32 [A, T]; slot: int32 [A, T], past the last for an expert that isn't here;
     token: int32 [slots], any where a slot is spare; None where every tile takes all tokens in order, which `rows` of T or more means.
     """
 
@@ -63,15 +60,13 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
     warpgroups, width = -(-T // _TOKENS), -(-T // 8) * 8
     room = warpgroups * _TOKENS
     tiles = most_tiles(T * A, experts, rows)
-    chunks, ops = -(-tiles // _TOKENS), Interpreted if interpret else Mosaic
+    chunks = -(-tiles // _TOKENS)
     scores_TE, bias_E = jnp.pad(scores_TE, ((0, 0), (0, -E % 8)), constant_values=-np.inf), jnp.pad(bias_E, (0, -E % 8))
     columns = len(bias_E)
     real = np.asarray(np.arange(room) < T, np.int32) if real_T is None else jnp.pad(real_T.astype(jnp.int32), (0, room - T))
 
     def body(first, scores, bias, real, expert, weight, slot, token, tile_expert, tile_first, tile_rows, tile_count,
              scores_smem, bias_smem, real_smem, expert_smem, weight_smem, here_smem, key_smem, slot_smem, table_smem, loaded, together):
-        ops.start_next()
-        ops.wait_for_last()
         me = jax.lax.axis_index("warpgroup")
         mine = pl.ds(me * _TOKENS, _TOKENS)
 
@@ -194,45 +189,7 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": interpret} if interpret else {}))
     expert, weight, slot, token, *found = run(first, scores_TE, bias_E, real)
-    return Routing(expert, weight, slot, None if T <= rows else token, Tiles(*found))
-
-
-@functools.partial(jax.jit, static_argnames=("interpret",))
-def combine(y_PSD, weight_AR, slot_AR, added_TD, *, interpret=None):
-    """Return (added + out, out), bfloat16 [T, D], of out = the sum over a token's rows and their parts: as XLA would, but launched ahead of its turn.
-
-    y: bfloat16 or float32 [parts, slots, D], D a multiple of 64. weight, slot: of `route`. added: bfloat16 [T, D].
-    """
-    (P, S, D), T, A = y_PSD.shape, added_TD.shape[0], len(weight_AR)
-    ops = Interpreted if interpret else Mosaic
-
-    def body(y, weight, slot, added, total, out, smem):
-        ops.start_next()
-        ops.wait_for_last()
-        token, columns = jax.lax.axis_index("token"), pl.ds(jax.lax.axis_index("part") * _WIDTH, _WIDTH)
-
-        def load(ref, *at):
-            return plgpu.load(ref.at[(*at, columns)], layout=EIGHT_ROWS.reduce(0), optimized=False).astype(jnp.float32)
-
-        def row(a):
-            at = slot[a, token]
-            y_of_all = sum(load(y, part, jnp.minimum(at, S - 1)) for part in range(P))
-            return jnp.where(jax.lax.broadcast_in_dim(at, (_WIDTH,), ()) < S, y_of_all, 0) * weight[a, token]
-
-        x = sum(map(row, range(A))).astype(jnp.bfloat16)
-        smem[0] = (load(added, token) + x.astype(jnp.float32)).astype(jnp.bfloat16)
-        smem[1] = x
-        plgpu.commit_smem()
-        for index, ref in enumerate((total, out)):
-            plgpu.copy_smem_to_gmem(smem.at[index], ref.at[token, columns])
-        plgpu.wait_smem_to_gmem(0)
-
-    run = plgpu.kernel(
-        body, out_type=[jax.ShapeDtypeStruct((T, D), jnp.bfloat16)] * 2, grid=(T, D // _WIDTH), grid_names=("token", "part"), num_threads=1, thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((2, _WIDTH), jnp.bfloat16)],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **({"interpret": interpret} if interpret else {}))
-    return tuple(run(y_PSD, weight_AR, slot_AR, added_TD))
+    return Routing(expert[:, :T], weight[:, :T], slot[:, :T], None if T <= rows else token, Tiles(*found))
 
 
 def _iota(columns, dim):

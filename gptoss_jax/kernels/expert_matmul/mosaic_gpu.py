@@ -95,7 +95,7 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned=False, interpret=Non
     return out if aligned else out[slot_M]
 
 
-def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, router, added_TD, limit, alpha, interpret=None):
+def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, router, limit, alpha, interpret=None):
     """Same result as `expert_mlp` of this package, for bfloat16 rows, a HopperGateUpWeight and a HopperWeight; no look at the device.
 
     Few tokens are routed here, by one kernel, if `router` says from what; the rows of others are sorted by expert.
@@ -105,8 +105,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     (T, A), E = expert_TA.shape, gate_up_bias.shape[0]
     if router is not None and hopper_routing.takes(*router.scores.shape, A):
         rows = hopper_kernel.tile_rows(T * A, E)
-        routed = hopper_routing.route(*router, count=A, experts=E, rows=rows, interpret=interpret)
-        _, weight_AT, slot_AT, token_S, tiles = routed
+        _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router, count=A, experts=E, rows=rows, interpret=interpret)
         slots = hopper_routing.most_tiles(T * A, E, rows) * rows
         if token_S is not None:
             x_SD = x_TD.at[token_S].get(mode="clip")
@@ -120,23 +119,12 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         tiles = hopper_kernel.tiles(group_sizes_E, slots, hopper_kernel.plan(slots, gate_up).rows)
     first, second = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
     h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, first, slots=slots if token_S is None else None, limit=limit, alpha=alpha)
-    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second, ahead=True).reshape(second.splits, slots, -1)
-    if added_TD is not None and token_S is None and added_TD.dtype == jnp.bfloat16:
-        return hopper_routing.combine(y, weight_AT, slot_AT, added_TD, interpret=interpret)
+    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second).reshape(second.splits, slots, -1)
 
     def rows_of(slot_T):  # zeros for somebody else's
         return y.at[:, slot_T].get(mode="fill", fill_value=0).astype(jnp.float32).sum(axis=0)
 
-    rows = zip(slot_AT[:, :T], weight_AT[:, :T])
-    return added(added_TD, functools.reduce(jnp.add, (rows_of(slot_T) * weight_T[:, None] for slot_T, weight_T in rows)))
-
-
-def added(added_TD, out_TD):
-    """Return (added + out, out) in the dtype of what is added; out where that is None."""
-    if added_TD is None:
-        return out_TD
-    out_TD = out_TD.astype(added_TD.dtype)
-    return added_TD + out_TD, out_TD
+    return functools.reduce(jnp.add, (rows_of(slot_T) * weight_T[:, None] for slot_T, weight_T in zip(slot_AT, weight_AT)))
 
 
 def _plan(slots: int, weight, interpret, rows: int | None = None):
