@@ -112,7 +112,7 @@ def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
         found = mosaic_gpu.expert_mlp(jnp.asarray(x), expert, weight, arranged[0], jnp.asarray(biases[0]), arranged[1], jnp.asarray(biases[1]), router,
                                       **constants)
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
-    assert len(ran) == 3
+    assert len(ran) == (2 if tokens == 1 else 3)  # a single token is routed by the first product
 
 
 @needs_compiler

@@ -169,14 +169,14 @@ def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, route
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     arguments, router = mlp_arguments(tokens), None
-    if routed:  # experts 2 to 5 of 7 are here; a token isn't real
-        logits, real = np.random.default_rng(3).standard_normal((tokens, 7)).astype(np.float32), np.arange(tokens) != 2
+    if routed:  # experts 2 to 5 of 8 are here; a token isn't real
+        logits, real = np.random.default_rng(3).standard_normal((tokens, 8)).astype(np.float32), np.arange(tokens) != 2
         chosen = np.argsort(-logits, axis=1)[:, :2]
         weights = jax.nn.softmax(np.take_along_axis(logits, chosen, axis=1), axis=1)
         here = np.where((chosen >= 2) & (chosen < 6) & real[:, None], chosen - 2, 4).astype(np.int32)
         arguments = arguments[0], jnp.asarray(here), weights, *arguments[3:]
-        router = op.Router(jnp.asarray(logits), jnp.zeros(7), jnp.asarray(real), jnp.full(1, 2, jnp.int32))
-    out = mosaic_gpu.expert_mlp(*arranged(arguments), router, limit=7.0, alpha=1.702, interpret=plgpu.InterpretGPUParams())
+        router = op.Router(jnp.asarray(logits), jnp.zeros(8), jnp.asarray(real) if tokens > 1 else None, jnp.full(1, 2, jnp.int32))
+    out = mosaic_gpu.expert_mlp(*arranged(arguments), router, limit=7.0, alpha=1.702, interpret=plgpu.InterpretGPUParams(detect_races=True))
     expected = op.expert_mlp(arguments[0].astype(jnp.float32), *arguments[1:], limit=7.0, alpha=1.702, implementation="reference")
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, rtol=2**-6, atol=2**-6 * float(jnp.abs(expected).max()))  # h and y of each expert are rounded

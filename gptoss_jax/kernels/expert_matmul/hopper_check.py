@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.kernels.expert_matmul import hopper_layout, mosaic_gpu, reference
+from gptoss_jax.kernels.expert_matmul import Router, hopper_layout, mosaic_gpu, reference
 from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
@@ -26,7 +26,8 @@ CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576,
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
     return (first_disagreement(CASES, functools.partial(_compare, interpret=interpret))
-            or first_disagreement([()], functools.partial(_misrouted, interpret=interpret)))
+            or first_disagreement([()], functools.partial(_misrouted, interpret=interpret))
+            or first_disagreement([()], functools.partial(_one_token, interpret=interpret)))
 
 
 def first_disagreement(cases, compare: Callable) -> str | None:
@@ -88,6 +89,27 @@ def _misrouted(*, interpret, tokens=40, experts=32, count=4, rows=8):
     if right.all() and found.tiles.count[0] == np.sum(-(-np.bincount(expert.ravel()) // rows)):
         return None
     return f"a kernel that routes right here (found {1 - right.mean():.1%} of choices wrong, {found.tiles.count[0]} tiles)"
+
+
+def _one_token(*, interpret, experts=8, inputs=192, hidden=64, count=4):
+    random = np.random.default_rng(0)
+    gate_up, down = (Mxfp4Weight(random.integers(0, 256, (experts, rows, columns // 32, 16), np.uint8),
+                                 random.integers(118, 123, (experts, rows, columns // 32), np.uint8)) for rows, columns in ((2 * hidden, inputs), (inputs, hidden)))
+    x, *biases = (np.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in ((1, inputs), (experts, 2 * hidden), (experts, inputs)))
+    scores, constants = random.standard_normal((1, experts)).astype(np.float32), dict(limit=7.0, alpha=1.702)
+    chosen = np.sort(np.argsort(-scores[0])[:count])
+    weight, sizes = np.exp(scores[:, chosen]), np.bincount(chosen, minlength=experts).astype(np.int32)
+
+    def expected(x, weight, gate_up, gate_up_bias, down, down_bias, sizes):
+        h = reference.swiglu(reference.expert_matmul(jnp.tile(x, (count, 1)), gate_up, gate_up_bias, sizes), **constants)
+        return weight @ reference.expert_matmul(h, down, down_bias, sizes) / weight.sum()
+
+    arranged = hopper_layout.pack(gate_up, HopperGateUpWeight), biases[0], hopper_layout.pack(down, HopperWeight), biases[1]
+    router = Router(scores, np.zeros(experts, np.float32), None, np.zeros(1, np.int32))
+    found = now(functools.partial(mosaic_gpu.expert_mlp, **constants, interpret=interpret), x, np.zeros((1, count), np.int32), weight, *arranged, router)
+    right = now(expected, x.astype(np.float32), weight, gate_up, biases[0], down, biases[1], sizes)
+    wrong = ~(np.abs(found - right) <= 2**-5 * np.abs(right) + 2**-5 * right.std())  # h and y of each expert are rounded; NaN is wrong
+    return f"a kernel that computes right here (found {wrong.mean():.1%} of a token's result wrong)" if wrong.any() else None
 
 
 def now(function, *arguments):

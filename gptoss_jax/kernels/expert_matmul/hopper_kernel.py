@@ -109,15 +109,28 @@ def ends(sizes_E):
     return jnp.where(index <= index[:, None], sizes_E, 0).sum(axis=1, dtype=jnp.int32)
 
 
+class Choice(NamedTuple):
+    """What a single token's experts are chosen from: scores float32 [1, experts] and bias [experts] of all experts, a multiple of 8; first
+    int32 [1] of those that are here."""
+
+    scores: jax.Array
+    bias: jax.Array
+    first: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha"))  # so that a kernel is made once for all layers
-def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
+def matmul(x_MI, weight, bias_EO, tiles: Tiles | Choice, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT
     or a multiple.
+    tiles: or a Choice, for the one row of x and a tile for each of the slots // plan.rows experts chosen: each block chooses them for itself, and
+    a pair comes after the result, expert int32 and weight float32 [tiles], by descending score; expert E is not here, or of a NaN.
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
     HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
+    from gptoss_jax.kernels.expert_matmul import hopper_routing  # which takes layouts from here
+
     gated = isinstance(weight, HopperGateUpWeight)
     M = slots or x_MI.shape[0]
     E, outs, ins = weight.scales.shape[:3]
@@ -126,26 +139,53 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
     out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = Interpreted if plan.interpret else Mosaic
+    chosen = slots // N if isinstance(tiles, Choice) else 0
 
-    def body(tile_expert, tile_first, tile_rows, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
+    def body(*refs):
+        (*table, x, words, scales, bias), (out, *found), (x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty, *routing) = (
+            refs[: len(tiles) + 4], refs[len(tiles) + 4 : len(tiles) + 4 + len(out_type)], refs[len(tiles) + 4 + len(out_type) :])
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        units = count[0] * (blocks * splits)
+        if chosen:
+            expert_smem, power_smem, ready = routing
+            count, tile_of = chosen, lambda tile: (expert_smem[jnp.minimum(tile, chosen - 1), 0], tile * (N // ALIGNMENT), N // ALIGNMENT)
+        else:
+            count, tile_of = table[3][0], lambda tile: tuple(ref[jnp.minimum(tile, ref.shape[0] - 1)] for ref in table[:3])
+        units = count * (blocks * splits)
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
 
         def unit(i):
-            """Return (tile, block of outputs, part of the sum, its first step, its number of steps) of this block's i-th unit."""
+            """Return (expert, first row and rows of its tile, block of outputs, part of the sum, its first step, its number of steps) of this
+            block's i-th unit, or anything past the last: a unit ahead is looked up, so that its tile isn't waited for."""
             at = block + i * plan.blocks
-            tile, part, column = at // (blocks * splits), at // blocks % splits, at % blocks
+            (expert, first, rows), part, column = tile_of(at // (blocks * splits)), at // blocks % splits, at % blocks
             begin, end = part * steps // splits, (part + 1) * steps // splits
-            return tile, column, part, begin, jnp.where(tile_expert[tile] < E, end - begin, 0)
+            return expert, first, rows, column, part, begin, jnp.where(expert < E, end - begin, 0)
+
+        def _choose(scores, score_bias, first_here):
+            def put(index, expert, power):
+                expert_smem[index], power_smem[index] = hopper_routing.among(expert, first_here[0], E, scores.shape[1]), power
+
+            power_smem[chosen] = hopper_routing.choose(
+                hopper_routing.in_all_rows(scores.at[0]) + hopper_routing.in_all_rows(score_bias), chosen, put)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(ready)
+
+            @pl.when(block == 0)
+            def _():
+                for index in range(chosen):
+                    found[0][index], found[1][index] = expert_smem[index, 0], power_smem[index, 0] / power_smem[chosen, 0]
 
         @pl.when(me == wgs)
         def _copy():
+            if chosen:
+                _choose(*table)
             plgpu.set_max_registers(plan.registers[0], action="decrease")
 
-            def copy_unit(i, done):
-                tile, column, _, begin, length = unit(i)
-                expert, first = tile_expert[tile], tile_first[0 if slots else tile]  # past the end of x, zeros are read
+            def copy_unit(i, carry):
+                done, (expert, first, _, column, _, begin, length) = carry
+                following = unit(i + 1)
+                if slots:
+                    first = block * 0  # past the end of x, zeros are read
 
                 def copy_step(step, _):
                     at = done + step
@@ -163,17 +203,19 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                     return _
 
                 jax.lax.fori_loop(0, length, copy_step, None)
-                return done + length
+                return done + length, following
 
-            jax.lax.fori_loop(0, mine, copy_unit, jnp.int32(0))
+            jax.lax.fori_loop(0, mine, copy_unit, (jnp.int32(0), unit(0)))
 
         @pl.when(me < wgs)
         def _multiply():
+            if chosen:
+                plgpu.barrier_wait(ready)
             plgpu.set_max_registers(plan.registers[1], action="increase")
 
-            def compute_unit(i, done):
-                tile, column, part, _, length = unit(i)
-                expert, first, rows = tile_expert[tile], tile_first[tile], tile_rows[tile]
+            def compute_unit(i, carry):
+                done, (expert, first, rows, column, part, _, length) = carry
+                following = unit(i + 1)
 
                 def accumulate(acc):
                     def step(step, _):
@@ -204,15 +246,16 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                 out_smem.at[me].T[...] = y
                 plgpu.commit_smem()
                 _store_rows(out_smem.at[me], out.at[part, :, pl.ds((column * wgs + me) * each, each)], first, rows, N)
-                return done + length
+                return done + length, following
 
-            jax.lax.fori_loop(0, mine, compute_unit, jnp.int32(0))
+            jax.lax.fori_loop(0, mine, compute_unit, (jnp.int32(0), unit(0)))
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    out_type = [jax.ShapeDtypeStruct((splits, M, outs * each), out_dtype)]
+    out_type += [jax.ShapeDtypeStruct((chosen,), dtype) for dtype in (jnp.int32, jnp.float32) if chosen]
     run = plgpu.kernel(
-        body, out_type=jax.ShapeDtypeStruct((splits, M, outs * each), out_dtype),
-        grid=(plan.blocks,), grid_names=("block",), num_threads=wgs + 1, thread_name="warpgroup",
+        body, out_type=out_type, grid=(plan.blocks,), grid_names=("block",), num_threads=wgs + 1, thread_name="warpgroup",
         scratch_types=[
             plgpu.SMEM((stages, N, groups * GROUP), jnp.bfloat16, transforms=swizzle),
             plgpu.SMEM((stages, wgs, groups, 4, 128), jnp.uint32),
@@ -221,11 +264,13 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
             plgpu.SMEM((wgs, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+            *[plgpu.SMEM((chosen, 32), jnp.int32), plgpu.SMEM((chosen + 1, 32), jnp.float32), plgpu.Barrier()][: 3 * bool(chosen)],
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))
-    out = run(*tiles, x_MI, weight.words, weight.scales, bias_EO)
-    return out[0] if splits == 1 else out
+    out, *found = run(*tiles, x_MI, weight.words, weight.scales, bias_EO)
+    out = out[0] if splits == 1 else out
+    return (out, *found) if found else out
 
 
 def _across(x, rows):

@@ -88,23 +88,14 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
             plgpu.copy_gmem_to_smem(real, real_smem, loaded)
 
         plgpu.barrier_wait(loaded)
-        column, is_real = _iota(columns, 1), of_mine(real_smem) != 0
+        is_real = of_mine(real_smem) != 0
 
-        def choose(a, carry):
-            x, total = carry
-            top = x.max(axis=1)
-            at = jnp.where(x == _across(top, columns), column, columns).min(axis=1)  # none for NaN
-            power = jnp.exp(top - largest)
-            here = at - first[0]
-            here_smem[a, mine] = jnp.where(is_real & (at < E) & (here >= 0) & (here < experts), here, experts)
+        def put(a, at, power):
+            here_smem[a, mine] = jnp.where(is_real, among(at, first[0], experts, E), experts)
             expert_smem[a, mine], weight_smem[a, mine] = jnp.minimum(at, E), power
-            return jnp.where(column == _across(at, columns), -jnp.inf, x), total + power
 
         x = plgpu.load(scores_smem.at[mine], layout=MATRIX, optimized=False)
-        x += _down(plgpu.load(bias_smem, layout=_ROW, optimized=False).astype(jnp.float32))
-        x = jnp.where(x < _LOWEST, _LOWEST, x)
-        largest = x.max(axis=1)
-        _, total = jax.lax.fori_loop(0, A, choose, (x, plgpu.layout_cast(jnp.zeros(_TOKENS, jnp.float32), COLUMN)))
+        total = choose(x + in_all_rows(bias_smem), A, put)
         meet()
 
         # A pair's key is its expert and how many pairs of that come before it; every `rows`-th opens a tile.
@@ -190,6 +181,38 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
         **({"interpret": interpret} if interpret else {}))
     expert, weight, slot, token, *found = run(first, scores_TE, bias_E, real)
     return Routing(expert[:, :T], weight[:, :T], slot[:, :T], None if T <= rows else token, Tiles(*found))
+
+
+def choose(x, count: int, put):
+    """Choose so many columns of each row of x, float32 [32, columns] in layout MATRIX, by descending number, the lower of equals first.
+
+    put(index, column int32 [32], exp(its number less the largest)) takes each; the column is `columns` or more in a row with a NaN.
+    Returns the sum of the powers.
+    """
+    column, columns = _iota(x.shape[1], 1), x.shape[1]
+    x = jnp.where(x < _LOWEST, _LOWEST, x)
+    largest = x.max(axis=1)
+
+    def once(index, carry):
+        x, total = carry
+        top = x.max(axis=1)
+        at = jnp.where(x == _across(top, columns), column, columns).min(axis=1)  # none for NaN
+        power = jnp.exp(top - largest)
+        put(index, at, power)
+        return jnp.where(column == _across(at, columns), -jnp.inf, x), total + power
+
+    return jax.lax.fori_loop(0, count, once, (x, plgpu.layout_cast(jnp.zeros(_TOKENS, jnp.float32), COLUMN)))[1]
+
+
+def among(expert, first, experts: int, all_experts: int):
+    """Return the place of each expert among the `experts` from `first` on that are here, or `experts`."""
+    here = expert - first
+    return jnp.where((expert < all_experts) & (here >= 0) & (here < experts), here, experts)
+
+
+def in_all_rows(ref):
+    """Return a row of numbers as float32 [32, columns], 32 times, in layout MATRIX."""
+    return _down(plgpu.load(ref, layout=_ROW, optimized=False).astype(jnp.float32))
 
 
 def _iota(columns, dim):

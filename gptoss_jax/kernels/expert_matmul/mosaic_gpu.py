@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, HopperGateUpWeight, HopperWeight
@@ -103,22 +104,32 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_routing
 
     (T, A), E = expert_TA.shape, gate_up_bias.shape[0]
-    if router is not None and hopper_routing.takes(*router.scores.shape, A):
-        rows = hopper_kernel.tile_rows(T * A, E)
-        _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router, count=A, experts=E, rows=rows, interpret=interpret)
-        slots = hopper_routing.most_tiles(T * A, E, rows) * rows
-        if token_S is not None:
-            x_SD = x_TD.at[token_S].get(mode="clip")
-        else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
-            x_SD = x_TD if T <= ALIGNMENT else jnp.pad(x_TD, ((0, -T % ALIGNMENT), (0, 0)))
+    matmul = functools.partial(hopper_kernel.matmul, bias_EO=gate_up_bias, limit=limit, alpha=alpha)
+    routed = router is not None and hopper_routing.takes(*router.scores.shape, A)
+    if routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0:
+        rows, slots = ALIGNMENT, A * ALIGNMENT
+        first, second = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
+        choice = hopper_kernel.Choice(router.scores, router.bias, router.first)
+        h_SF, expert_A, weight_A = matmul(x_TD, gate_up, tiles=choice, plan=first, slots=slots)
+        weight_AT, slot_AT = weight_A[:, None], np.arange(A, dtype=np.int32)[:, None] * rows
+        tiles = hopper_kernel.Tiles(expert_A, np.arange(A, dtype=np.int32), np.ones(A, np.int32), np.full(1, A, np.int32))
     else:
-        order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
-        row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
-        slots, rows, token_S, weight_AT, slot_AT = len(row_S), None, row_S, weight_TA.T, slot_M[place_M].reshape(T, A).T
-        x_SD = x_TD[order_M[row_S] // A]
-        tiles = hopper_kernel.tiles(group_sizes_E, slots, hopper_kernel.plan(slots, gate_up).rows)
-    first, second = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
-    h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, first, slots=slots if token_S is None else None, limit=limit, alpha=alpha)
+        if routed:
+            rows = hopper_kernel.tile_rows(T * A, E)
+            _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router, count=A, experts=E, rows=rows, interpret=interpret)
+            slots = hopper_routing.most_tiles(T * A, E, rows) * rows
+            if token_S is not None:
+                x_SD = x_TD.at[token_S].get(mode="clip")
+            else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
+                x_SD = x_TD if T <= ALIGNMENT else jnp.pad(x_TD, ((0, -T % ALIGNMENT), (0, 0)))
+        else:
+            order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
+            row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
+            slots, rows, token_S, weight_AT, slot_AT = len(row_S), None, row_S, weight_TA.T, slot_M[place_M].reshape(T, A).T
+            x_SD = x_TD[order_M[row_S] // A]
+            tiles = hopper_kernel.tiles(group_sizes_E, slots, hopper_kernel.plan(slots, gate_up).rows)
+        first, second = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
+        h_SF = matmul(x_SD, gate_up, tiles=tiles, plan=first, slots=slots if token_S is None else None)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second).reshape(second.splits, slots, -1)
 
     def rows_of(slot_T):  # zeros for somebody else's
