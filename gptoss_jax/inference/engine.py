@@ -217,21 +217,17 @@ class Engine:
         def goes_on(ids):
             return ~(ids[..., None] == stop_ids).any(axis=-1)
 
-        def step(carry, _):
-            cache, ids_B, count = carry
-            ids_B, logprobs_B, cache = self._decode_step(weights, cache, ids_B, settings, jnp.broadcast_to(count, ids_B.shape), kind=kind)
-            return (cache, ids_B, count + 1), (ids_B, logprobs_B)
+        def step(done, carry):
+            cache, ids_B, *tokens = carry
+            ids_B, logprobs_B, cache = self._decode_step(weights, cache, ids_B, settings, jnp.broadcast_to(count + done, ids_B.shape), kind=kind)
+            here = jnp.arange(shape[0])[:, None] == done  # a select: an update of a slice would be a copy on another stream
+            return cache, ids_B, *(jnp.where(here, new, old) for new, old in zip((ids_B, logprobs_B), tokens, strict=True))
 
-        def steps(*carry):
-            return jax.lax.scan(step, carry, length=self.steps_per_dispatch)
-
-        def none(*carry):
-            shape = (self.steps_per_dispatch, ids_B.shape[0])
-            return carry, (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-
+        shape = self.steps_per_dispatch, ids_B.shape[0]
+        carry = cache, ids_B, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
         open_B &= goes_on(ids_B) & (count < room_B)
-        (cache, ids_B, _), tokens = jax.lax.cond(open_B.any(), steps, none, cache, ids_B, count)
-        return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0)), tokens
+        cache, ids_B, *tokens = jax.lax.cond(open_B.any(), lambda *carry: jax.lax.fori_loop(0, shape[0], step, carry), lambda *carry: carry, *carry)
+        return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0)), tuple(tokens)
 
     def lower(self, batch: int, length: int) -> dict[str, jax.stages.Lowered]:
         """Lower what runs, for `batch` rows over a cache of `length` slots, with the sampler that takes most memory. Nothing is allocated or run.
