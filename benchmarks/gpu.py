@@ -25,7 +25,6 @@ import traceback
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARES = {"kernels": 0.17, "variants": 0.08, "model": 0.2, "load": 0.06, "torch": 0.04, "triton": 0.06, "transformers": 0.09}  # a model's for each
-FLAGS = ("--xla_gpu_enable_command_buffer=", "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL")  # no CUDA graphs; loops in them, too
 FIRST = ((1, 128), (1, 8192), (16, 128), (64, 8192), (1, 131_072), (64, 128), (256, 128), (4, 128))  # what matters most is measured first
 
 
@@ -45,21 +44,18 @@ def main() -> int:
     if arguments.section:
         return run_section(arguments)
     end, failed = time.monotonic() + arguments.seconds, 0
-    few, last = argparse.Namespace(batches=FIRST[0][:1], contexts=FIRST[0][1:], prompts=()), arguments.models[-1]
-    plan = [("kernels", arguments.models[0], arguments, ""), ("variants", arguments.models[0], arguments, ""),
-            *(("model", model, arguments, "") for model in arguments.models), *(("model", last, few, flags) for flags in FLAGS),
-            *((section, last, arguments, "") for section in ("load", "torch", "triton", "transformers"))]
-    for section, model, sizes, xla_flags in plan:
-        seconds = min(max((0.06 if xla_flags else SHARES[section]) * arguments.seconds, 20), end - time.monotonic())
+    plan = [("kernels", arguments.models[0]), ("variants", arguments.models[0]), *(("model", model) for model in arguments.models),
+            *((section, arguments.models[-1]) for section in ("load", "torch", "triton", "transformers"))]
+    for section, model in plan:
+        seconds = min(max(SHARES[section] * arguments.seconds, 20), end - time.monotonic())
         if seconds < 10:
             write(arguments.out, {"section": section, "model": model, "skipped": "no time left"})
             continue
-        flags = [part for name in ("batches", "contexts", "prompts") for part in (f"--{name}", *map(str, getattr(sizes, name)))]
+        flags = [part for name in ("batches", "contexts", "prompts") for part in (f"--{name}", *map(str, getattr(arguments, name)))]
         command = [sys.executable, __file__, "--out", str(arguments.out), "--seconds", str(seconds), "--section", section, "--model", model,
                    "--steps", str(arguments.steps), *flags]
         try:
-            environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()}
-            failed += subprocess.run(command, timeout=seconds + 10, env=environment).returncode != 0  # it watches the time itself
+            failed += subprocess.run(command, timeout=seconds + 10).returncode != 0  # it watches the time itself
         except subprocess.TimeoutExpired:
             write(arguments.out, {"section": section, "model": model, "skipped": f"stopped after {seconds:.0f} s"})
     show(arguments.out)

@@ -74,7 +74,7 @@ def _steps(args: argparse.Namespace) -> None:
 
     from gptoss_jax.inference import measure, memory_plan
 
-    if args.mode == "decode" and min(args.context) <= (before := measure.WARM_STEPS + args.steps + 1):
+    if args.mode == "decode" and min(args.context) <= (before := measure.decoded_tokens(args.steps)):
         raise command.UsageError(f"--context is {min(args.context)}, expected more than the {before} tokens that --steps {args.steps} decodes until then")
     memory_plan.announce(config, max(args.batch), min(max(args.context) + 1, config.max_position_embeddings), dtype=args.dtype, write=_tell)
     limits = _limits(out, args.dtype)

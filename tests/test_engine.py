@@ -10,6 +10,7 @@ from gptoss_jax import checkpoint, sharding
 from gptoss_jax.inference import sampling
 from gptoss_jax.inference.engine import Engine, PromptError
 from gptoss_jax.inference.sampling import Sampling, SamplingError, sample, stack
+from gptoss_jax.model import GptOss
 
 GREEDY = Sampling(temperature=0)
 
@@ -83,20 +84,30 @@ def test_tokens_are_the_same_when_a_dispatch_takes_several_steps(engine, oracle,
     assert engine._decode_many._cache_size() == 1 and engine._decode._cache_size() == before
 
 
-def test_a_dispatch_ends_when_every_row_has(model, oracle):
-    """So that a stop id costs no more than the step it came in, and what is dispatched ahead after it costs nothing."""
+def test_a_dispatch_is_a_loop_of_known_length_or_nothing_where_every_row_has_ended(model, oracle):
+    """So that the host isn't asked before each step, and what is dispatched ahead after the last row's end costs nothing."""
     engine = Engine(model, prefill_chunk=16, steps_per_dispatch=8)
+    assert '"known_trip_count":{"n":"8"}' in engine.lower(1, 256)["decode"].compile().as_text()
     cache, _ = engine._prefill_prompts([oracle["g16.prompt"].tolist()], 256)
-    new = oracle["g16.new"].tolist()
-    engine.stop_ids = frozenset([new[3]])
-    stopped = new.index(new[3])
-    _, arrays = stack([GREEDY])
-    rows, room = (jnp.asarray(new[:1], jnp.int32), np.array([True])), np.array([100], np.int32)
-    cache, rows, (ids, _, done) = engine._decode_many(engine.weights, cache, rows, arrays, np.int32(1), np.int32(8), room, kind="greedy")
-    assert done == stopped and ids[: int(done), 0].tolist() == new[1 : stopped + 1] and not rows[1].any()
-    assert engine._decode_many(engine.weights, cache, rows, arrays, np.int32(9), np.int32(8), room, kind="greedy")[2][2] == 0
+    new, (_, arrays) = oracle["g16.new"], stack([GREEDY])
+    length, room = int(cache.lengths[0]), np.array([100], np.int32)
+    engine.stop_ids = frozenset([int(new[3])])
+    rows = jnp.asarray(new[:1], jnp.int32), np.array([True])
+    for count, steps in ((1, 8), (9, 0)):
+        cache, rows, (ids, _) = engine._decode_many(engine.weights, cache, rows, arrays, np.int32(count), room, kind="greedy")
+        length += steps
+        assert ids[:, 0].tolist() == (new[1:9].tolist() if steps else [0] * 8) and cache.lengths.tolist() == [length] and not rows[1].any()
     with pytest.raises(ValueError, match="steps_per_dispatch is 0, expected at least 1"):
         Engine(model, steps_per_dispatch=0)
+
+
+def test_a_row_computed_past_its_end_and_the_caches_disturbs_no_other(model, oracle):
+    """The first row's room ends with the context in a dispatch's third step; the others go on, one up to the same slot."""
+    model = GptOss(model.config.replace(max_position_embeddings=192), model.weights())
+    prompts = [[3, 9] * 94, oracle["g16.prompt"].tolist(), [7, 5] * 81]
+    completions = [Engine(model, steps_per_dispatch=steps).generate(prompts, GREEDY, max_new_tokens=40) for steps in (1, 8)]
+    assert [len(completion.ids) for completion in completions[1]] == [4, 40, 30]
+    assert [completion.ids for completion in completions[0]] == [completion.ids for completion in completions[1]]
 
 
 def test_a_seed_reproduces_its_tokens_in_any_batch(engine):

@@ -7,6 +7,7 @@ ended; the host dispatches the next before it reads the tokens of the one before
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ _SMALLEST_CHUNK = 16
 _SMALLEST_CACHE = 256
 _PREFILL_CHUNK = {"cpu": 512}  # tokens, elsewhere 8,192: with twice the rows, fewer of the rows in experts' tiles are empty
 _STEPS = {"cpu": 1}  # a dispatch, elsewhere 8: a dispatch of 504 arrays costs the host 0.14 ms; 8 tokens still read as a stream
+# No CUDA graphs: they lose the launches by which our kernels overlap the one before. It holds for a program alone, whatever XLA_FLAGS says.
+_DECODE_OPTIONS = {"gpu": {"xla_gpu_graph_min_graph_size": 1_000_000}}
 
 
 class PromptError(ValueError):
@@ -75,7 +78,7 @@ class Engine:
         self.prefill_chunk = _PREFILL_CHUNK.get(platform, 8192) if prefill_chunk is None else prefill_chunk
         if self.prefill_chunk < _SMALLEST_CHUNK or self.prefill_chunk & (self.prefill_chunk - 1):
             raise ValueError(f"prefill_chunk is {prefill_chunk}, expected a power of two of at least {_SMALLEST_CHUNK}")
-        self.steps_per_dispatch = _STEPS.get(platform, 8) if steps_per_dispatch is None else steps_per_dispatch
+        self.steps_per_dispatch = usual_steps(platform) if steps_per_dispatch is None else steps_per_dispatch
         if self.steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch is {steps_per_dispatch}, expected at least 1")
         self.config, self.mesh = config, model.mesh or sharding.ambient_mesh()
@@ -85,8 +88,9 @@ class Engine:
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
         read = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())  # what the host reads is whole in every process
         self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)
-        self._decode = jax.jit(self._decode_step, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(read, read, None))
-        self._decode_many = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(None, read, read))
+        decode = functools.partial(jax.jit, donate_argnums=(1,), static_argnames=("kind",), compiler_options=_DECODE_OPTIONS.get(platform))
+        self._decode = decode(self._decode_step, out_shardings=(read, read, None))
+        self._decode_many = decode(self._decode_steps, out_shardings=(None, read, read))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] = Sampling(), *,
                  max_new_tokens: int = 512) -> list[Completion]:
@@ -213,22 +217,17 @@ class Engine:
         def goes_on(ids):
             return ~(ids[..., None] == stop_ids).any(axis=-1)
 
-        def step(carry, done):
-            cache, ids_B = carry
-            step_B = jnp.broadcast_to(count + done, ids_B.shape)
-            ids_B, logprobs_B, cache = self._decode_step(weights, cache, ids_B, settings, step_B, kind=kind)
-            return (cache, ids_B), (ids_B, logprobs_B)
+        def step(done, carry):
+            cache, ids_B, *tokens = carry
+            ids_B, logprobs_B, cache = self._decode_step(weights, cache, ids_B, settings, jnp.broadcast_to(count + done, ids_B.shape), kind=kind)
+            here = jnp.arange(shape[0])[:, None] == done  # a select: an update of a slice would be a copy on another stream
+            return cache, ids_B, *(jnp.where(here, new, old) for new, old in zip((ids_B, logprobs_B), tokens, strict=True))
 
-        def steps(*carry):
-            return jax.lax.scan(step, carry, jnp.arange(self.steps_per_dispatch, dtype=jnp.int32))
-
-        def none(*carry):
-            shape = (self.steps_per_dispatch, ids_B.shape[0])
-            return carry, (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-
+        shape = self.steps_per_dispatch, ids_B.shape[0]
+        carry = cache, ids_B, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
         open_B &= goes_on(ids_B) & (count < room_B)
-        (cache, ids_B), tokens = jax.lax.cond(open_B.any(), steps, none, cache, ids_B)
-        return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0)), tokens
+        cache, ids_B, *tokens = jax.lax.cond(open_B.any(), lambda *carry: jax.lax.fori_loop(0, shape[0], step, carry), lambda *carry: carry, *carry)
+        return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0)), tuple(tokens)
 
     def lower(self, batch: int, length: int) -> dict[str, jax.stages.Lowered]:
         """Lower what runs, for `batch` rows over a cache of `length` slots, with the sampler that takes most memory. Nothing is allocated or run.
@@ -257,6 +256,11 @@ class Engine:
             for id in prompt:
                 if not 0 <= id < self.config.vocab_size:
                     raise PromptError(f"prompt {row} holds the id {id}, expected 0 to {self.config.vocab_size - 1}")
+
+
+def usual_steps(platform: str) -> int:
+    """Return the steps of a dispatch where none are asked for."""
+    return _STEPS.get(platform, 8)
 
 
 def cache_length(tokens: int, max_context: int) -> int:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.inference.engine import Engine
+from gptoss_jax.inference.engine import Engine, usual_steps
 from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.kernels import attention, decode_attention, decode_matmul, expert_matmul
 from gptoss_jax.kernels.cache_write import cache_write
@@ -115,20 +115,32 @@ class _Primed(Engine):
         return jax.device_put((cache, hidden), self._place(cache, hidden))
 
 
+def decoded_tokens(steps: int) -> int:
+    """Return how many tokens of a row `decode` generates to time `steps` of them: the first, whole dispatches of WARM_STEPS and of those timed, one more."""
+    each = usual_steps(jax.default_backend())
+    return 1 + each * (_dispatches(WARM_STEPS, each) + _dispatches(steps, each) + 1)
+
+
+def _dispatches(steps: int, each: int) -> int:
+    return -(-steps // each)
+
+
 def decode(model: GptOss, batch: int, context: int, limits: Ceilings, *, steps: int = 32, repetitions: int = 5, trace=None,
            sampling: Sampling = GREEDY) -> dict:
     """Time decode steps of `batch` rows whose contexts end at `context` tokens, as `Engine.stream` runs them, the tokens read by the host.
 
-    The first WARM_STEPS aren't timed; a context is longer than all steps together.
+    Whole dispatches are timed, of `steps` steps or what is missing to the next one, from the moment that tokens of one have been read to the moment
+    that those of a later one have, the next dispatched each time. A context is longer than `decoded_tokens`.
     """
-    count = WARM_STEPS + steps + 1
     engine = _Primed(model, max_context=context)
     engine.stop_ids = frozenset()
+    each, count = engine.steps_per_dispatch, decoded_tokens(steps)
+    start, end = (1 + each * (_dispatches(taken, each) - 1) for taken in (WARM_STEPS, count - 1 - each))
     prompts = [[0] * (context - count)] * batch
 
     def once() -> float:
         times = [time.perf_counter() for token in engine.stream(prompts, sampling, max_new_tokens=count) if token.row == batch - 1]
-        return (times[-1] - times[WARM_STEPS]) / (len(times) - 1 - WARM_STEPS)
+        return (times[end] - times[start]) / (end - start)
 
     dtype = str(engine.dtype)
     needed = cost.decode_bytes(model.config, batch, context, dtype)
