@@ -25,8 +25,6 @@ _SMALLEST_CHUNK = 16
 _SMALLEST_CACHE = 256
 _PREFILL_CHUNK = {"cpu": 512}  # tokens, elsewhere 8,192: with twice the rows, fewer of the rows in experts' tiles are empty
 _STEPS = {"cpu": 1}  # a dispatch, elsewhere 8: a dispatch of 504 arrays costs the host 0.14 ms; 8 tokens still read as a stream
-# No CUDA graphs: they lose the launches by which our kernels overlap the one before. It holds for a program alone, whatever XLA_FLAGS says.
-_DECODE_OPTIONS = {"gpu": {"xla_gpu_graph_min_graph_size": 1_000_000}}
 
 
 class PromptError(ValueError):
@@ -88,7 +86,7 @@ class Engine:
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
         read = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())  # what the host reads is whole in every process
         self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)
-        decode = functools.partial(jax.jit, donate_argnums=(1,), static_argnames=("kind",), compiler_options=_DECODE_OPTIONS.get(platform))
+        decode = functools.partial(jax.jit, donate_argnums=(1,), static_argnames=("kind",))
         self._decode = decode(self._decode_step, out_shardings=(read, read, None))
         self._decode_many = decode(self._decode_steps, out_shardings=(None, read, read))
 

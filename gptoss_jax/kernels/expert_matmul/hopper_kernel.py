@@ -224,7 +224,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles | Choice, plan: Plan, *, slots: i
                         for group in range(groups):
                             decoded = _decode(words_smem[slot, me, group], scales_smem[slot, me, group], ops)
                             ops.multiply(acc, decoded, x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
-                        ops.finish()
+                        ops.finish()  # here, as a product in flight reads registers that the next step writes
                         plgpu.barrier_arrive(empty.at[slot])
                         return _
 
