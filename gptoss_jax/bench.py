@@ -85,7 +85,7 @@ def _steps(args: argparse.Namespace) -> None:
         out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
         for context in args.context:
             run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
-            row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args))
+            row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args))()
             out.add(row | {"implementations": ran} | _peak(jax))
     out.show(("batch", "batch", str), ("context", "context", "{:,}".format), *_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format),
              ("GB read", "read_bytes", lambda size: f"{size / 1e9:.3f}"), ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR,
@@ -175,7 +175,7 @@ def _train(args: argparse.Namespace) -> None:
         jax.block_until_ready(metrics)
         return (time.perf_counter() - start) / args.steps
 
-    row = measure.timed(once, args.repetitions, _trace(args), tokens=batch.tokens.size)
+    row = measure.ready(once, args.repetitions, _trace(args), tokens=batch.tokens.size)()
     flops = row["tokens_per_second"] * speed.flops_per_token(config.model, state.trained, config.data.row_tokens)
     if peak := speed.peak_flops(jax.devices()[0]):
         row["model_flops_utilisation"] = flops / peak / (1 if mesh is None else mesh.size)

@@ -50,7 +50,7 @@ def test_decode_is_timed_at_its_context_and_its_numbers_agree(model, monkeypatch
         return cache, hidden
 
     monkeypatch.setattr(measure._Primed, "_prefill_prompts", spied)
-    row = measure.decode(model, 2, 300, LIMITS, steps=4, repetitions=2)
+    row = measure.decode(model, 2, 300, LIMITS, steps=4, repetitions=2)()
     assert len(lengths) == 3 and lengths[0][:3] == (2, 300 - 14, 300) and 0.5 < lengths[0][3] < 1.1  # random, not zeros
     assert row["read_bytes"] == cost.decode_bytes(SMALL, 2, 300) and row["lowest"] <= row["seconds"] <= row["highest"] < row["first_run_seconds"]
     assert row["tokens_per_second"] == pytest.approx(2 / row["seconds"])
@@ -71,7 +71,7 @@ def test_a_rate_is_that_of_the_tokens_read_while_it_was_measured(model, monkeypa
     monkeypatch.setitem(engine._STEPS, "cpu", each)
     monkeypatch.setattr(engine.jax, "device_get", device_get)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
-    assert measure.decode(model, 1, 200, LIMITS, steps=12, repetitions=1)["seconds"] == pytest.approx(1e-3)
+    assert measure.decode(model, 1, 200, LIMITS, steps=12, repetitions=1)()["seconds"] == pytest.approx(1e-3)
 
 
 def test_every_implementation_that_runs_here_agrees_with_the_reference():

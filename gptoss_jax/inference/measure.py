@@ -32,6 +32,7 @@ from gptoss_jax.model.cache import abstract_cache
 
 GREEDY = Sampling(temperature=0)
 WARM_STEPS = 8
+_ROUND = 10
 
 
 class Ceilings(NamedTuple):
@@ -126,8 +127,9 @@ def _dispatches(steps: int, each: int) -> int:
 
 
 def decode(model: GptOss, batch: int, context: int, limits: Ceilings, *, steps: int = 32, repetitions: int = 5, trace=None,
-           sampling: Sampling = GREEDY) -> dict:
-    """Time decode steps of `batch` rows whose contexts end at `context` tokens, as `Engine.stream` runs them, the tokens read by the host.
+           sampling: Sampling = GREEDY) -> Callable[[], dict]:
+    """Get ready to time decode steps of `batch` rows whose contexts end at `context` tokens, as `Engine.stream` runs them, the tokens read by the
+    host: everything is compiled and has run once when this returns. Call what it returns for the measurement.
 
     Whole dispatches are timed, of `steps` steps or what is missing to the next one, from the moment that tokens of one have been read to the moment
     that those of a later one have, the next dispatched each time. A context is longer than `decoded_tokens`.
@@ -144,12 +146,12 @@ def decode(model: GptOss, batch: int, context: int, limits: Ceilings, *, steps: 
 
     dtype = str(engine.dtype)
     needed = cost.decode_bytes(model.config, batch, context, dtype)
-    return {"what": "decode", "batch": batch, "context": context} | timed(once, repetitions, trace, tokens=batch, floor=needed / limits.bandwidth,
-                                                                      read_bytes=needed)
+    return ready(once, repetitions, trace, tokens=batch, floor=needed / limits.bandwidth, what="decode", batch=batch, context=context,
+                 read_bytes=needed)
 
 
-def prefill(model: GptOss, batch: int, tokens: int, limits: Ceilings, *, repetitions: int = 5, trace=None) -> dict:
-    """Time `batch` prompts of `tokens` random tokens, from the call to the first token of each."""
+def prefill(model: GptOss, batch: int, tokens: int, limits: Ceilings, *, repetitions: int = 5, trace=None) -> Callable[[], dict]:
+    """Get ready, as `decode` does, to time `batch` prompts of `tokens` random tokens, from the call to the first token of each."""
     engine = Engine(model, max_context=min(model.config.max_position_embeddings, tokens + 1))
     tokens = min(tokens, engine.max_context - 1)
     prompts = np.random.default_rng(0).integers(0, engine.sampleable, (batch, tokens)).tolist()
@@ -163,23 +165,25 @@ def prefill(model: GptOss, batch: int, tokens: int, limits: Ceilings, *, repetit
     flops = cost.prefill_flops(model.config, batch, tokens)
     weights = cost.decode_bytes(model.config, batch * tokens, 0, str(engine.dtype))  # all of them once
     floor = max(flops / limits.matmul, weights / limits.bandwidth)
-    return {"what": "prefill", "batch": batch, "context": tokens} | timed(once, repetitions, trace, tokens=batch * tokens, floor=floor,
-                                                                         read_bytes=weights, flops=flops)
+    return ready(once, repetitions, trace, tokens=batch * tokens, floor=floor, what="prefill", batch=batch, context=tokens, read_bytes=weights, flops=flops)
 
 
-def timed(once: Callable[[], float], repetitions: int, trace=None, *, tokens: int, floor: float | None = None, **facts) -> dict:
-    """Call `once`, which returns seconds, a first time and `repetitions` more. trace: opens the context that those run in."""
+def ready(once: Callable[[], float], repetitions: int, trace=None, *, tokens: int, floor: float | None = None, **facts) -> Callable[[], dict]:
+    """Call `once`, which returns seconds, a first time; return what calls it `repetitions` times more. trace: opens the context that those run in."""
     start = time.perf_counter()
     once()
     first = time.perf_counter() - start
-    with trace() if trace else contextlib.nullcontext():
-        seconds = sorted(once() for _ in range(repetitions))
-    median = statistics.median(seconds)
-    found = {"seconds": median, "lowest": seconds[0], "highest": seconds[-1], "first_run_seconds": first, "tokens_per_second": tokens / median}
-    found |= facts
-    if "read_bytes" in facts:
-        found["gb_per_second"] = facts["read_bytes"] / median / 1e9
-    return found if floor is None else found | {"floor_seconds": floor, "floor_fraction": floor / median}
+
+    def measured() -> dict:
+        with trace() if trace else contextlib.nullcontext():
+            seconds = sorted(once() for _ in range(repetitions))
+        median = statistics.median(seconds)
+        found = facts | {"seconds": median, "lowest": seconds[0], "highest": seconds[-1], "first_run_seconds": first, "tokens_per_second": tokens / median}
+        if "read_bytes" in facts:
+            found["gb_per_second"] = facts["read_bytes"] / median / 1e9
+        return found if floor is None else found | {"floor_seconds": floor, "floor_fraction": floor / median}
+
+    return measured
 
 
 class Case(NamedTuple):
@@ -293,10 +297,14 @@ def compare(case: Case, implementation: str) -> float:
 
 
 def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: int = 5, seconds: float = 0.1) -> dict:
-    """Time one op by a loop on the device, each call fed from the one before; experts change from call to call, so that no cache keeps them."""
+    """Time one op by a loop on the device, each call fed from the one before; experts change from call to call, so that no cache keeps them.
+
+    The loop is of rounds of _ROUND calls, a number that XLA knows: on a GPU the host is asked whether to go on after each round only, which takes
+    as long as a small op.
+    """
 
     @jax.jit
-    def loop(count, carry, arrays):
+    def loop(rounds, carry, arrays):
         def body(index, carry):
             turn = {"expert_matmul": lambda sizes: jnp.roll(sizes, index * 5), "expert_mlp": lambda chosen: (chosen + index * 5) % len(arrays[2]),
                     "hopper": lambda first: first + index * 5}
@@ -305,12 +313,15 @@ def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: in
                 return carry[0] + (out[0].ravel()[0] * 0).astype(carry[0].dtype), *out[1:]
             return out if case.op == "cache_write" else carry + (out.ravel()[0] * 0).astype(carry.dtype)
 
-        return jax.lax.fori_loop(0, count, body, carry)
+        def round(index, carry):
+            return jax.lax.fori_loop(0, _ROUND, lambda within, carry: body(index * _ROUND + within, carry), carry)
+
+        return jax.lax.fori_loop(0, rounds, round, carry)
 
     arrays = _arranged(case, implementation)
     once = min(_batches(lambda: loop(1, case.carry, arrays), 2, 1))
-    count = int(min(max(seconds / once, 1), 1000))
-    times = sorted(time / count for time in _batches(lambda: loop(count, case.carry, arrays), repetitions, 1))
+    rounds = int(min(max(seconds / once, 1), 100))
+    times = sorted(time / (rounds * _ROUND) for time in _batches(lambda: loop(rounds, case.carry, arrays), repetitions, 1))
     median = statistics.median(times)
     floor = max(case.read_bytes / limits.bandwidth, case.flops / limits.matmul)
     return {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "seconds": median, "lowest": times[0],
