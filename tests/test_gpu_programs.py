@@ -24,12 +24,12 @@ def programs():
 
 
 def test_a_decode_step_starts_few_kernels_a_layer(programs):
-    """8.5 of them (9 at batch 1 with jax 0.11): a kernel each for norm and q, k and v; attention; its output; sum, norm and router; routing; gate and
-    up; down; their sum; and one where parts of a long cache are merged. Before dense products had a kernel there were 13.5 at batch 1 and 15.5 at
+    """7.5 of them at batch 1 (8 with jax 0.11): a kernel each for norm and q, k and v; attention; its output; sum, norm and router; gate and up;
+    down; their sum; and one where parts of a long cache are merged. A single token is routed within gate and up, more are by a kernel: 8.5. Before dense products had a kernel there were 13.5 at batch 1 and 15.5 at
     batch 4, before routing and attention had, 22 and 26.5, before the experts had, 30 at batch 1."""
-    assert programs["kernels_per_layer"] <= (8.5 if jax.__version_info__ >= (0, 12) else 9) and programs["kernels_per_layer_of_4_rows"] <= 8.5
-    for few, many in (programs["kernels"][:2], programs["kernels"][2:]):
-        assert many["mosaic_gpu_v2"] == 28
+    assert programs["kernels_per_layer"] <= (7.5 if jax.__version_info__ >= (0, 12) else 8) and programs["kernels_per_layer_of_4_rows"] <= 8.5
+    for (few, many), in_all in ((programs["kernels"][:2], 24), (programs["kernels"][2:], 28)):
+        assert many["mosaic_gpu_v2"] == in_all
         assert set(many) <= {"copy", "fusion", "mosaic_gpu_v2"}  # no loop, no sort, no scatter
 
 
@@ -47,9 +47,9 @@ def test_the_cache_is_written_in_place(programs):
 
 
 def test_no_buffer_grows_with_the_context(programs):
-    """131,072 tokens of context: the cache of one full layer is 268 MB, the float32 scores of a chunk of 4,096 tokens would be 137 GB."""
+    """131,072 tokens of context: the cache of one full layer is 268 MB, the float32 scores of a chunk of 8,192 tokens would be 275 GB."""
     assert programs["decode"]["temp"] < 50e6
-    assert programs["prefill"]["temp"] < 500e6 and programs["prefill_kernels"]["__cudnn$fmhaSoftmax"] == 3  # past and chunk of the full layer
+    assert programs["prefill"]["temp"] < 600e6 and programs["prefill_kernels"]["__cudnn$fmhaSoftmax"] == 3  # past and chunk of the full layer
 
 
 def test_training_attention_takes_cudnns_backward_pass_and_no_mask(programs):

@@ -125,7 +125,7 @@ def test_every_unit_of_the_grid_is_planned_within_a_hoppers_limits(kind):
             weight = kind(jax.ShapeDtypeStruct((*groups, 4, 128), jnp.uint32), jax.ShapeDtypeStruct((*groups, 32), jnp.uint32))
             for rows in (8, 32, 64, 512, 4096, 65536):
                 plan = hopper_kernel.plan(rows, weight)
-                assert plan.rows in (8, 16, 32, 64, 128) and plan.stages >= 4
+                assert plan.rows % 8 == 0 and plan.rows <= 160 and plan.stages >= 4
                 assert groups[1] % plan.warpgroups == 0 and groups[2] % plan.groups == 0
                 copying, multiplying = plan.registers
                 assert 128 * (copying + plan.warpgroups * multiplying) <= 65536

@@ -80,13 +80,13 @@ def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
 class Tiles(NamedTuple):
     """Of each tile its expert, first row and number of rows, int32 [T], the last two in ALIGNMENTs; count: int32 [1], how many there are.
 
-    Arrays apart, not a table: what is constant of them takes no kernel.
+    Arrays apart, not a table: what is constant of them takes no kernel. Only expert where all tiles are full, one after the other.
     """
 
     expert: jax.Array
-    first: jax.Array
-    rows: jax.Array
-    count: jax.Array
+    first: jax.Array | None = None
+    rows: jax.Array | None = None
+    count: jax.Array | None = None
 
 
 def tiles(group_sizes_E, num_rows: int, rows: int) -> Tiles:
@@ -140,16 +140,23 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles | Choice, plan: Plan, *, slots: i
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = Interpreted if plan.interpret else Mosaic
     chosen = slots // N if isinstance(tiles, Choice) else 0
+    arrays = [*(part for part in tiles if part is not None), x_MI, weight.words, weight.scales, bias_EO]
 
     def body(*refs):
-        (*table, x, words, scales, bias), (out, *found), (x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty, *routing) = (
-            refs[: len(tiles) + 4], refs[len(tiles) + 4 : len(tiles) + 4 + len(out_type)], refs[len(tiles) + 4 + len(out_type) :])
+        (*table, x, words, scales, bias), refs = refs[: len(arrays)], refs[len(arrays) :]
+        (out, *found), (x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty, *routing) = refs[: len(out_type)], refs[len(out_type) :]
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         if chosen:
             expert_smem, power_smem, ready = routing
-            count, tile_of = chosen, lambda tile: (expert_smem[jnp.minimum(tile, chosen - 1), 0], tile * (N // ALIGNMENT), N // ALIGNMENT)
-        else:
-            count, tile_of = table[3][0], lambda tile: tuple(ref[jnp.minimum(tile, ref.shape[0] - 1)] for ref in table[:3])
+        count = chosen or (table[3][0] if len(table) > 1 else table[0].shape[0])
+
+        def tile_of(tile):
+            """Return (expert, first row, rows), the last two in ALIGNMENTs."""
+            if not chosen and len(table) > 1:
+                return tuple(ref[jnp.minimum(tile, ref.shape[0] - 1)] for ref in table[:3])
+            last = jnp.minimum(tile, count - 1)
+            return expert_smem[last, 0] if chosen else table[0][last], tile * (N // ALIGNMENT), N // ALIGNMENT
+
         units = count * (blocks * splits)
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
 
@@ -268,7 +275,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles | Choice, plan: Plan, *, slots: i
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))
-    out, *found = run(*tiles, x_MI, weight.words, weight.scales, bias_EO)
+    out, *found = run(*arrays)
     out = out[0] if splits == 1 else out
     return (out, *found) if found else out
 

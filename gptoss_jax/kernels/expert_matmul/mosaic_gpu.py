@@ -112,7 +112,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         choice = hopper_kernel.Choice(router.scores, router.bias, router.first)
         h_SF, expert_A, weight_A = matmul(x_TD, gate_up, tiles=choice, plan=first, slots=slots)
         weight_AT, slot_AT = weight_A[:, None], np.arange(A, dtype=np.int32)[:, None] * rows
-        tiles = hopper_kernel.Tiles(expert_A, np.arange(A, dtype=np.int32), np.ones(A, np.int32), np.full(1, A, np.int32))
+        tiles = hopper_kernel.Tiles(expert_A)
     else:
         if routed:
             rows = hopper_kernel.tile_rows(T * A, E)
