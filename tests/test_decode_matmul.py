@@ -83,6 +83,7 @@ def test_about_as_many_blocks_as_processors_share_the_outputs():
     blocks = {(outputs, inputs): outputs // hopper_kernel.plan(rows, outputs, inputs, summing).outputs for rows, outputs, inputs, summing in
               ((1, 5120, 2880, False), (16, 2880, 4096, False), (16, 128, 2880, True), (8, 32, 2880, True))}
     assert blocks == {(5120, 2880): 128, (2880, 4096): 120, (128, 2880): 16, (32, 2880): 4}
+    assert [hopper_kernel.plan(rows, 132 * 128, 2880).rows for rows in (1, 2, 16)] == [8, 8, 16]  # four groups of 128 outputs for each warpgroup don't fit
     assert hopper_kernel.plan(1, 201_088, 2880) is None and hopper_kernel.plan(1, 5120, 2872) is None
     assert hopper_kernel.plan(1, 5124, 2880) is None and hopper_kernel.plan(16, 8, 8192, True) is None  # 530 kB of rows
 

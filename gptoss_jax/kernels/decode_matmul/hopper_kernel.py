@@ -45,12 +45,16 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | 
     each = next((n for n in range(8, 257, 8) if outputs % n == 0 and outputs // n <= SMS), None)
     if each is None or inputs % GROUP:
         return None
-    for held, groups in [(1, _MOST_GROUPS)] * (rows == 1) + [(8 if rows <= 8 else 16, groups) for groups in range(_MOST_GROUPS, 0, -1)]:
+
+    def stages(held, groups):
         steps = -(-inputs // (groups * GROUP))
         room = SHARED_BYTES - ((held * (1 + summing) + 1) * steps * groups * GROUP * 2 + max(held, 8) * (_WARPGROUPS * (GROUP + each) + each) * 4)
-        fitting = room // (each * groups * GROUP * 2) // _WARPGROUPS * _WARPGROUPS
-        if fitting > 0:
-            return Plan(held, each, groups, min(fitting, _MOST_STAGES, -(-steps // _WARPGROUPS) * _WARPGROUPS))
+        return min(room // (each * groups * GROUP * 2), _MOST_STAGES, steps + _WARPGROUPS - 1) // _WARPGROUPS * _WARPGROUPS
+
+    for held, fewest in [(1, _MOST_GROUPS)] * (rows == 1) + [(8 if rows <= 8 else 16, 1)]:
+        plans = [Plan(held, each, groups, stages(held, groups)) for groups in range(_MOST_GROUPS, fewest - 1, -1)]
+        if (best := max(plans, key=lambda plan: plan.groups * plan.stages)).stages > 0:  # what holds most, the first of equals
+            return best
     return None
 
 
