@@ -53,7 +53,7 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | 
 
     for held, fewest in [(1, _MOST_GROUPS)] * (rows == 1) + [(8 if rows <= 8 else 16, 1)]:
         plans = [Plan(held, each, groups, stages(held, groups)) for groups in range(_MOST_GROUPS, fewest - 1, -1)]
-        if (best := max(plans, key=lambda plan: plan.groups * plan.stages)).stages > 0:  # what holds most, the first of equals
+        if (best := max(plans, key=lambda plan: plan.groups**2 * plan.stages)).stages > 0:  # much in the ring, in few steps
             return best
     return None
 
