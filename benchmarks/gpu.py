@@ -188,11 +188,11 @@ def product_variants(arguments, record, config, limits) -> None:
         if case.op != "decode_matmul":
             continue
         added, *_, weight = case.arrays
-        planned = hopper_kernel.plan(1, *weight.shape, added is not None)
-        for plan in {planned, planned._replace(stages=3), planned._replace(groups=1, stages=12), planned._replace(groups=1, stages=6)}:
+        planned, of_eight = (hopper_kernel.plan(rows, *weight.shape, added is not None) for rows in (1, 8))
+        for plan in {planned, planned._replace(stages=4), of_eight, of_eight._replace(groups=1, stages=12)}:
             multiply = functools.partial(hopper_kernel.matmul, plan=plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
             run = case._replace(run=lambda _, *arrays, multiply=multiply: measure.products(multiply, *arrays))
-            row = {"what": "variant", "size": case.size, "groups": plan.groups, "stages": plan.stages, "planned": plan == planned}
+            row = {"what": "variant", "size": case.size, "rows": plan.rows, "groups": plan.groups, "stages": plan.stages, "planned": plan == planned}
             in_time(arguments, record, row, lambda: measure.kernel(run, "", limits, repetitions=3, seconds=0.02))
 
 

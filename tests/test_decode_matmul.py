@@ -18,9 +18,11 @@ needs_new_jax = pytest.mark.skipif(jax.__version_info__ < expert_kernel.OLDEST_J
 # rows, inputs, outputs, what comes before and after, steps of so many groups, stages: None as planned
 CASES = {
     "a row summed and normed, fewer steps than warpgroups": (1, 192, 64, ("added", "scale"), None, None),
-    "odd rows normed, with a bias": (3, 320, 40, ("scale", "bias"), 1, None),
-    "eight rows, only a bias, stages used again": (8, 704, 136, ("bias",), 1, 3),
-    "sixteen rows summed and normed, stages used again": (16, 640, 24, ("added", "scale"), 2, 3),
+    "a row summed and normed, stages used again, inputs that end within a step": (1, 1216, 24, ("added", "scale"), None, 4),
+    "a row, only a bias": (1, 320, 24, ("bias",), None, None),
+    "odd rows normed, with a bias, inputs that end within a step": (3, 320, 40, ("scale", "bias"), None, None),
+    "eight rows, only a bias, stages used again": (8, 704, 136, ("bias",), 1, 4),
+    "sixteen rows summed and normed, stages used again": (16, 640, 24, ("added", "scale"), 2, 4),
     "sixteen rows, nothing else, one group": (16, 64, 8, (), None, None),
 }
 
@@ -81,6 +83,7 @@ def test_about_as_many_blocks_as_processors_share_the_outputs():
     blocks = {(outputs, inputs): outputs // hopper_kernel.plan(rows, outputs, inputs, summing).outputs for rows, outputs, inputs, summing in
               ((1, 5120, 2880, False), (16, 2880, 4096, False), (16, 128, 2880, True), (8, 32, 2880, True))}
     assert blocks == {(5120, 2880): 128, (2880, 4096): 120, (128, 2880): 16, (32, 2880): 4}
+    assert [hopper_kernel.plan(rows, 132 * 128, 2880).rows for rows in (1, 2, 16)] == [8, 8, 16]  # four groups of 128 outputs for each warpgroup don't fit
     assert hopper_kernel.plan(1, 201_088, 2880) is None and hopper_kernel.plan(1, 5120, 2872) is None
     assert hopper_kernel.plan(1, 5124, 2880) is None and hopper_kernel.plan(16, 8, 8192, True) is None  # 530 kB of rows
 

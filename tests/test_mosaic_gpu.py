@@ -277,9 +277,9 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
             assert 0 < report["shared_bytes"] <= 100_000, report
             continue
         if report["op"] == "product":
-            # 231 to 243 instructions a step of 5 groups of inputs, 203 of 4, when written.
-            assert report["hgmma"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448 and report["loop"] <= 250, report
-            assert report["registers_each"] * 128 * 3 <= 65536, report
+            # 165 to 206 instructions a step of 3 or 4 groups of inputs when written.
+            assert report["hgmma"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448 and report["loop"] <= 215, report
+            assert report["registers_each"] * 128 * 4 <= 65536, report
             continue
         assert report["hgmma"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448, report
         assert report["registers_each"] * 128 * (report["warpgroups"] + 1) <= 65536, report

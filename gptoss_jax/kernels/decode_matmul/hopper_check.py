@@ -10,8 +10,9 @@ import numpy as np
 from gptoss_jax.kernels.decode_matmul import mosaic_gpu, reference
 from gptoss_jax.kernels.expert_matmul.hopper_check import first_disagreement, now
 
-# rows, inputs, outputs, whether they are summed and normed, whether only normed: more steps than stages, fewer; blocks of 8 and of 24 outputs.
-CASES = ((3, 2880, 128, True, True), (1, 704, 1088, False, True), (8, 192, 2880, False, False))
+# rows, inputs, outputs, whether they are summed and normed, whether only normed: eight rows and one, with more steps than stages and with fewer;
+# blocks of 8, 16 and 24 outputs; inputs that end within a step.
+CASES = ((3, 4160, 128, True, True), (1, 4160, 1088, True, True), (1, 704, 1088, False, True), (8, 192, 2880, False, False))
 
 
 def disagreement(interpret=None) -> str | None:

@@ -3,6 +3,7 @@
 A block owns N outputs, so that about as many blocks as processors read the weights once; every block norms all rows for itself. The rows are
 wgmma's operand A, from registers, the same 8 or 16 again and again until its 64 are full; the weights, by TMA, are its N side, which any multiple
 of 8 can be. The block's warpgroups share the inputs out, norm them while the first weights are on their way, and add their products up at the end.
+A lone row is held and normed as one, its groups of inputs one below the other, as seven rows of zeros would take most of a small product's time.
 """
 
 from __future__ import annotations
@@ -19,35 +20,41 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS, SHARED_BYTES, SMS, Interpreted, Mosaic, fragments
 
 GROUP = 64  # inputs
-_WARPGROUPS = 3
-_MOST_GROUPS, _MOST_STAGES = 5, 12
+_WARPGROUPS = 4
+_MOST_GROUPS, _MOST_STAGES = 4, 16
 
 # Layout of rows as wgmma's first are, in every warp the same, where EIGHT_ROWS shares out their columns.
 _IN_ALL = plgpu.Layout.TILED(plgpu.Tiling(((8, 8), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1)
+
+# Layout of a row's four groups, a warp each.
+_FOUR_GROUPS = plgpu.Layout.TILED(plgpu.Tiling(((4, GROUP), (2,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
 class Plan(NamedTuple):
     """What is fixed when the kernel is compiled."""
 
-    rows: int  # 8 or 16: of wgmma's 64
+    rows: int  # 8 or 16: of wgmma's 64; or 1, that stands for 8 alike
     outputs: int  # N: of a block
-    groups: int  # of GROUP inputs, in a step
+    groups: int  # of GROUP inputs, in a step; past the last input, zeros; 4 for one row
     stages: int
     interpret: object = None  # plgpu.InterpretGPUParams: what can't be interpreted is computed by jnp instead
 
 
 def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | None:
     """Choose a block's outputs, step and ring, None where there are none. summing: whether there are two arrays of rows."""
-    rows = 8 if rows <= 8 else 16
     each = next((n for n in range(8, 257, 8) if outputs % n == 0 and outputs // n <= SMS), None)
     if each is None or inputs % GROUP:
         return None
-    total = inputs // GROUP
-    room = SHARED_BYTES - ((rows * (1 + summing) + 1) * inputs * 2 + _WARPGROUPS * rows * (GROUP + each) * 4 + rows * each * 4)
-    for groups in range(_MOST_GROUPS, 0, -1):
-        fitting = room // (each * groups * GROUP * 2) // _WARPGROUPS * _WARPGROUPS
-        if total % groups == 0 and fitting > 0:
-            return Plan(rows, each, groups, min(fitting, _MOST_STAGES, -(-total // groups // _WARPGROUPS) * _WARPGROUPS))
+
+    def stages(held, groups):
+        steps = -(-inputs // (groups * GROUP))
+        room = SHARED_BYTES - ((held * (1 + summing) + 1) * steps * groups * GROUP * 2 + max(held, 8) * (_WARPGROUPS * (GROUP + each) + each) * 4)
+        return min(room // (each * groups * GROUP * 2), _MOST_STAGES, steps + _WARPGROUPS - 1) // _WARPGROUPS * _WARPGROUPS
+
+    for held, fewest in [(1, _MOST_GROUPS)] * (rows == 1) + [(8 if rows <= 8 else 16, 1)]:
+        plans = [Plan(held, each, groups, stages(held, groups)) for groups in range(_MOST_GROUPS, fewest - 1, -1)]
+        if (best := max(plans, key=lambda plan: plan.groups**2 * plan.stages)).stages > 0:  # much in the ring, in few steps
+            return best
     return None
 
 
@@ -55,11 +62,14 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | 
 def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype):
     """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale and bias may be None; at most `plan.rows` rows."""
     (T, D), O, (R, N, groups, stages, _) = x_TD.shape, weight_OD.shape[0], plan
-    chunks, width = D // GROUP, groups * GROUP
-    steps = D // width
+    width = groups * GROUP
+    steps = -(-D // width)
+    chunks, lone, out_R = steps * groups, R == 1, max(R, 8)
     ops = Interpreted if plan.interpret else Mosaic
-    rows, summing, norming = jax.ShapeDtypeStruct((T, D), jnp.bfloat16), added_TD is not None, scale_D is not None
-    arrays = {"x": x_TD, "added": added_TD, "scale": scale_D if scale_D is None else scale_D.reshape(chunks, GROUP), "weight": weight_OD, "bias": bias_O}
+    arrays = {"x": x_TD, "added": added_TD, "scale": scale_D, "weight": weight_OD, "bias": bias_O}
+    for name in ("x", "added", "scale") if lone else ("scale",):
+        arrays[name] = None if arrays[name] is None else arrays[name].reshape(D // GROUP, GROUP)
+    rows, summing, norming = jax.ShapeDtypeStruct(arrays["x"].shape, jnp.bfloat16), added_TD is not None, scale_D is not None
     given = [name for name, array in arrays.items() if array is not None]
     out_type = [jax.ShapeDtypeStruct((T, O), dtype)] + [rows] * (norming + summing)
 
@@ -68,10 +78,11 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
         (out, *out_rows), (rows_smem, sum_smem, scale_smem, weight_smem, square_smem, part_smem, out_smem, acc_smem, full, loaded, together) = (
             refs[: len(out_type)], refs[len(out_type) :])
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        all_rows, mine = pl.ds(block * 0, R), pl.ds(block * N, N)  # past the last row, zeros are read and nothing is written
+        mine, out_rows_here = pl.ds(block * N, N), pl.ds(block * 0, out_R)
+        # Past the last row or input, zeros are read and nothing is written.
+        here = (pl.ds(block * 0, chunks if lone else R), pl.ds(block * 0, GROUP if lone else chunks * GROUP))
 
         def meet():
-            plgpu.commit_smem()
             plgpu.barrier_arrive(together)
             plgpu.barrier_wait(together)
 
@@ -81,7 +92,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
 
         @pl.when(me == 0)
         def _():
-            for name, there, held in (("x", all_rows, rows_smem), ("added", all_rows, sum_smem), ("scale", pl.ds(0, chunks), scale_smem)):
+            for name, there, held in (("x", here, rows_smem), ("added", here, sum_smem), ("scale", (pl.ds(block * 0, chunks),), scale_smem)):
                 if name in inputs:
                     plgpu.copy_gmem_to_smem(inputs[name].at[there], held, loaded)
 
@@ -96,21 +107,27 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
 
         plgpu.barrier_wait(loaded)
         if norming:
-            _norm(of_mine, rows_smem, sum_smem if summing else rows_smem, scale_smem, square_smem.at[me], square_smem, meet, groups, epsilon)
+            norm = _norm_lone if lone else functools.partial(_norm, groups=groups)
+            norm(of_mine, rows_smem, sum_smem if summing else rows_smem, scale_smem, square_smem.at[me], square_smem, meet, inputs=D, epsilon=epsilon)
+
+        def operand(group):
+            if lone:
+                return _down(plgpu.load(rows_smem.at[group], layout=_IN_ALL.reduce(0), optimized=False), 8)
+            return plgpu.load(rows_smem.at[:, pl.ds(group * GROUP, GROUP)], layout=_IN_ALL)
 
         def accumulate(acc):
             def multiply(step, carry):
                 slot = jax.lax.rem(step, stages)
                 plgpu.barrier_wait(full.at[slot])
                 for group in range(groups):
-                    here = plgpu.load(rows_smem.at[:, pl.ds((step * groups + group) * GROUP, GROUP)], layout=_IN_ALL)
-                    ops.multiply(acc, _repeated(here, plan), weight_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
-                ops.finish()
+                    ops.multiply(acc, _repeated(operand(step * groups + group), plan), weight_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
+                if stages < steps:
+                    ops.finish()
 
-                @pl.when(step + stages < steps)
-                def _():
-                    plgpu.commit_smem()  # so that all four warps have read it
-                    copy(step + stages)
+                    @pl.when(step + stages < steps)
+                    def _():
+                        plgpu.commit_smem()  # so that all four warps have read it
+                        copy(step + stages)
 
                 return carry
 
@@ -118,31 +135,39 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
             return acc[...]
 
         part_smem[me] = _once(ops.accumulator(accumulate, acc_smem, me, N), plan)
+        if norming:
+            plgpu.commit_smem()  # the rows, which the first warpgroup sends out
         meet()
 
         @pl.when(me == 0)
         def _():
             y = sum(plgpu.load(part_smem.at[i], layout=_IN_ALL) for i in range(_WARPGROUPS))
             if "bias" in inputs:
-                y += _down(plgpu.load(inputs["bias"].at[mine], layout=_IN_ALL.reduce(0), optimized=False).astype(jnp.float32), R)
+                y += _down(plgpu.load(inputs["bias"].at[mine], layout=_IN_ALL.reduce(0), optimized=False).astype(jnp.float32), out_R)
             out_smem[...] = y.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem, out.at[all_rows, mine])
+            plgpu.copy_smem_to_gmem(out_smem, out.at[out_rows_here, mine])
             for held, there in zip((rows_smem, sum_smem), out_rows):
-                pl.when(block == 0)(functools.partial(plgpu.copy_smem_to_gmem, held, there.at[all_rows]))
+                pl.when(block == 0)(functools.partial(plgpu.copy_smem_to_gmem, held, there.at[here]))
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def held(there):
+        if lone:
+            return plgpu.SMEM((chunks if there else 4, GROUP), jnp.bfloat16)
+        return plgpu.SMEM((R, chunks * GROUP if there else GROUP), jnp.bfloat16, transforms=swizzle)
+
     run = plgpu.kernel(
         body, out_type=out_type, grid=(O // N,), grid_names=("block",), num_threads=_WARPGROUPS, thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((R, D), jnp.bfloat16, transforms=swizzle),
-            plgpu.SMEM((R, D if summing else GROUP), jnp.bfloat16, transforms=swizzle),
+            held(True),
+            held(summing),
             plgpu.SMEM((chunks, GROUP), jnp.bfloat16),
             plgpu.SMEM((stages, N, width), jnp.bfloat16, transforms=swizzle),
-            plgpu.SMEM((_WARPGROUPS, R, GROUP), jnp.float32),
-            plgpu.SMEM((_WARPGROUPS, R, N), jnp.float32),
-            plgpu.SMEM((R, N), dtype),
+            plgpu.SMEM((_WARPGROUPS, 4) if lone else (_WARPGROUPS, R, GROUP), jnp.float32),
+            plgpu.SMEM((_WARPGROUPS, out_R, N), jnp.float32),
+            plgpu.SMEM((out_R, N), dtype),
             plgpu.SMEM((_WARPGROUPS, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1 + summing + norming),
@@ -151,17 +176,17 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))
     y, *found = run(*(arrays[name] for name in given))
-    normed, summed, *_ = [*found, x_TD, x_TD] if norming else [x_TD, x_TD]
+    normed, summed, *_ = [*(rows.reshape(T, D) for rows in found), x_TD, x_TD]
     return y, summed, normed
 
 
-def _norm(of_mine, rows_smem, sum_smem, scale_smem, mine_smem, square_smem, meet, groups, epsilon):
+def _norm(of_mine, rows_smem, sum_smem, scale_smem, mine_smem, square_smem, meet, *, groups, inputs, epsilon):
     """Put the norm of the rows, or of their sum with what is in sum_smem, which it becomes, into rows_smem.
 
     Each warpgroup norms what it will multiply, so that it waits for no other but for their sums of squares. A step at a time is stored, as
     every store is one between two barriers.
     """
-    R, D = rows_smem.shape
+    R = rows_smem.shape[0]
 
     def load(ref, group):
         return plgpu.load(ref.at[:, pl.ds(group * GROUP, GROUP)], layout=EIGHT_ROWS)
@@ -187,10 +212,31 @@ def _norm(of_mine, rows_smem, sum_smem, scale_smem, mine_smem, square_smem, meet
     mine_smem[...] = of_mine(add, plgpu.layout_cast(jnp.zeros((R, GROUP), jnp.float32), EIGHT_ROWS))
     meet()
     squares = sum(plgpu.load(square_smem.at[i], layout=_IN_ALL) for i in range(_WARPGROUPS)).sum(axis=1)
-    factor = plgpu.layout_cast(jax.lax.rsqrt(squares / D + epsilon), EIGHT_ROWS.reduce(1))
+    factor = plgpu.layout_cast(jax.lax.rsqrt(squares / inputs + epsilon), EIGHT_ROWS.reduce(1))
     factor = jax.lax.broadcast_in_dim(factor, (R, GROUP), (0,))
     of_mine(norm)
-    plgpu.commit_smem()
+
+
+def _norm_lone(of_mine, rows_smem, sum_smem, scale_smem, mine_smem, square_smem, meet, *, inputs, epsilon):
+    """The same for one row."""
+    def load(ref, step):
+        return plgpu.load(ref.at[pl.ds(step * 4, 4)], layout=_FOUR_GROUPS, optimized=False)
+
+    def add(step, squares):
+        row = load(rows_smem, step)
+        if sum_smem is not rows_smem:
+            row = row + load(sum_smem, step)
+            sum_smem[pl.ds(step * 4, 4)] = row
+        return squares + jnp.square(row.astype(jnp.float32))
+
+    def norm(step, _):
+        row = load(sum_smem, step).astype(jnp.float32) * factor * load(scale_smem, step).astype(jnp.float32)
+        rows_smem[pl.ds(step * 4, 4)] = row.astype(jnp.bfloat16)
+
+    mine_smem[...] = of_mine(add, plgpu.layout_cast(jnp.zeros((4, GROUP), jnp.float32), _FOUR_GROUPS)).sum(axis=1)
+    meet()
+    factor = jax.lax.rsqrt(sum(square_smem[i, j] for i in range(_WARPGROUPS) for j in range(4)) / inputs + epsilon)
+    of_mine(norm)
 
 
 def _down(x, rows):
@@ -200,12 +246,12 @@ def _down(x, rows):
 def _repeated(rows, plan: Plan):
     """Return operand A's 64 rows of a group: the few at hand, again and again."""
     if plan.interpret:
-        return jnp.tile(rows, (GROUP // plan.rows, 1))
+        return jnp.tile(rows, (GROUP // rows.shape[0], 1))
     layout = plgpu.Layout.WGMMA
 
     @plgpu.inline_mgpu(arg_types=(_IN_ALL,), return_type=plgpu.ShapeDtypeStruct((GROUP, GROUP), jnp.bfloat16, layout=layout))
     def repeated(_, rows):
-        registers = rows.registers.reshape(plan.rows // 8, GROUP // 8)
+        registers = rows.registers.reshape(-1, GROUP // 8)
         return fragments(np.broadcast_to(registers, (2, GROUP // 8)).T, layout, (GROUP, GROUP))
 
     return repeated(rows)
@@ -214,11 +260,11 @@ def _repeated(rows, plan: Plan):
 def _once(product, plan: Plan):
     """Return the first of a product's 64 rows, which the others repeat."""
     if plan.interpret:
-        return product[: plan.rows]
-    shape = plan.rows, plan.outputs
+        return product[: max(plan.rows, 8)]
+    shape = max(plan.rows, 8), plan.outputs
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=_IN_ALL))
     def first(_, product):
-        return fragments(product.registers.reshape(plan.outputs // 8, 2)[:, : plan.rows // 8].T, _IN_ALL, shape)
+        return fragments(product.registers.reshape(plan.outputs // 8, 2)[:, : shape[0] // 8].T, _IN_ALL, shape)
 
     return first(product)
