@@ -121,13 +121,12 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
                 plgpu.barrier_wait(full.at[slot])
                 for group in range(groups):
                     ops.multiply(acc, _repeated(operand(step * groups + group), plan), weight_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
-                if stages < steps:
-                    ops.finish()
+                ops.finish()  # here, as a product in flight reads registers that the next step may write
 
-                    @pl.when(step + stages < steps)
-                    def _():
-                        plgpu.commit_smem()  # so that all four warps have read it
-                        copy(step + stages)
+                @pl.when(step + stages < steps)
+                def _():
+                    plgpu.commit_smem()  # so that all four warps have read it
+                    copy(step + stages)
 
                 return carry
 
