@@ -25,8 +25,8 @@ import time
 import traceback
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHARES = {"kernels": 0.18, "variants": 0.07, "model": 0.27, "load": 0.05, "torch": 0.04, "triton": 0.05, "transformers": 0.1}  # at most; a model's for each
-AT_ONCE, POINT = 6, ("what", "batch", "context")
+SHARES = {"kernels": 0.13, "variants": 0.07, "model": 0.34, "load": 0.05, "torch": 0.04, "triton": 0.05, "transformers": 0.1}  # at most; a model's for each
+AT_ONCE, POINT = 4, ("what", "batch", "context")
 FIRST = ((1, 128), (1, 8192), (16, 128), (64, 8192), (1, 131_072), (64, 128), (256, 128), (4, 128))  # what matters most is measured first
 
 
@@ -235,21 +235,23 @@ def model(arguments, record) -> None:
         return measure.decode(model, batch, context, limits, steps=arguments.steps, repetitions=3,
                               sampling=sampled if what == "decode sampled" else measure.GREEDY)
 
+    took = 0.0
     for start in range(0, len(points), AT_ONCE):  # most of the time is a compiler's: a few are compiled beside each other, then timed one by one
-        fitting = []
+        begun, fitting = time.monotonic(), []
         for point in points[start : start + AT_ONCE]:
             if memory_plan.by_arithmetic(config, *point[1:], memory=memory).left < 0.02 * memory:  # temporaries
                 record(**dict(zip(POINT, point)), skipped="does not fit")
             else:
                 fitting.append(point)
         with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-            waiting = [(point, pool.submit(ready, *point)) for point in fitting if time.monotonic() < arguments.end]
+            waiting = [(point, pool.submit(ready, *point)) for point in fitting if begun + took < arguments.end]
             concurrent.futures.wait([future for _, future in waiting])
         for point in fitting[len(waiting) :]:
             record(**dict(zip(POINT, point)), skipped="no time left")
         for point, future in waiting:  # one that ran out of memory beside the others may have enough alone
             row = dict(zip(POINT, point))
             in_time(arguments, record, row, lambda: (ready(*point) if future.exception() else future.result())() | row)
+        took = time.monotonic() - begun
     record(what="memory", **{name: size for name, size in (jax.devices()[0].memory_stats() or {}).items() if "bytes" in name})
 
 
