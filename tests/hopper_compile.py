@@ -39,7 +39,7 @@ DECODE_CASES = [("NVIDIA H200", 1, 131_072, False), ("NVIDIA H200", 1, 128, True
 ROUTINGS = [("NVIDIA H200", 1, 128), ("NVIDIA H100 80GB HBM3", 4, 32), ("NVIDIA H200", 17, 32), ("NVIDIA H100 80GB HBM3", 128, 128)]
 # device, rows, outputs, inputs, whether they are summed and normed, whether only normed: q, k and v; the attention's output; both routers
 PRODUCTS = [("NVIDIA H200", 1, 5120, 2880, False, True), ("NVIDIA H100 80GB HBM3", 8, 2880, 4096, False, False),
-            ("NVIDIA H200", 16, 128, 2880, True, True), ("NVIDIA H100 80GB HBM3", 1, 32, 2880, True, True)]
+            ("NVIDIA H200", 8, 128, 2880, True, True), ("NVIDIA H100 80GB HBM3", 1, 32, 2880, True, True)]
 
 
 def tool(package, pattern):

@@ -22,8 +22,8 @@ CASES = {
     "a row, only a bias": (1, 320, 24, ("bias",), None, None),
     "odd rows normed, with a bias, inputs that end within a step": (3, 320, 40, ("scale", "bias"), None, None),
     "eight rows, only a bias, stages used again": (8, 704, 136, ("bias",), 1, 4),
-    "sixteen rows summed and normed, stages used again": (16, 640, 24, ("added", "scale"), 2, 4),
-    "sixteen rows, nothing else, one group": (16, 64, 8, (), None, None),
+    "eight rows summed and normed, stages used again": (8, 640, 24, ("added", "scale"), 2, 4),
+    "eight rows, nothing else, one group": (8, 64, 8, (), None, None),
 }
 
 
@@ -81,11 +81,11 @@ def test_about_as_many_blocks_as_processors_share_the_outputs():
     from gptoss_jax.kernels.decode_matmul import hopper_kernel
 
     blocks = {(outputs, inputs): outputs // hopper_kernel.plan(rows, outputs, inputs, summing).outputs for rows, outputs, inputs, summing in
-              ((1, 5120, 2880, False), (16, 2880, 4096, False), (16, 128, 2880, True), (8, 32, 2880, True))}
+              ((1, 5120, 2880, False), (8, 2880, 4096, False), (8, 128, 2880, True), (8, 32, 2880, True))}
     assert blocks == {(5120, 2880): 128, (2880, 4096): 120, (128, 2880): 16, (32, 2880): 4}
-    assert [hopper_kernel.plan(rows, 132 * 128, 2880).rows for rows in (1, 2, 16)] == [8, 8, 16]  # four groups of 128 outputs for each warpgroup don't fit
+    assert [hopper_kernel.plan(rows, 132 * 128, 2880).rows for rows in (1, 2)] == [8, 8]  # four groups of 128 outputs for each warpgroup don't fit
     assert hopper_kernel.plan(1, 201_088, 2880) is None and hopper_kernel.plan(1, 5120, 2872) is None
-    assert hopper_kernel.plan(1, 5124, 2880) is None and hopper_kernel.plan(16, 8, 8192, True) is None  # 530 kB of rows
+    assert hopper_kernel.plan(1, 5124, 2880) is None and hopper_kernel.plan(8, 8, 8192, True) is None  # 260 kB of rows
 
 
 @needs_new_jax
@@ -132,7 +132,7 @@ def test_named_it_says_what_is_missing():
     for x, weight, options, message in ((x, weight, {}, r"a Hopper GPU \(found cpu\)"),
                                         (x, weight, {"scale_D": scale.astype(jnp.float32)}, r"in bfloat16.*\(found bfloat16, float32, bfloat16\)"),
                                         (x, weight, {"dtype": jnp.float16}, r"a result in that or float32 \(found bfloat16, float16\)"),
-                                        (tall[0], tall[3], {}, r"1 to 8 rows, or 16 \(found 12\)"),
+                                        (tall[0], tall[3], {}, r"1 to 8 rows \(found 12\)"),
                                         (wide[0], wide[3], {}, r"inputs in multiples of 64.*\(found 72 and 8\)")):
         with needs(match=f"decode_matmul implementation 'mosaic_gpu' needs .*{message}"):
             decode_matmul(x, weight, implementation="mosaic_gpu", **options)

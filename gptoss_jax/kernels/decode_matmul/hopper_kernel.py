@@ -1,7 +1,7 @@
 """A decode step's dense products for NVIDIA Hopper GPUs in Pallas Mosaic GPU: residual sum, RMSNorm, product and bias in one kernel.
 
 A block owns N outputs, so that about as many blocks as processors read the weights once; every block norms all rows for itself. The rows are
-wgmma's operand A, from registers, the same 8 or 16 again and again until its 64 are full; the weights, by TMA, are its N side, which any multiple
+wgmma's operand A, from registers, the same 8 again and again until its 64 are full; the weights, by TMA, are its N side, which any multiple
 of 8 can be. The block's warpgroups share the inputs out, norm them while the first weights are on their way, and add their products up at the end.
 A lone row is held and normed as one, its groups of inputs one below the other, as seven rows of zeros would take most of a small product's time.
 """
@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS, SHARED_BYTES, SMS, Interpreted, Mosaic, fragments
 
-GROUP = 64  # inputs
+GROUP, ROWS = 64, 8  # of inputs, and the most at once
 _WARPGROUPS = 4
 _MOST_GROUPS, _MOST_STAGES = 4, 16
 
@@ -33,7 +33,7 @@ _FOUR_GROUPS = plgpu.Layout.TILED(plgpu.Tiling(((4, GROUP), (2,))), warp_dims=(-
 class Plan(NamedTuple):
     """What is fixed when the kernel is compiled."""
 
-    rows: int  # 8 or 16: of wgmma's 64; or 1, that stands for 8 alike
+    rows: int  # 8 of wgmma's 64; or 1, that stands for 8 alike
     outputs: int  # N: of a block
     groups: int  # of GROUP inputs, in a step; past the last input, zeros; 4 for one row
     stages: int
@@ -48,10 +48,10 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | 
 
     def stages(held, groups):
         steps = -(-inputs // (groups * GROUP))
-        room = SHARED_BYTES - ((held * (1 + summing) + 1) * steps * groups * GROUP * 2 + max(held, 8) * (_WARPGROUPS * (GROUP + each) + each) * 4)
+        room = SHARED_BYTES - ((held * (1 + summing) + 1) * steps * groups * GROUP * 2 + ROWS * (_WARPGROUPS * (GROUP + each) + each) * 4)
         return min(room // (each * groups * GROUP * 2), _MOST_STAGES, steps + _WARPGROUPS - 1) // _WARPGROUPS * _WARPGROUPS
 
-    for held, fewest in [(1, _MOST_GROUPS)] * (rows == 1) + [(8 if rows <= 8 else 16, 1)]:
+    for held, fewest in [(1, _MOST_GROUPS)] * (rows == 1) + [(ROWS, 1)]:
         plans = [Plan(held, each, groups, stages(held, groups)) for groups in range(_MOST_GROUPS, fewest - 1, -1)]
         if (best := max(plans, key=lambda plan: plan.groups**2 * plan.stages)).stages > 0:  # much in the ring, in few steps
             return best
@@ -64,7 +64,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
     (T, D), O, (R, N, groups, stages, _) = x_TD.shape, weight_OD.shape[0], plan
     width = groups * GROUP
     steps = -(-D // width)
-    chunks, lone, out_R = steps * groups, R == 1, max(R, 8)
+    chunks, lone = steps * groups, R == 1
     ops = Interpreted if plan.interpret else Mosaic
     arrays = {"x": x_TD, "added": added_TD, "scale": scale_D, "weight": weight_OD, "bias": bias_O}
     for name in ("x", "added", "scale") if lone else ("scale",):
@@ -78,7 +78,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
         (out, *out_rows), (rows_smem, sum_smem, scale_smem, weight_smem, square_smem, part_smem, out_smem, acc_smem, full, loaded, together) = (
             refs[: len(out_type)], refs[len(out_type) :])
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        mine, out_rows_here = pl.ds(block * N, N), pl.ds(block * 0, out_R)
+        mine, out_rows_here = pl.ds(block * N, N), pl.ds(block * 0, ROWS)
         # Past the last row or input, zeros are read and nothing is written.
         here = (pl.ds(block * 0, chunks if lone else R), pl.ds(block * 0, GROUP if lone else chunks * GROUP))
 
@@ -142,7 +142,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
         def _():
             y = sum(plgpu.load(part_smem.at[i], layout=_IN_ALL) for i in range(_WARPGROUPS))
             if "bias" in inputs:
-                y += _down(plgpu.load(inputs["bias"].at[mine], layout=_IN_ALL.reduce(0), optimized=False).astype(jnp.float32), out_R)
+                y += _down(plgpu.load(inputs["bias"].at[mine], layout=_IN_ALL.reduce(0), optimized=False).astype(jnp.float32), ROWS)
             out_smem[...] = y.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem, out.at[out_rows_here, mine])
@@ -165,8 +165,8 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
             plgpu.SMEM((chunks, GROUP), jnp.bfloat16),
             plgpu.SMEM((stages, N, width), jnp.bfloat16, transforms=swizzle),
             plgpu.SMEM((_WARPGROUPS, 4) if lone else (_WARPGROUPS, R, GROUP), jnp.float32),
-            plgpu.SMEM((_WARPGROUPS, out_R, N), jnp.float32),
-            plgpu.SMEM((out_R, N), dtype),
+            plgpu.SMEM((_WARPGROUPS, ROWS, N), jnp.float32),
+            plgpu.SMEM((ROWS, N), dtype),
             plgpu.SMEM((_WARPGROUPS, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1 + summing + norming),
@@ -259,8 +259,8 @@ def _repeated(rows, plan: Plan):
 def _once(product, plan: Plan):
     """Return the first of a product's 64 rows, which the others repeat."""
     if plan.interpret:
-        return product[: max(plan.rows, 8)]
-    shape = max(plan.rows, 8), plan.outputs
+        return product[:ROWS]
+    shape = ROWS, plan.outputs
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=_IN_ALL))
     def first(_, product):
