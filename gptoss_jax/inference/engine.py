@@ -7,7 +7,6 @@ ended; the host dispatches the next before it reads the tokens of the one before
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -86,9 +85,8 @@ class Engine:
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
         read = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())  # what the host reads is whole in every process
         self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)
-        decode = functools.partial(jax.jit, donate_argnums=(1,), static_argnames=("kind",))
-        self._decode = decode(self._decode_step, out_shardings=(read, read, None))
-        self._decode_many = decode(self._decode_steps, out_shardings=(None, read, read))
+        self._decode = jax.jit(self._decode_step, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(read, read, None))
+        self._decode_many = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(None, read, read))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] = Sampling(), *,
                  max_new_tokens: int = 512) -> list[Completion]:
