@@ -91,7 +91,7 @@ def _misrouted(*, interpret, tokens=40, experts=32, count=4, rows=8):
     return f"a kernel that routes right here (found {1 - right.mean():.1%} of choices wrong, {found.tiles.count[0]} tiles)"
 
 
-def _one_token(*, interpret, experts=8, inputs=192, hidden=64, count=4):
+def _one_token(*, interpret, experts=8, inputs=128, hidden=64, count=2):
     random = np.random.default_rng(0)
     gate_up, down = (Mxfp4Weight(random.integers(0, 256, (experts, rows, columns // 32, 16), np.uint8),
                                  random.integers(118, 123, (experts, rows, columns // 32), np.uint8)) for rows, columns in ((2 * hidden, inputs), (inputs, hidden)))
