@@ -74,7 +74,7 @@ def test_a_rate_is_that_of_the_tokens_read_while_it_was_measured(model, monkeypa
     assert measure.decode(model, 1, 200, LIMITS, steps=12, repetitions=1)()["seconds"] == pytest.approx(1e-3)
 
 
-def test_every_implementation_that_runs_here_agrees_with_the_reference():
+def test_every_implementation_that_runs_here_agrees_with_the_reference(quickly_compiled):
     checked = set()
     for case in {case.op: case for case in measure.cases(SMALL, 2, 64)}.values():
         assert measure.chosen_implementation(case) in case.implementations

@@ -21,6 +21,8 @@ from gptoss_jax.training.config import DataConfig, OptimizerConfig, TrainingConf
 from gptoss_jax.training.optimizer import make_optimizer, schedule
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 DATA = pathlib.Path(__file__).parent / "data"
 PRETRAIN_TINY = pathlib.Path(__file__).parents[1] / "configs" / "pretrain_tiny.yaml"
 SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=3 "

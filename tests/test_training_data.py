@@ -22,6 +22,8 @@ from gptoss_jax.training.config import DataConfig, SourceConfig, TrainingConfigE
 from gptoss_jax.training.examples import Encoder, encode_record
 from gptoss_jax.training.records import DataError, Records
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 TINY = pathlib.Path(gptoss_jax.__file__).parent / "assets" / "tiny"
 PRETRAIN_TINY = pathlib.Path(__file__).parents[1] / "configs" / "pretrain_tiny.yaml"
 
