@@ -109,23 +109,15 @@ def ends(sizes_E):
     return jnp.where(index <= index[:, None], sizes_E, 0).sum(axis=1, dtype=jnp.int32)
 
 
-class Choice(NamedTuple):
-    """What a single token's experts are chosen from: scores float32 [1, experts] and bias [experts] of all experts, a multiple of 8; first
-    int32 [1] of those that are here."""
-
-    scores: jax.Array
-    bias: jax.Array
-    first: jax.Array
-
-
 @functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha"))  # so that a kernel is made once for all layers
-def matmul(x_MI, weight, bias_EO, tiles: Tiles | Choice, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
+def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT
     or a multiple.
-    tiles: or a Choice, for the one row of x and a tile for each of the slots // plan.rows experts chosen: each block chooses them for itself, and
-    a pair comes after the result, expert int32 and weight float32 [tiles], by descending score; expert E is not here, or of a NaN.
+    tiles: Tiles; or a Router that knows no unreal tokens, for the one row of x, a multiple of 8 experts, and a tile for each of the
+    slots // plan.rows that are chosen: each block chooses for itself, and two arrays come after the result, expert int32 and weight float32 [tiles],
+    by descending score; expert E is not here, or of a NaN.
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
     HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
@@ -139,7 +131,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles | Choice, plan: Plan, *, slots: i
     out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = Interpreted if plan.interpret else Mosaic
-    chosen = slots // N if isinstance(tiles, Choice) else 0
+    chosen = 0 if isinstance(tiles, Tiles) else slots // N
     arrays = [*(part for part in tiles if part is not None), x_MI, weight.words, weight.scales, bias_EO]
 
     def body(*refs):
@@ -168,24 +160,10 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles | Choice, plan: Plan, *, slots: i
             begin, end = part * steps // splits, (part + 1) * steps // splits
             return expert, first, rows, column, part, begin, jnp.where(expert < E, end - begin, 0)
 
-        def _choose(scores, score_bias, first_here):
-            def put(index, expert, power):
-                expert_smem[index], power_smem[index] = hopper_routing.among(expert, first_here[0], E, scores.shape[1]), power
-
-            power_smem[chosen] = hopper_routing.choose(
-                hopper_routing.in_all_rows(scores.at[0]) + hopper_routing.in_all_rows(score_bias), chosen, put)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(ready)
-
-            @pl.when(block == 0)
-            def _():
-                for index in range(chosen):
-                    found[0][index], found[1][index] = expert_smem[index, 0], power_smem[index, 0] / power_smem[chosen, 0]
-
         @pl.when(me == wgs)
         def _copy():
             if chosen:
-                _choose(*table)
+                hopper_routing.choose_for_one(*table, E, *found, expert_smem, power_smem, ready, block == 0)
             plgpu.set_max_registers(plan.registers[0], action="decrease")
 
             def copy_unit(i, carry):

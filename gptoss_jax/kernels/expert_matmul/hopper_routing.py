@@ -204,6 +204,26 @@ def choose(x, count: int, put):
     return jax.lax.fori_loop(0, count, once, (x, plgpu.layout_cast(jnp.zeros(_TOKENS, jnp.float32), COLUMN)))[1]
 
 
+def choose_for_one(scores, bias, first, experts: int, expert, weight, expert_smem, power_smem, ready, writes):
+    """Choose a single token's experts in one of a kernel's warpgroups, of the `experts` from `first` on that are here.
+
+    expert_smem int32 [count, 32] gets them, all columns alike, before the barrier `ready`; expert and weight [count] do where `writes`.
+    """
+    count = expert.shape[0]
+
+    def put(index, at, power):
+        expert_smem[index], power_smem[index] = among(at, first[0], experts, scores.shape[1]), power
+
+    power_smem[count] = choose(in_all_rows(scores.at[0]) + in_all_rows(bias), count, put)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(ready)
+
+    @pl.when(writes)
+    def _():
+        for index in range(count):
+            expert[index], weight[index] = expert_smem[index, 0], power_smem[index, 0] / power_smem[count, 0]
+
+
 def among(expert, first, experts: int, all_experts: int):
     """Return the place of each expert among the `experts` from `first` on that are here, or `experts`."""
     here = expert - first

@@ -109,8 +109,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     if routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0:
         rows, slots = ALIGNMENT, A * ALIGNMENT
         first, second = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
-        choice = hopper_kernel.Choice(router.scores, router.bias, router.first)
-        h_SF, expert_A, weight_A = matmul(x_TD, gate_up, tiles=choice, plan=first, slots=slots)
+        h_SF, expert_A, weight_A = matmul(x_TD, gate_up, tiles=router, plan=first, slots=slots)
         weight_AT, slot_AT = weight_A[:, None], np.arange(A, dtype=np.int32)[:, None] * rows
         tiles = hopper_kernel.Tiles(expert_A)
     else:
