@@ -27,7 +27,8 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quickly_compiled():
-    """Whole training steps take longer to compile than to run, here and in the processes that tests start."""
+    """Most programs of tests take longer to compile than to run, here and in the processes that tests start; those of engine and commands are
+    compiled as they are for users."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         jax.config.update("jax_disable_most_optimizations", True)

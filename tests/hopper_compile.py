@@ -88,9 +88,10 @@ def compile_experts(shape, rows, experts, outputs, inputs, gated):
     groups = (experts, outputs // 64, inputs // 64)
     weight = kind(shape((*groups, 4, 128), jnp.uint32), shape((*groups, 32), jnp.uint32))
     plan = hopper_kernel.plan(rows, weight)
-    jax.jit(lambda x, weight, bias, sizes: hopper_kernel.matmul(
-        x, weight, bias, hopper_kernel.tiles(sizes, rows, plan.rows), plan, limit=7.0, alpha=1.702)).lower(
-        shape((rows, inputs), jnp.bfloat16), weight, shape((experts, outputs), jnp.bfloat16), shape((experts,), jnp.int32)).compile()
+    jax.jit(lambda x, weight, bias, sizes, ahead: hopper_kernel.matmul(
+        x, weight, bias, hopper_kernel.tiles(sizes, rows, plan.rows), plan, ahead=ahead, limit=7.0, alpha=1.702)).lower(
+        shape((rows, inputs), jnp.bfloat16), weight, shape((experts, outputs), jnp.bfloat16), shape((experts,), jnp.int32),
+        shape((5120, 2880), jnp.bfloat16)).compile()
     return {"op": "experts", "all_rows": rows, "gated": gated, **plan._asdict()}
 
 
@@ -132,7 +133,7 @@ def compile_product(shape, rows, outputs, inputs, summed, normed):
     plan, x = hopper_kernel.plan(rows, outputs, inputs, summed), shape((rows, inputs), jnp.bfloat16)
     scale, bias = shape((inputs,), jnp.bfloat16) if normed else None, None if normed else shape((outputs,), jnp.bfloat16)
     jax.jit(lambda *arrays: hopper_kernel.matmul(*arrays, plan, epsilon=1e-5, dtype=jnp.float32 if normed else jnp.bfloat16)).lower(
-        x, x if summed else None, scale, shape((outputs, inputs), jnp.bfloat16), bias).compile()
+        x, x if summed else None, scale, shape((outputs, inputs), jnp.bfloat16), bias, shape((2880, 4096), jnp.bfloat16)).compile()
     return {"op": "product", "normed": normed, "blocks": outputs // plan.outputs, **plan._asdict()}
 
 

@@ -480,6 +480,8 @@ class Machine:
             warp.stores.clear()
             return
         assert parts[2] == "bulk", parts
+        if parts[3] == "prefetch":
+            return
         loads = next(part for part in parts if part.startswith(("global", "shared"))) != "global"  # the target comes first
         for lane in np.flatnonzero(mask):
             if parts[3] == "tensor":

@@ -15,6 +15,8 @@ from gptoss_jax.kernels import expert_matmul
 from gptoss_jax.kernels.expert_matmul import mosaic_gpu
 from gptoss_jax.model import GptOss, arrangement, cost
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 CONFIG = GptOssConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_local_experts=8, num_experts_per_tok=2,
                       num_attention_heads=6, num_key_value_heads=2, head_dim=16, sliding_window=16, max_position_embeddings=64)
 run = jax.jit(lambda model, tokens: model(tokens))

@@ -9,6 +9,8 @@ import pytest
 
 from gptoss_jax.kernels.attention import attention, reference, xla
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 N, K, H = 6, 2, 8
 
 

@@ -18,6 +18,8 @@ from gptoss_jax.kernels.decode_attention import decode_attention, hopper_check, 
 from gptoss_jax.kernels.expert_matmul import mosaic_gpu as expert_kernel
 from gptoss_jax.model import GptOss, arrangement
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 needs_new_jax = pytest.mark.skipif(jax.__version_info__ < expert_kernel.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
 
 

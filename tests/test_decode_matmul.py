@@ -13,15 +13,17 @@ from gptoss_jax.kernels.attention import say_once
 from gptoss_jax.kernels.decode_matmul import decode_matmul, hopper_check, mosaic_gpu, reference
 from gptoss_jax.kernels.expert_matmul import mosaic_gpu as expert_kernel
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 needs_new_jax = pytest.mark.skipif(jax.__version_info__ < expert_kernel.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
 
 # rows, inputs, outputs, what comes before and after, steps of so many groups, stages: None as planned
 CASES = {
     "a row summed and normed, fewer steps than warpgroups": (1, 192, 64, ("added", "scale"), None, None),
-    "a row summed and normed, stages used again, inputs that end within a step": (1, 1216, 24, ("added", "scale"), None, 4),
+    "a row summed and normed, stages used again, inputs that end within a step": (1, 1216, 24, ("added", "scale", "ahead"), None, 4),
     "a row, only a bias": (1, 320, 24, ("bias",), None, None),
     "odd rows normed, with a bias, inputs that end within a step": (3, 320, 40, ("scale", "bias"), None, None),
-    "eight rows, only a bias, stages used again": (8, 704, 136, ("bias",), 1, 4),
+    "eight rows, only a bias, stages used again": (8, 704, 136, ("bias", "ahead"), 1, 4),
     "eight rows summed and normed, stages used again": (8, 640, 24, ("added", "scale"), 2, 4),
     "eight rows, nothing else, one group": (8, 64, 8, (), None, None),
 }
@@ -29,7 +31,7 @@ CASES = {
 
 def arguments(rows, inputs, outputs, parts, dtype=jnp.bfloat16, seed=0):
     random = np.random.default_rng(seed)
-    shapes = {"x": (rows, inputs), "added": (rows, inputs), "scale": (inputs,), "weight": (outputs, inputs), "bias": (outputs,)}
+    shapes = {"x": (rows, inputs), "added": (rows, inputs), "scale": (inputs,), "weight": (outputs, inputs), "bias": (outputs,), "ahead": (72, 320)}
     return [jnp.asarray(random.standard_normal(shape), dtype) if name in ("x", "weight", *parts) else None for name, shape in shapes.items()]
 
 
@@ -47,7 +49,7 @@ def check(found, arrays, dtype):
     _, right_sum, right_norm = reference.decode_matmul(*arrays, epsilon=1e-5, dtype=dtype, implementation="xla")
     np.testing.assert_array_equal(summed, right_sum)
     np.testing.assert_allclose(normed.astype(jnp.float32), right_norm.astype(jnp.float32), rtol=0 if arrays[2] is None else 2**-7)
-    x, weight, bias = (0 if array is None else np.asarray(array, np.float64) for array in (normed, *arrays[3:]))
+    x, weight, bias = (0 if array is None else np.asarray(array, np.float64) for array in (normed, *arrays[3:5]))
     right = x @ weight.T + bias
     np.testing.assert_allclose(y.astype(jnp.float32), right, rtol=2**-8 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5 * right.std())
 
@@ -67,7 +69,7 @@ def test_interpreted_with_race_detection_it_equals_sum_norm_and_product(case):
 
 
 def test_the_reference_is_the_formula():
-    x, added, scale, weight, bias = (np.asarray(array, np.float64) for array in arguments(2, 96, 40, ("added", "scale", "bias"), jnp.float32))
+    x, added, scale, weight, bias = (np.asarray(array, np.float64) for array in arguments(2, 96, 40, ("added", "scale", "bias"), jnp.float32)[:5])
     given = (jnp.asarray(array, jnp.float32) for array in (x, weight, bias, added, scale))
     y, summed, normed = decode_matmul(*(arrays := list(given))[:3], added_TD=arrays[3], scale_D=arrays[4], epsilon=1e-5)
     right = (x + added) / np.sqrt(((x + added) ** 2).mean(axis=1, keepdims=True) + 1e-5) * scale
@@ -107,7 +109,7 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(mosaic_gpu, "wrong_here", lambda: "a kernel that computes right here (found 50.0% wrong)")
-    x, _, _, weight, _ = arguments(1, 64, 8, ())
+    x, _, _, weight, *_ = arguments(1, 64, 8, ())
     with pytest.raises(ValueError, match=r"decode_matmul implementation 'mosaic_gpu' needs a kernel that computes right here \(found 50.0% wrong\)"):
         decode_matmul(x, weight, implementation="mosaic_gpu")
     say_once.cache_clear()
@@ -118,7 +120,7 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
 
 
 def test_named_it_says_what_is_missing():
-    x, added, scale, weight, _ = arguments(2, 64, 8, ("added", "scale"))
+    x, added, scale, weight, *_ = arguments(2, 64, 8, ("added", "scale"))
     with pytest.raises(ValueError, match="decode_matmul implementation 'pallas', expected 'auto' or one of xla, cpu, mosaic_gpu"):
         decode_matmul(x, weight, implementation="pallas")
     with pytest.raises(ValueError, match="added_TD without scale_D"):

@@ -110,7 +110,7 @@ def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
     router = Router(jnp.asarray(scores), jnp.zeros(E), None, jnp.zeros(1, jnp.int32))
     with on_machine(late=late) as ran:
         found = mosaic_gpu.expert_mlp(jnp.asarray(x), expert, weight, arranged[0], jnp.asarray(biases[0]), arranged[1], jnp.asarray(biases[1]), router,
-                                      **constants)
+                                      jnp.ones((72, 320), jnp.bfloat16), **constants)
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
     assert len(ran) == (2 if tokens == 1 else 3)  # a single token is routed by the first product
 

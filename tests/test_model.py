@@ -20,6 +20,8 @@ from gptoss_jax.model import GptOss, make_cache
 from gptoss_jax.model.rope import inverse_frequencies
 from gptoss_jax.model.weights import declare
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 TOLERANCE = 5e-5  # of the oracle: the mildest mistake tried moves a logit by more
 
 

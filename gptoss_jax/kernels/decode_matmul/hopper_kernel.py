@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gptoss_jax.kernels.expert_matmul import hopper_ahead
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS, SHARED_BYTES, SMS, Interpreted, Mosaic, fragments
 
 GROUP, ROWS = 64, 8  # of inputs, and the most at once
@@ -59,14 +60,14 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | 
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "dtype", "plan"))  # so that a kernel is made once for all layers
-def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype):
-    """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale and bias may be None; at most `plan.rows` rows."""
+def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, epsilon: float, dtype):
+    """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale, bias and ahead may be None; at most `plan.rows` rows."""
     (T, D), O, (R, N, groups, stages, _) = x_TD.shape, weight_OD.shape[0], plan
     width = groups * GROUP
     steps = -(-D // width)
     chunks, lone = steps * groups, R == 1
     ops = Interpreted if plan.interpret else Mosaic
-    arrays = {"x": x_TD, "added": added_TD, "scale": scale_D, "weight": weight_OD, "bias": bias_O}
+    arrays = {"x": x_TD, "added": added_TD, "scale": scale_D, "weight": weight_OD, "bias": bias_O, "ahead": ahead_OD}
     for name in ("x", "added", "scale") if lone else ("scale",):
         arrays[name] = None if arrays[name] is None else arrays[name].reshape(D // GROUP, GROUP)
     rows, summing, norming = jax.ShapeDtypeStruct(arrays["x"].shape, jnp.bfloat16), added_TD is not None, scale_D is not None
@@ -134,6 +135,8 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
             return acc[...]
 
         part_smem[me] = _once(ops.accumulator(accumulate, acc_smem, me, N), plan)
+        if "ahead" in inputs:
+            hopper_ahead.fetch(inputs["ahead"], block * _WARPGROUPS + me, O // N * _WARPGROUPS)
         if norming:
             plgpu.commit_smem()  # the rows, which the first warpgroup sends out
         meet()

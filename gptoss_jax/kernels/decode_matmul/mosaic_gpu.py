@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from gptoss_jax.kernels.expert_matmul import mosaic_gpu
 
 
-def unmet(x_TD, added_TD, scale_D, weight_OD, bias_O, dtype) -> str | None:
+def unmet(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, dtype) -> str | None:
     """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `device_unmet`."""
     if requirement := mosaic_gpu.jax_unmet():
         return requirement
-    found = {str(array.dtype) for array in (x_TD, added_TD, scale_D, weight_OD, bias_O) if array is not None}
+    found = {str(array.dtype) for array in (x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD) if array is not None}
     if found != {"bfloat16"} or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"arrays in bfloat16, a result in that or float32 (found {', '.join(sorted(found))}, {jnp.dtype(dtype)})"
     from gptoss_jax.kernels.decode_matmul import hopper_kernel
@@ -43,9 +43,9 @@ def wrong_here() -> str | None:
     return hopper_check.disagreement()
 
 
-def run(x_TD, added_TD, scale_D, weight_OD, bias_O, *, epsilon: float, dtype, interpret=None):
+def run(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, *, epsilon: float, dtype, interpret=None):
     """Do what `reference.decode_matmul` defines, for arguments that meet `unmet`, without a look at the device. interpret: plgpu.InterpretGPUParams."""
     from gptoss_jax.kernels.decode_matmul import hopper_kernel
 
     plan = hopper_kernel.plan(x_TD.shape[0], *weight_OD.shape, added_TD is not None)._replace(interpret=interpret)
-    return hopper_kernel.matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan, epsilon=epsilon, dtype=jnp.dtype(dtype))
+    return hopper_kernel.matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan, epsilon=epsilon, dtype=jnp.dtype(dtype))

@@ -106,7 +106,8 @@ def _one_token(*, interpret, experts=8, inputs=128, hidden=64, count=2):
 
     arranged = hopper_layout.pack(gate_up, HopperGateUpWeight), biases[0], hopper_layout.pack(down, HopperWeight), biases[1]
     router = Router(scores, np.zeros(experts, np.float32), None, np.zeros(1, np.int32))
-    found = now(functools.partial(mosaic_gpu.expert_mlp, **constants, interpret=interpret), x, np.zeros((1, count), np.int32), weight, *arranged, router)
+    found = now(functools.partial(mosaic_gpu.expert_mlp, **constants, interpret=interpret), x, np.zeros((1, count), np.int32), weight, *arranged, router,
+                np.ones((64, 64), jnp.bfloat16))
     right = now(expected, x.astype(np.float32), weight, gate_up, biases[0], down, biases[1], sizes)
     wrong = ~(np.abs(found - right) <= 2**-5 * np.abs(right) + 2**-5 * right.std())  # h and y of each expert are rounded; NaN is wrong
     return f"a kernel that computes right here (found {wrong.mean():.1%} of a token's result wrong)" if wrong.any() else None

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
+from gptoss_jax.kernels.expert_matmul import hopper_ahead
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
 
 SMS = 132  # of an H100 or H200 (SXM)
@@ -110,7 +111,7 @@ def ends(sizes_E):
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha"))  # so that a kernel is made once for all layers
-def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
+def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT
@@ -118,6 +119,8 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, slots: int | None = None
     tiles: Tiles; or a Router that knows no unreal tokens, for the one row of x, a multiple of 8 experts, and a tile for each of the
     slots // plan.rows that are chosen: each block chooses for itself, and two arrays come after the result, expert int32 and weight float32 [tiles],
     by descending score; expert E is not here, or of a NaN.
+    ahead: what the next kernel reads, fetched to the L2 cache on the way: a dense weight [outputs, inputs]; with a Router, a HopperWeight of
+    the same experts.
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
     HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
@@ -133,9 +136,11 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, slots: int | None = None
     ops = Interpreted if plan.interpret else Mosaic
     chosen = 0 if isinstance(tiles, Tiles) else slots // N
     arrays = [*(part for part in tiles if part is not None), x_MI, weight.words, weight.scales, bias_EO]
+    ahead = [] if ahead is None else list(ahead) if chosen else [ahead]
 
     def body(*refs):
         (*table, x, words, scales, bias), refs = refs[: len(arrays)], refs[len(arrays) :]
+        ahead_refs, refs = refs[: len(ahead)], refs[len(ahead) :]
         (out, *found), (x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty, *routing) = refs[: len(out_type)], refs[len(out_type) :]
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         if chosen:
@@ -191,6 +196,10 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, slots: int | None = None
                 return done + length, following
 
             jax.lax.fori_loop(0, mine, copy_unit, (jnp.int32(0), unit(0)))
+            if ahead and chosen:
+                hopper_ahead.fetch_experts(*ahead_refs, expert_smem, block, plan.blocks)
+            elif ahead:
+                hopper_ahead.fetch(*ahead_refs, block, plan.blocks)
 
         @pl.when(me < wgs)
         def _multiply():
@@ -202,13 +211,17 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, slots: int | None = None
                 done, (expert, first, rows, column, part, _, length) = carry
                 following = unit(i + 1)
 
+                def load(slot, group):
+                    return words_smem[slot, me, group], scales_smem[slot, me, group]
+
                 def accumulate(acc):
                     def step(step, _):
                         slot = jax.lax.rem(done + step, stages)
                         plgpu.barrier_wait(full.at[slot])
+                        ahead = load(slot, 0)
                         for group in range(groups):
-                            decoded = _decode(words_smem[slot, me, group], scales_smem[slot, me, group], ops)
-                            ops.multiply(acc, decoded, x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
+                            loaded, ahead = ahead, load(slot, min(group + 1, groups - 1))  # so that a product's end isn't followed by its wait
+                            ops.multiply(acc, _decode(*loaded, ops), x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
                         ops.finish()  # here, as a product in flight reads registers that the next step writes
                         plgpu.barrier_arrive(empty.at[slot])
                         return _
@@ -253,7 +266,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, slots: int | None = None
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))
-    out, *found = run(*arrays)
+    out, *found = run(*arrays, *ahead)
     out = out[0] if splits == 1 else out
     return (out, *found) if found else out
 
@@ -283,10 +296,9 @@ def _store_rows(smem, gmem, first, rows, most):
 def _decode(words, scales, ops):
     """Return bfloat16 [64 outputs, 64 inputs] of words uint32 [4, 128] and scales uint32 [32]; hopper_layout describes both."""
     field, exponent = np.uint32(0x81C081C0), np.uint32(0x7F807F80)
-    pairs = (words & field, words << 3 & field, words << 6 & field,
-             words << 1 & np.uint32(0x80008000) | words >> 5 & np.uint32(0x01000100) | words >> 4 & np.uint32(0x00C000C0))
-    twice = (scales & np.uint32(0xFFFF) | scales << 16, scales >> 16 | scales & np.uint32(0xFFFF0000))
-    factors = tuple(half & exponent for half in twice), tuple((half << 8 | half >> 24) & exponent for half in twice)
+    pairs = (words & field, words << 6 & field, (words >> 4 | words << 28) & field,
+             words << 2 & np.uint32(0x80C080C0) | words >> 6 & np.uint32(0x01000100))
+    factors = scales & exponent, (scales << 8 | scales >> 24) & exponent
     return ops.scale(pairs, factors)
 
 
@@ -304,12 +316,13 @@ class Mosaic:
 
     @staticmethod
     def scale(pairs, factors):
-        """Take pairs[j] [4, 128] and factors[block][h] [32], both as two bfloat16 a word, to their products in operand A's layout."""
-        @plgpu.inline_mgpu(arg_types=((_WORDS,) * 4, ((COLUMN,) * 2,) * 2),
+        """Take pairs[j] [4, 128] and factors[block] [32], both as two bfloat16 a word, to their products in operand A's layout."""
+        @plgpu.inline_mgpu(arg_types=((_WORDS,) * 4, (COLUMN,) * 2),
                            return_type=plgpu.ShapeDtypeStruct((GROUP, GROUP), jnp.bfloat16, layout=plgpu.Layout.WGMMA))
         def scaled(_, pairs, factors):
             two = ir.VectorType.get((2,), ir.BF16Type.get())
-            factor = [[vector.bitcast(two, half.registers.item()) for half in block] for block in factors]
+            halves = [vector.bitcast(two, block.registers.item()) for block in factors]
+            factor = [[vector.shuffle(half, half, [h, h]) for h in range(2)] for half in halves]
             products = [arith.mulf(vector.bitcast(two, _part(pairs[j].registers.item(), 2 * v + h)), factor[j // 2][h])
                         for j, v, h in np.ndindex(4, 2, 2)]
             return fragments(np.array(products, object), plgpu.Layout.WGMMA, (GROUP, GROUP))
@@ -380,7 +393,7 @@ class Interpreted:
         for j, v, h in np.ndindex(4, 2, 2):
             bits = numbers(pairs[j].reshape(4, 8, 4, 2, 2)[..., v, h])  # [w, r, q, b]
             code = jax.lax.bitcast_convert_type((bits & 0x8000 | (bits & 0x1C0) << 3).astype(jnp.uint16), jnp.float16).astype(jnp.float32)
-            exponent = (numbers(factors[j // 2][h].reshape(4, 8, 1)) >> 7).astype(jnp.int32)  # times 2^14 for float16's, less 126 for e2m1's
+            exponent = (numbers(factors[j // 2].reshape(4, 8, 1))[..., h, None] >> 7).astype(jnp.int32)  # times 2^14 for float16's, less 126 for e2m1's
             values.append(code * 2.0**14 * jnp.exp2((exponent - 253).astype(jnp.float32)))
         return jnp.stack(values).reshape(4, 2, 2, 4, 8, 4, 2).transpose(3, 2, 4, 0, 1, 5, 6).reshape(GROUP, GROUP).astype(jnp.bfloat16)
 

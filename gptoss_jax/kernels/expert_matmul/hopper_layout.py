@@ -5,14 +5,15 @@ the order in which wgmma takes operand A from registers, and 32 words of scales.
 
 `words` uint32 [E, out/64, in/64, 4, 128]: word [w, 16 r + 4 q + 2 v + h] is warp w's, lane 4 r + q's. Its bits hold eight codes, j in 0..3 and
 b in 0..1, of output `row(w, h, r)` and input 16 j + 8 v + 2 q + b. Within half b (bits 16 b and up) the four codes are interleaved so that one
-shift and one mask put a code's sign and its three e2m1 bits where bfloat16 has its sign and the exponent's last two bits and the mantissa's first:
+shift or rotation and one mask (two of each for j = 3) put a code's sign and its three e2m1 bits where bfloat16 has its sign and the exponent's
+last two bits and the mantissa's first, which are bits 15 and 8 7 6; no way to interleave them takes fewer instructions:
 
-    j = 0: sign 15, bits 8 7 6     j = 1: sign 12, bits 5 4 3     j = 2: sign 9, bits 2 1 0     j = 3: sign 14, bits 13 11 10
+    j = 0: sign 15, bits 8 7 6     j = 1: sign 9, bits 2 1 0     j = 2: sign 3 of the other half, bits 12 11 10     j = 3: sign 13, bits 14 5 4
 
 Read as bfloat16 that is e2m1 times 2^-126 (0.5 and 0 among the denormals), so the factor 2^(scale - 1) gives the value, exactly.
 
 `scales` uint32 [E, out/64, in/64, 32]: word 8 w + r holds in half h the bytes f = scale + 126 of inputs 0..31 and 32..63 of `row(w, h, r)`: the
-first in bits 14..7, where bfloat16 has its exponent, the second likewise once the half is rotated by 8.
+first in bits 14..7, where bfloat16 has its exponent, the second likewise once the word is rotated left by 8.
 
 `row(w, h, r)` is 16 w + 8 h + r in a HopperWeight and 16 w + 2 r + h in a HopperGateUpWeight: one thread then holds gate and up of a neuron.
 A factor has eight bits, so scale bytes may be 128 at most (weights up to 12); published checkpoints stay under 127.
@@ -33,8 +34,8 @@ GROUP = 64
 ALIGNMENT = 8  # of a group's first row: TMA copies tiles of 8 rows by 64 inputs whole, and wgmma's N is a multiple of 8
 LARGEST_SCALE = 128
 _FACTOR = 126  # factor byte less scale byte
-# Of code j: (mask of the code's bits, how far they are shifted up) for each run of bits that moves together.
-_FIELDS = (((8, 12), (7, 6)), ((8, 9), (7, 3)), ((8, 6), (7, 0)), ((8, 11), (4, 11), (3, 10)))
+# Of code j: (mask of the code's bits, how far they are rotated up within the word's 32) for each run of bits that moves together.
+_FIELDS = (((8, 12), (7, 6)), ((8, 6), (7, 0)), ((8, 16), (7, 10)), ((8, 10), (4, 12), (3, 4)))
 
 
 class HopperWeight(NamedTuple):
@@ -80,11 +81,12 @@ def _arrange(weight, kind, xp):
         for b in range(2):
             code = (bytes_[..., j] >> 4 * b).astype(xp.uint32)
             for mask, shift in runs:
-                words = words | (code & mask) << (shift + 16 * b)
+                words = words | (code & mask) << (shift + 16 * b) % 32
     factors = xp.minimum(_split_rows(weight.scales.reshape(E, O, C // 2, 2), kind).astype(xp.uint32) + _FACTOR, 255)
     first, second = factors[..., 0], factors[..., 1]
-    halves = (first << 7 | second >> 1 | (second & 1) << 15).transpose(0, 1, 5, 2, 4, 3)  # [E, n, k, w, r, h]
-    scales = halves[..., 0] | halves[..., 1] << 16
+    first, second = (each.transpose(0, 1, 5, 2, 4, 3) for each in (first, second))  # [E, n, k, w, r, h]
+    first, second = (each[..., 0] << 7 | each[..., 1] << 23 for each in (first, second))
+    scales = first | second >> 8 | second << 24
     return kind(words.reshape(*words.shape[:4], 128), scales.reshape(*scales.shape[:3], 32))
 
 
@@ -96,12 +98,12 @@ def unpack(weight) -> Mxfp4Weight:
     xp = np if isinstance(weight.words, np.ndarray) else jnp
     E, n, k = weight.scales.shape[:3]
     words = weight.words.reshape(E, n, k, 4, 8, 4, 2, 2)
-    codes = [[sum(words >> (shift + 16 * b) & mask for mask, shift in runs) for b in range(2)] for runs in _FIELDS]
+    codes = [[sum(words >> (shift + 16 * b) % 32 & mask for mask, shift in runs) for b in range(2)] for runs in _FIELDS]
     bytes_ = xp.stack([(low | high << 4).astype(xp.uint8) for low, high in codes], axis=-1)  # [E, n, k, w, r, q, v, h, j]
     blocks = _join_rows(bytes_.transpose(0, 1, 3, 7, 4, 2, 8, 6, 5).reshape(E, n, 4, 2, 8, k, 32), type(weight))
     scales = weight.scales.reshape(E, n, k, 4, 8)
-    halves = xp.stack([scales & 0xFFFF, scales >> 16], axis=-1).transpose(0, 1, 3, 5, 4, 2)  # [E, n, w, h, r, k]
-    factors = xp.stack([halves >> 7 & 255, (halves & 127) << 1 | halves >> 15], axis=-1)
+    turned = xp.stack([scales, scales << 8 | scales >> 24], axis=-1)  # [E, n, k, w, r, block]
+    factors = xp.stack([turned >> 7 & 255, turned >> 23 & 255], axis=-1).transpose(0, 1, 3, 6, 4, 2, 5)  # [E, n, w, h, r, k, block]
     scales = _join_rows((factors - _FACTOR).astype(xp.uint8), type(weight))
     return Mxfp4Weight(blocks.reshape(E, n * GROUP, 2 * k, 16), scales.reshape(E, n * GROUP, 2 * k))
 
@@ -110,7 +112,7 @@ def random(key, experts: int, outputs: int, inputs: int, kind=HopperWeight):
     """Make a weight on the device in this layout, to measure without a checkpoint: any codes, in all blocks scale byte 120 (2^-7)."""
     groups = (experts, outputs // GROUP, inputs // GROUP)
     factor = 120 + _FACTOR
-    half = factor << 7 | factor >> 1 | (factor & 1) << 15
+    half = factor << 7 | factor >> 1 | (factor & 1) << 15  # alike, so that either's last bit is the other's
     return kind(jax.random.bits(key, (*groups, 4, 128), jnp.uint32), jnp.full((*groups, 32), half << 16 | half, jnp.uint32))
 
 
