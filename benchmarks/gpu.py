@@ -193,8 +193,6 @@ def variants(arguments, record) -> None:
 
 def product_variants(arguments, record, config, limits) -> None:
     """The same for a decode step's dense products of one row."""
-    import functools
-
     import jax.numpy as jnp
 
     from gptoss_jax.inference import measure
@@ -205,10 +203,14 @@ def product_variants(arguments, record, config, limits) -> None:
             continue
         added, *_, weight = case.arrays
         planned, of_eight = (hopper_kernel.plan(rows, *weight.shape, added is not None) for rows in (1, 8))
-        for plan in {planned, planned._replace(stages=4), of_eight, of_eight._replace(groups=1, stages=12)}:
-            multiply = functools.partial(hopper_kernel.matmul, plan=plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
+        for plan, ahead in [(planned, False), *((plan, True) for plan in {planned, planned._replace(stages=4), of_eight,
+                                                                        of_eight._replace(groups=1, stages=12)})]:
+            def multiply(*arrays, plan=plan, ahead=ahead):
+                return hopper_kernel.matmul(*arrays[:-1], arrays[-1] if ahead else None, plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
+
             run = case._replace(run=lambda _, *arrays, multiply=multiply: measure.products(multiply, *arrays))
-            row = {"what": "variant", "size": case.size, "rows": plan.rows, "groups": plan.groups, "stages": plan.stages, "planned": plan == planned}
+            row = {"what": "variant", "size": case.size, "rows": plan.rows, "groups": plan.groups, "stages": plan.stages, "ahead": ahead,
+                   "planned": plan == planned}
             in_time(arguments, record, row, lambda: measure.kernel(run, "", limits, repetitions=3, seconds=0.02))
 
 

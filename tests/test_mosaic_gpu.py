@@ -1,12 +1,14 @@
 """The Hopper expert matmul without a Hopper: its layout bit by bit, its data movement, decoding and order interpreted with race detection, and
 what the compiler makes of it for an H100 and an H200 where the wheels for that are installed (hopper_compile.py says which)."""
 
+import functools
 import json
 import logging
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import types
 
 import hopper_compile
@@ -203,6 +205,18 @@ def test_arranged_weights_run_and_have_gradients_where_there_is_no_gpu(caplog):
     (x, _, _, _, _, down, bias), sizes = arguments, jnp.asarray([4, 0, 3, 2], jnp.int32)
     both = [op.expert_matmul(x, w, bias, sizes) for w in (hopper_layout.pack(down), down)]
     np.testing.assert_allclose(*(y.astype(jnp.float32) for y in both), rtol=2**-7, atol=1e-3)
+
+
+@needs_new_jax
+def test_checks_of_a_device_compile_beside_each_other_and_the_first_that_finds_something_counts():
+    together = threading.Barrier(3)
+
+    def check(found, interpret):
+        assert interpret is None and together.wait(timeout=30) is not None
+        return found() if found else None
+
+    checks = [functools.partial(check, found) for found in (None, lambda: 1 / 0, lambda: "wrong")]
+    assert hopper_check.first_disagreement(checks, None) == "a kernel that runs here (found ZeroDivisionError: division by zero)"
 
 
 @needs_new_jax

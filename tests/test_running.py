@@ -31,7 +31,7 @@ from gptoss_jax.training.synthetic import clock
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 20
+STEPS = 10
 CONFIGS, LAUNCH = sorted((ROOT / "configs").glob("*.yaml")), ROOT / "launch"
 TINY_VOCABULARY = ROOT / "gptoss_jax" / "assets" / "tiny" / "tokenizer.model"
 SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=4 "
@@ -305,7 +305,7 @@ def test_model_flops_are_counted_by_what_is_active_and_what_is_trained():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of 20 steps that nothing interrupts, on one device."""
+    """A run that nothing interrupts, on one device."""
     directory = tmp_path_factory.mktemp("whole")
     assert finetune.main(words(directory, f"--run.steps={STEPS}", "--run.save_every_steps=100")) == 0
     return directory
@@ -384,12 +384,12 @@ def start_together(command, count):
 
 def test_two_processes_of_four_devices_train_as_one_process_does(tmp_path, whole, capsys):
     """On the MXFP4 grid, too, where a weight that falls to the other side moves a loss by 4e-5: with rates ten times as high one does."""
-    command = words(tmp_path, f"--run.steps={STEPS}", "--run.save_every_steps=16")
-    spread = ["--mesh.data=2", "--mesh.expert=4", "--run.answer_every_steps=16", "--run.answers=3", "--run.answer_tokens=4"]
+    command = words(tmp_path, f"--run.steps={STEPS}", "--run.save_every_steps=8")
+    spread = ["--mesh.data=2", "--mesh.expert=4", "--run.answer_every_steps=8", "--run.answers=3", "--run.answer_tokens=4"]
     first, second = [(run.communicate(timeout=200), run.returncode) for run in start_together([*command, *spread], 2)]
     assert (first[1], second[1]) == (0, 0), first[0][1] + second[0][1]
     assert f"step {STEPS}/{STEPS}" in first[0][1] and "step" not in second[0][1]  # one of them reports
-    assert all(f"step {step}: 0 of 3 held-out questions right\n  wrong: " in first[0][1] for step in (0, 16, STEPS))
+    assert all(f"step {step}: 0 of 3 held-out questions right\n  wrong: " in first[0][1] for step in (0, 8, STEPS))
 
     def losses(directory):
         return [line["loss"] for line in metrics(directory) if "loss" in line]
@@ -398,7 +398,7 @@ def test_two_processes_of_four_devices_train_as_one_process_does(tmp_path, whole
     assert len(exported(tmp_path)) == len(exported(whole))
     shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
     assert finetune.main(command) == 0  # on another mesh: one device
-    assert "resumed from step 16" in capsys.readouterr().err
+    assert "resumed from step 8" in capsys.readouterr().err
     np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
 
 

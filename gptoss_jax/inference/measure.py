@@ -262,14 +262,14 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
     return found
 
 
-def _decode_matmul(how, x, added, scale, weight, bias, *, epsilon):
-    return decode_matmul.decode_matmul(x, weight, bias, added_TD=added, scale_D=scale, epsilon=epsilon, implementation=how)
+def _decode_matmul(how, x, added, scale, weight, bias, ahead, *, epsilon):
+    return decode_matmul.decode_matmul(x, weight, bias, added_TD=added, scale_D=scale, ahead_OD=ahead, epsilon=epsilon, implementation=how)
 
 
 def products(multiply: Callable, x, added, scale, bias, *weights):
-    """Call multiply(x, added, scale, weight, bias) for several weights, which no cache keeps, each call fed from the one before."""
-    for weight in weights:
-        y, _, _ = multiply(x, added, scale, weight, bias)
+    """Call multiply(x, added, scale, weight, bias, the next weight) for several weights, which no cache keeps, each call fed from the one before."""
+    for weight, ahead in zip(weights, weights[1:] + weights[:1]):
+        y, _, _ = multiply(x, added, scale, weight, bias, ahead)
         x += (y.ravel()[0] * 0).astype(x.dtype)
     return y
 

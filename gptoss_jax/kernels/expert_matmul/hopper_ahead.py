@@ -15,8 +15,8 @@ _WORDS_BYTES = GROUP * GROUP // 2
 
 def fetch(weight, share, shares: int):
     """Have one of so many shares of a weight [outputs, inputs] in GMEM, or of its first inputs, fetched to the L2 cache, and wait for nothing."""
-    rows, columns = 64, 256
     (outputs, inputs), size = weight.shape, weight.dtype.itemsize
+    rows, columns = min(outputs, 64), min(inputs, 256)
     down, across = -(-outputs // rows), min(-(-inputs // columns), MOST_BYTES // (outputs * columns * size))
 
     def tile(i, _):
@@ -30,17 +30,17 @@ def fetch(weight, share, shares: int):
 def fetch_experts(words, scales, expert_smem, share, shares: int):
     """Do the same with a HopperWeight's matrices of the experts in expert_smem [chosen, ...], but for those who aren't here."""
     E, outs, ins = scales.shape[:3]
-    groups, chosen = 8, expert_smem.shape[0]
+    groups, chosen = min(ins, 8), expert_smem.shape[0]
     across = min(-(-ins // groups), MOST_BYTES // (chosen * outs * groups * _WORDS_BYTES))
 
     def tile(i, _):
         at = share + i * shares
-        expert, out, part = expert_smem[at % chosen, 0], pl.ds(at // chosen % outs, 1), at // (chosen * outs)
+        expert, here = expert_smem[at % chosen, 0], (pl.ds(at // chosen % outs, 1), pl.ds(at // (chosen * outs) * groups, groups))
 
         @pl.when(expert < E)
         def _():
-            plgpu.async_prefetch(words.at[expert, out, pl.ds(part * groups, groups)])
-            pl.when(part == 0)(lambda: plgpu.async_prefetch(scales.at[expert, out]))
+            for part in (words, scales):
+                plgpu.async_prefetch(part.at[expert, *here])
 
         return _
 

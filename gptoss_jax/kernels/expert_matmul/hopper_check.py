@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +25,23 @@ CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576,
 
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
-    return (first_disagreement(CASES, functools.partial(_compare, interpret=interpret))
-            or first_disagreement([()], functools.partial(_misrouted, interpret=interpret))
-            or first_disagreement([()], functools.partial(_one_token, interpret=interpret)))
+    return first_disagreement([*(functools.partial(_compare, *case) for case in CASES), _misrouted, _one_token], interpret)
 
 
-def first_disagreement(cases, compare: Callable) -> str | None:
-    """Return the first that compare(*case) finds, or what it raises, in a thread: this may be asked while a program is traced in this one."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(_first_disagreement, cases, compare).result()
+def first_disagreement(checks: Sequence[Callable[..., str | None]], interpret) -> str | None:
+    """Return the first that check(interpret=interpret) finds, or what it raises, of all checks in order.
+
+    In threads, as this may be asked while a program is traced in this one: each in its own, as most of it is compiling, but for interpreted kernels,
+    which share what stands for a GPU's memory.
+    """
+    together = [checks] if interpret else [[check] for check in checks]
+    with concurrent.futures.ThreadPoolExecutor(len(together)) as threads:
+        return next(filter(None, threads.map(functools.partial(_first_disagreement, interpret=interpret), together)), None)
 
 
-def _first_disagreement(cases, compare):
+def _first_disagreement(checks, interpret):
     try:
-        return next((found for case in cases if (found := compare(*case))), None)
+        return next((found for check in checks if (found := check(interpret=interpret))), None)
     except Exception as error:  # whatever a compiler, a driver or an older GPU may raise: the model runs without this kernel
         return f"a kernel that runs here (found {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
 
