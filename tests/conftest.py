@@ -27,7 +27,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quickly_compiled():
-    """Most programs of tests take longer to compile than to run, here and in the processes that tests start; those of engine and commands are
+    """Most programs of tests take longer to compile than to run, here and in the processes that tests start; those of commands are
     compiled as they are for users."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -12,6 +12,8 @@ from gptoss_jax.inference.engine import Engine, PromptError
 from gptoss_jax.inference.sampling import Sampling, SamplingError, sample, stack
 from gptoss_jax.model import GptOss
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 GREEDY = Sampling(temperature=0)
 
 

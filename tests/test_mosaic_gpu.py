@@ -227,6 +227,7 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
     interpret = plgpu.InterpretGPUParams()
+    monkeypatch.setattr(hopper_check, "CASES", [case for case in hopper_check.CASES if sum(case[3]) < 128])  # of many rows interpreting takes long
     asked = []
     jax.make_jaxpr(lambda x: asked.append(hopper_check.disagreement(interpret)) or x)(1.0)  # while a program is traced
     assert asked == [None]

@@ -218,9 +218,9 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                     def step(step, _):
                         slot = jax.lax.rem(done + step, stages)
                         plgpu.barrier_wait(full.at[slot])
-                        ahead = load(slot, 0)
+                        coming = load(slot, 0)
                         for group in range(groups):
-                            loaded, ahead = ahead, load(slot, min(group + 1, groups - 1))  # so that a product's end isn't followed by its wait
+                            loaded, coming = coming, load(slot, min(group + 1, groups - 1))  # so that it isn't waited for after a product
                             ops.multiply(acc, _decode(*loaded, ops), x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
                         ops.finish()  # here, as a product in flight reads registers that the next step writes
                         plgpu.barrier_arrive(empty.at[slot])

@@ -6,7 +6,7 @@ the order in which wgmma takes operand A from registers, and 32 words of scales.
 `words` uint32 [E, out/64, in/64, 4, 128]: word [w, 16 r + 4 q + 2 v + h] is warp w's, lane 4 r + q's. Its bits hold eight codes, j in 0..3 and
 b in 0..1, of output `row(w, h, r)` and input 16 j + 8 v + 2 q + b. Within half b (bits 16 b and up) the four codes are interleaved so that one
 shift or rotation and one mask (two of each for j = 3) put a code's sign and its three e2m1 bits where bfloat16 has its sign and the exponent's
-last two bits and the mantissa's first, which are bits 15 and 8 7 6; no way to interleave them takes fewer instructions:
+last two bits and the mantissa's first, which are bits 15 and 8 7 6; a search found no way to interleave them that takes fewer shifts and masks:
 
     j = 0: sign 15, bits 8 7 6     j = 1: sign 9, bits 2 1 0     j = 2: sign 3 of the other half, bits 12 11 10     j = 3: sign 13, bits 14 5 4
 
