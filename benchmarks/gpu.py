@@ -203,8 +203,9 @@ def product_variants(arguments, record, config, limits) -> None:
             continue
         added, *_, weight = case.arrays
         planned, of_eight = (hopper_kernel.plan(rows, *weight.shape, added is not None) for rows in (1, 8))
-        for plan, ahead in [(planned, False), *((plan, True) for plan in {planned, planned._replace(stages=4), of_eight,
-                                                                        of_eight._replace(groups=1, stages=12)})]:
+        plans = {planned, planned._replace(stages=4), of_eight, of_eight._replace(groups=1, stages=12)}
+        for plan, ahead in [(planned, False), *((plan, True) for plan in plans)]:
+
             def multiply(*arrays, plan=plan, ahead=ahead):
                 return hopper_kernel.matmul(*arrays[:-1], arrays[-1] if ahead else None, plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
 

@@ -9,6 +9,7 @@ from gptoss_jax import mxfp4
 from gptoss_jax.kernels.expert_matmul import IMPLEMENTATIONS, Mxfp4Weight, expert_matmul, expert_mlp, grouping, lean_mlp, reference, xla
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 E, IN, OUT = 5, 64, 48
 GROUPS = {
     "one row": [0, 0, 1, 0, 0],

@@ -113,6 +113,7 @@ def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
                                       jnp.ones((72, 320), jnp.bfloat16), **constants)
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
     assert len(ran) == (2 if tokens == 1 else 3)  # a single token is routed by the first product
+    assert [counts["fetched"] for counts in ran[-2:]] == [4 * (D // 64) * (512 + 32) if tokens == 1 else 0, 72 * 320]  # its experts; a dense weight
 
 
 @needs_compiler
@@ -171,4 +172,5 @@ def test_decode_products(case, late):
     with on_machine(late=late) as ran:
         found = hopper_kernel.matmul(*arrays, planned(*sizes, groups, stages), epsilon=1e-5, dtype=jnp.dtype(dtype))
     check_product(found, arrays, dtype)
+    assert ran[0]["fetched"] == (0 if arrays[5] is None else arrays[5].size)
     assert any(name.startswith("wgmma.mma_async") for name in ran[0])

@@ -180,7 +180,8 @@ def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, route
         here = np.where((chosen >= 2) & (chosen < 6) & real[:, None], chosen - 2, 4).astype(np.int32)
         arguments = arguments[0], jnp.asarray(here), weights, *arguments[3:]
         router = op.Router(jnp.asarray(logits), jnp.zeros(8), jnp.asarray(real) if tokens > 1 else None, jnp.full(1, 2, jnp.int32))
-    out = mosaic_gpu.expert_mlp(*arranged(arguments), router, jnp.ones((72, 320)) if tokens == 1 else None, limit=7.0, alpha=1.702, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    ahead = jnp.ones((72, 320), jnp.bfloat16) if tokens == 1 else None
+    out = mosaic_gpu.expert_mlp(*arranged(arguments), router, ahead, limit=7.0, alpha=1.702, interpret=plgpu.InterpretGPUParams(detect_races=True))
     expected = op.expert_mlp(arguments[0].astype(jnp.float32), *arguments[1:], limit=7.0, alpha=1.702, implementation="reference")
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, rtol=2**-6, atol=2**-6 * float(jnp.abs(expected).max()))  # h and y of each expert are rounded
@@ -227,7 +228,6 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
     interpret = plgpu.InterpretGPUParams()
-    monkeypatch.setattr(hopper_check, "CASES", [case for case in hopper_check.CASES if sum(case[3]) < 128])  # of many rows interpreting takes long
     asked = []
     jax.make_jaxpr(lambda x: asked.append(hopper_check.disagreement(interpret)) or x)(1.0)  # while a program is traced
     assert asked == [None]
@@ -300,5 +300,5 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
             continue
         assert report["hgmma"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448, report
         assert report["registers_each"] * 128 * (report["warpgroups"] + 1) <= 65536, report
-        # 3.03 and 3.56 when written: everything in the loop, over the weights it decodes.
+        # 2.54 and 3.03 when written: everything in the loop, over the weights it decodes.
         assert report["instructions_per_weight"] <= {3: 2.6, 1: 3.2}[report["groups"]], report

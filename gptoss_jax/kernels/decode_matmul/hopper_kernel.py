@@ -136,7 +136,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
 
         part_smem[me] = _once(ops.accumulator(accumulate, acc_smem, me, N), plan)
         if "ahead" in inputs:
-            hopper_ahead.fetch(inputs["ahead"], block * _WARPGROUPS + me, O // N * _WARPGROUPS)
+            hopper_ahead.fetch([inputs["ahead"]], block * _WARPGROUPS + me, O // N * _WARPGROUPS)
         if norming:
             plgpu.commit_smem()  # the rows, which the first warpgroup sends out
         meet()

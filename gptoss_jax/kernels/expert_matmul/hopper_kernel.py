@@ -196,10 +196,8 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 return done + length, following
 
             jax.lax.fori_loop(0, mine, copy_unit, (jnp.int32(0), unit(0)))
-            if ahead and chosen:
-                hopper_ahead.fetch_experts(*ahead_refs, expert_smem, block, plan.blocks)
-            elif ahead:
-                hopper_ahead.fetch(*ahead_refs, block, plan.blocks)
+            if ahead:
+                hopper_ahead.fetch(ahead_refs, block, plan.blocks, expert_smem if chosen else None)
 
         @pl.when(me < wgs)
         def _multiply():
@@ -211,17 +209,13 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 done, (expert, first, rows, column, part, _, length) = carry
                 following = unit(i + 1)
 
-                def load(slot, group):
-                    return words_smem[slot, me, group], scales_smem[slot, me, group]
-
                 def accumulate(acc):
                     def step(step, _):
                         slot = jax.lax.rem(done + step, stages)
                         plgpu.barrier_wait(full.at[slot])
-                        coming = load(slot, 0)
+                        loaded = [(words_smem[slot, me, group], scales_smem[slot, me, group]) for group in range(groups)]  # not after a product's wait
                         for group in range(groups):
-                            loaded, coming = coming, load(slot, min(group + 1, groups - 1))  # so that it isn't waited for after a product
-                            ops.multiply(acc, _decode(*loaded, ops), x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
+                            ops.multiply(acc, _decode(*loaded[group], ops), x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
                         ops.finish()  # here, as a product in flight reads registers that the next step writes
                         plgpu.barrier_arrive(empty.at[slot])
                         return _
