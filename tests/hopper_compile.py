@@ -28,18 +28,21 @@ DEVICE = """gpu_device_info {{
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0" }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}" """
 DEVICES = {"NVIDIA H100 80GB HBM3": (3350000000000, 85520809984), "NVIDIA H200": (4800000000000, 151397597184)}
-# device, rows (at multiples of 8), experts, outputs, inputs, gate and up
+# device, rows (at multiples of 8), experts, outputs, inputs, gate and up, whether a token's experts are chosen by parts of their scores
 CASES = [
-    ("NVIDIA H200", 32, 128, 5760, 2880, True), ("NVIDIA H200", 32, 128, 2880, 2880, False),  # decode, batch 1
-    ("NVIDIA H100 80GB HBM3", 65536, 128, 5760, 2880, True), ("NVIDIA H100 80GB HBM3", 65536, 128, 2880, 2880, False),  # prefill, 16k tokens
+    ("NVIDIA H200", 32, 128, 5760, 2880, True, True), ("NVIDIA H200", 32, 128, 2880, 2880, False, False),  # decode, batch 1
+    ("NVIDIA H100 80GB HBM3", 32, 32, 5760, 2880, True, True), ("NVIDIA H200", 128, 128, 5760, 2880, True, False),
+    ("NVIDIA H100 80GB HBM3", 65536, 128, 5760, 2880, True, False), ("NVIDIA H100 80GB HBM3", 65536, 128, 2880, 2880, False, False),  # prefill, 16k tokens
 ]
 # device, rows, slots, ring; for each 8 key-value heads of 8 queries
 DECODE_CASES = [("NVIDIA H200", 1, 131_072, False), ("NVIDIA H200", 1, 128, True), ("NVIDIA H100 80GB HBM3", 64, 8192, False)]
 # device, tokens, experts: routing of four experts a token
 ROUTINGS = [("NVIDIA H200", 1, 128), ("NVIDIA H100 80GB HBM3", 4, 32), ("NVIDIA H200", 17, 32), ("NVIDIA H100 80GB HBM3", 128, 128)]
-# device, rows, outputs, inputs, whether they are summed and normed, whether only normed: q, k and v; the attention's output; both routers
-PRODUCTS = [("NVIDIA H200", 1, 5120, 2880, False, True), ("NVIDIA H100 80GB HBM3", 8, 2880, 4096, False, False),
-            ("NVIDIA H200", 8, 128, 2880, True, True), ("NVIDIA H100 80GB HBM3", 1, 32, 2880, True, True)]
+# device, rows, outputs, inputs, whether they are summed and normed, whether only normed: q, k and v; the attention's output; both routers; the
+# output and, of as many experts, the router
+PRODUCTS = [("NVIDIA H200", 1, 5120, 2880, False, True, 0), ("NVIDIA H100 80GB HBM3", 8, 2880, 4096, False, False, 0),
+            ("NVIDIA H200", 8, 128, 2880, True, True, 0), ("NVIDIA H100 80GB HBM3", 2, 32, 2880, True, True, 0),
+            ("NVIDIA H200", 1, 2880, 4096, False, False, 128), ("NVIDIA H100 80GB HBM3", 1, 2880, 4096, False, False, 32)]
 
 
 def tool(package, pattern):
@@ -78,20 +81,29 @@ def described(device):
     return functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(topology.devices[0]))
 
 
-def compile_experts(shape, rows, experts, outputs, inputs, gated):
+def compile_experts(shape, rows, experts, outputs, inputs, gated, chosen):
     import jax
     import jax.numpy as jnp
 
-    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_kernel
+    from gptoss_jax.kernels.expert_matmul import EarlyScores, HopperGateUpWeight, HopperWeight, Router, hopper_kernel
+    from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
-    kind = HopperGateUpWeight if gated else HopperWeight
-    groups = (experts, outputs // 64, inputs // 64)
-    weight = kind(shape((*groups, 4, 128), jnp.uint32), shape((*groups, 32), jnp.uint32))
-    plan = hopper_kernel.plan(rows, weight)
-    jax.jit(lambda x, weight, bias, sizes, ahead: hopper_kernel.matmul(
-        x, weight, bias, hopper_kernel.tiles(sizes, rows, plan.rows), plan, ahead=ahead, limit=7.0, alpha=1.702)).lower(
-        shape((rows, inputs), jnp.bfloat16), weight, shape((experts, outputs), jnp.bfloat16), shape((experts,), jnp.int32),
-        shape((5120, 2880), jnp.bfloat16)).compile()
+    def weight(kind, outputs, inputs):
+        groups = (experts, outputs // 64, inputs // 64)
+        return kind(shape((*groups, 4, 128), jnp.uint32), shape((*groups, 32), jnp.uint32))
+
+    own = weight(HopperGateUpWeight if gated else HopperWeight, outputs, inputs)
+    plan, x = hopper_kernel.plan(rows, own, 8 if chosen else None), shape((1 if chosen else rows, inputs), jnp.bfloat16)
+    if chosen:
+        early = EarlyScores(x, shape((120, experts + FACTORS), jnp.float32))
+        router = Router(shape((1, experts), jnp.float32), shape((experts,), jnp.bfloat16), None, shape((1,), jnp.int32), early)
+
+    def run(x, own, bias, tiles, ahead):
+        tiles = tiles if chosen else hopper_kernel.tiles(tiles, rows, plan.rows)
+        return hopper_kernel.matmul(x, own, bias, tiles, plan, ahead=ahead, slots=rows if chosen else None, limit=7.0, alpha=1.702)
+
+    jax.jit(run).lower(x, own, shape((experts, outputs), jnp.bfloat16), router if chosen else shape((experts,), jnp.int32),
+                       weight(HopperWeight, inputs, outputs // 2) if chosen else shape((5120, 2880), jnp.bfloat16)).compile()
     return {"op": "experts", "all_rows": rows, "gated": gated, **plan._asdict()}
 
 
@@ -124,16 +136,17 @@ def compile_routing(shape, tokens, experts):
     return {"op": "routing", "tokens": tokens, "experts": experts}
 
 
-def compile_product(shape, rows, outputs, inputs, summed, normed):
+def compile_product(shape, rows, outputs, inputs, summed, normed, experts):
     import jax
     import jax.numpy as jnp
 
     from gptoss_jax.kernels.decode_matmul import hopper_kernel
 
-    plan, x = hopper_kernel.plan(rows, outputs, inputs, summed), shape((rows, inputs), jnp.bfloat16)
+    plan, x = hopper_kernel.plan(rows, outputs, inputs, summed, experts), shape((rows, inputs), jnp.bfloat16)
+    after = tuple(shape(dims, jnp.bfloat16) for dims in ((1, outputs), (outputs,), (experts, outputs))) if experts else None
     scale, bias = shape((inputs,), jnp.bfloat16) if normed else None, None if normed else shape((outputs,), jnp.bfloat16)
-    jax.jit(lambda *arrays: hopper_kernel.matmul(*arrays, plan, epsilon=1e-5, dtype=jnp.float32 if normed else jnp.bfloat16)).lower(
-        x, x if summed else None, scale, shape((outputs, inputs), jnp.bfloat16), bias, shape((2880, 4096), jnp.bfloat16)).compile()
+    jax.jit(lambda after, *arrays: hopper_kernel.matmul(*arrays, plan, epsilon=1e-5, dtype=jnp.float32 if normed else jnp.bfloat16, after=after)).lower(
+        after, x, x if summed else None, scale, shape((outputs, inputs), jnp.bfloat16), bias, shape((2880, 4096), jnp.bfloat16)).compile()
     return {"op": "product", "normed": normed, "blocks": outputs // plan.outputs, **plan._asdict()}
 
 

@@ -246,7 +246,7 @@ class Machine:
             for index, piece in enumerate(pieces):
                 self._set(warp, mask, piece, value[:, index])
         else:
-            self._set(warp, mask, target, warp.registers[source] if dtype is bool else self._get(warp, source, dtype))
+            self._set(warp, mask, target, _predicates(warp, source) if dtype is bool else self._get(warp, source, dtype))
 
     def _cvta(self, warp, mask, parts, operands):
         self._set(warp, mask, operands[0], self._get(warp, operands[1], np.uint64))
@@ -313,8 +313,7 @@ class Machine:
     def _logic(self, warp, mask, parts, operands, function):
         if parts[-1] != "pred":
             return self._binary(warp, mask, parts, operands, function)
-        values = [warp.registers[operand] if operand in warp.registers else np.full(LANES, operand != "0") for operand in operands[1:]]
-        self._set(warp, mask, operands[0], function(*values))
+        self._set(warp, mask, operands[0], function(*(_predicates(warp, operand) for operand in operands[1:])))
 
     def _shl(self, warp, mask, parts, operands):
         self._shift(warp, mask, parts, operands, np.left_shift)
@@ -576,6 +575,11 @@ class Machine:
 
 
 _DESCRIPTORS = 1 << 60
+
+
+def _predicates(warp: Warp, operand: str):
+    """Return each lane's predicate, in a register or constant."""
+    return warp.registers[operand] if operand in warp.registers else np.full(LANES, operand != "0")
 
 
 def _swizzled(address, width: int):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from gptoss_jax.kernels.attention import say_once
-from gptoss_jax.kernels.decode_matmul import decode_matmul, hopper_check, mosaic_gpu, reference
+from gptoss_jax.kernels.decode_matmul import decode_matmul, decode_matmul_scored, hopper_check, mosaic_gpu, reference
 from gptoss_jax.kernels.expert_matmul import mosaic_gpu as expert_kernel
+from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -28,6 +29,12 @@ CASES = {
     "eight rows, nothing else, one group": (8, 64, 8, (), None, None),
 }
 
+# inputs, outputs, those of a block, experts, whether there is a bias
+SCORED = {
+    "fewer steps than warpgroups": (192, 64, 8, 32, True),
+    "stages used again, inputs that end within a step, blocks of many outputs": (1216, 320, 40, 64, False),
+}
+
 
 def arguments(rows, inputs, outputs, parts, dtype=jnp.bfloat16, seed=0):
     random = np.random.default_rng(seed)
@@ -40,6 +47,33 @@ def planned(rows, inputs, outputs, parts, groups, stages, interpret=None):
 
     plan = hopper_kernel.plan(rows, outputs, inputs, "added" in parts)
     return plan._replace(groups=groups or plan.groups, stages=stages or plan.stages, interpret=interpret)
+
+
+def scored_arguments(inputs, outputs, experts, bias, seed=0):
+    random = np.random.default_rng(seed)
+    shapes = (1, inputs), (outputs, inputs), (outputs,) if bias else None, (1, outputs), (outputs,), (experts, outputs)
+    return [None if shape is None else jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+
+
+def run_scored(inputs, outputs, each, experts, bias, interpret=None):
+    """Return (arrays, what the kernel makes of them) with blocks of so many outputs."""
+    from gptoss_jax.kernels.decode_matmul import hopper_kernel
+
+    x, weight, bias_O, *after = arrays = scored_arguments(inputs, outputs, experts, bias)
+    plan = hopper_kernel.plan(1, outputs, inputs, experts=experts)._replace(outputs=each, stages=4, interpret=interpret)
+    return arrays, hopper_kernel.matmul(x, None, None, weight, bias_O, None, plan, epsilon=1e-5, dtype=jnp.dtype(jnp.bfloat16), after=after)
+
+
+def check_scored(arrays, found, blocks):
+    """Each number by those it is made of; roundings in between may be left out by an interpreter."""
+    (x, weight, bias, residual, scale, router), (summed, rows, parts) = (
+        [0 if array is None else np.asarray(array, np.float64) for array in given] for given in (arrays, found))
+    E = len(router)
+    assert parts.shape == (blocks, E + FACTORS) and found[0].dtype == found[1].dtype == jnp.bfloat16
+    np.testing.assert_allclose(summed, residual + x @ weight.T + bias, rtol=2**-7, atol=2**-7)
+    np.testing.assert_allclose(rows, summed * scale, rtol=2**-7)
+    np.testing.assert_allclose(parts[:, :E].sum(axis=0), (rows @ router.T)[0], rtol=1e-5, atol=1e-5 * (rows @ router.T).std())
+    np.testing.assert_allclose(parts[:, E:].sum(axis=0), np.full(FACTORS, (summed**2).mean() + 1e-5), rtol=2**-10)
 
 
 def check(found, arrays, dtype):
@@ -66,6 +100,26 @@ def test_interpreted_with_race_detection_it_equals_sum_norm_and_product(case):
     plan = planned(*sizes, groups, stages, plgpu.InterpretGPUParams(detect_races=True))
     found = hopper_kernel.matmul(*arrays, plan, epsilon=1e-5, dtype=jnp.dtype(dtype))
     check(found, arrays, dtype)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("case", SCORED, ids=SCORED)
+def test_interpreted_with_race_detection_an_output_is_scored_by_the_router(case):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    _, outputs, each, *_ = SCORED[case]
+    check_scored(*run_scored(*SCORED[case], plgpu.InterpretGPUParams(detect_races=True)), outputs // each)
+
+
+def test_early_scores_are_those_of_the_norm():
+    """However many the parts: the norm, its product with the router, and what they are of, as several ops."""
+    x, weight, bias, residual, scale, router = scored_arguments(192, 64, 32, True)
+    y, _, _ = decode_matmul(x, weight, bias)
+    right, summed, _ = decode_matmul(residual, router, added_TD=y, scale_D=scale, epsilon=1e-5, dtype=jnp.float32)
+    found, early = decode_matmul_scored(x, weight, bias, residual, scale, router, epsilon=1e-5, for_hopper=True)
+    np.testing.assert_array_equal(found, summed)
+    np.testing.assert_allclose(early.scores(), right, atol=2**-6 * float(right.std()))  # rounded before, not after the factor
+    assert early.parts.shape == ((8 if jax.__version_info__ >= expert_kernel.OLDEST_JAX else 1), 32 + FACTORS)
 
 
 def test_the_reference_is_the_formula():
@@ -125,6 +179,8 @@ def test_named_it_says_what_is_missing():
         decode_matmul(x, weight, implementation="pallas")
     with pytest.raises(ValueError, match="added_TD without scale_D"):
         decode_matmul(x, weight, added_TD=added)
+    with pytest.raises(ValueError, match="decode_matmul_scored: 2 rows found, expected one"):
+        decode_matmul_scored(x, weight, None, added, scale, weight)
     needs = functools.partial(pytest.raises, ValueError)
     if jax.__version_info__ < expert_kernel.OLDEST_JAX:
         with needs(match="'mosaic_gpu' needs jax 0.11.2 or newer"):
@@ -138,3 +194,6 @@ def test_named_it_says_what_is_missing():
                                         (wide[0], wide[3], {}, r"inputs in multiples of 64.*\(found 72 and 8\)")):
         with needs(match=f"decode_matmul implementation 'mosaic_gpu' needs .*{message}"):
             decode_matmul(x, weight, implementation="mosaic_gpu", **options)
+    for outputs, experts, found in ((64, 40, "40 and 64"), (72, 32, "32 and 72")):  # nine blocks
+        with needs(match=rf"needs experts in multiples of 32 and outputs in multiples of 8 blocks, few enough \(found {found}\)"):
+            decode_matmul_scored(*scored_arguments(64, outputs, experts, True), implementation="mosaic_gpu")

@@ -9,14 +9,17 @@ import ptx_machine
 import pytest
 from test_decode_attention import CASES, arguments
 from test_decode_matmul import CASES as PRODUCTS
+from test_decode_matmul import SCORED, check_scored, planned, run_scored
 from test_decode_matmul import arguments as product_arguments
 from test_decode_matmul import check as check_product
-from test_decode_matmul import planned
 
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.inference import measure
 from gptoss_jax.kernels.decode_attention import mosaic_gpu as decode_kernel
 from gptoss_jax.kernels.decode_attention import reference as decode_reference
 from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Router, expert_mlp, hopper_layout, mosaic_gpu, reference
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
+from gptoss_jax.model import GptOss, arrangement, make_cache
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None,
                               reason="no jax-cuda13-plugin and jax-cuda13-pjrt: pip install --no-deps both in JAX's version (no GPU needed)")
@@ -174,3 +177,41 @@ def test_decode_products(case, late):
     check_product(found, arrays, dtype)
     assert ran[0]["fetched"] == (0 if arrays[5] is None else arrays[5].size)
     assert any(name.startswith("wgmma.mma_async") for name in ran[0])
+
+
+@needs_compiler
+@asynchronous
+@pytest.mark.parametrize("case", SCORED, ids=SCORED)
+def test_decode_products_with_scores(case, late):
+    from hopper_machine import on_machine
+
+    _, outputs, each, *_ = SCORED[case]
+    with on_machine(late=late):
+        arrays, found = run_scored(*SCORED[case])
+    check_scored(arrays, found, outputs // each)
+
+
+@needs_compiler
+@asynchronous
+def test_a_single_rows_decode_step(late, monkeypatch):
+    """Five kernels a layer, each fed by the one before: what the several ops of another device make of it, but for roundings at other places."""
+    from hopper_machine import on_machine
+
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+
+    monkeypatch.setattr(mosaic_gpu, "_plan", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
+    config = GptOssConfig(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_local_experts=32, num_experts_per_tok=4,
+                          num_attention_heads=8, num_key_value_heads=1, head_dim=64, sliding_window=8, max_position_embeddings=64)
+    apart, joined = (GptOss(config, measure.random_weights(config)) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(arrangement, "_gpus_of", lambda array: sorted(array.sharding.device_set, key=lambda device: device.id))
+        for kernel in (mosaic_gpu, decode_kernel):
+            patch.setattr(kernel, "device_unmet", lambda device=None: None)
+        joined.arrange()
+    _, cache = apart(jnp.arange(11)[None], cache=make_cache(config, 1, 16))
+    expected, _ = apart(jnp.full((1, 1), 11), cache=cache)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **kernels: kernels.get("cuda", default)(*arrays))
+    with on_machine(late=late) as ran:
+        found, _ = joined(jnp.full((1, 1), 11), cache=cache)
+    assert len(ran) == 10
+    np.testing.assert_allclose(found, expected, atol=2**-5 * float(expected.std()))

@@ -21,6 +21,7 @@ from gptoss_jax import mxfp4
 from gptoss_jax.kernels import expert_matmul as op
 from gptoss_jax.kernels.expert_matmul import (
     HopperGateUpWeight, HopperWeight, Mxfp4Weight, hopper_check, hopper_layout, mosaic_gpu, reference)
+from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -167,19 +168,29 @@ def arranged(arguments):
 
 
 @needs_new_jax
-@pytest.mark.parametrize("tokens,routed", [(1, True), (5, True), (21, True), (21, False)],
-                         ids=["one token", "tokens of one tile", "few tokens", "sorted"])
-def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, routed):
+@pytest.mark.parametrize("tokens,routed,parts", [(1, True, 0), (1, True, 24), (5, True, 0), (21, True, 0), (21, False, 0)],
+                         ids=["one token", "one token by parts of its scores", "tokens of one tile", "few tokens", "sorted"])
+def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, routed, parts):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     arguments, router = mlp_arguments(tokens), None
-    if routed:  # experts 2 to 5 of 8 are here; a token isn't real
-        logits, real = np.random.default_rng(3).standard_normal((tokens, 8)).astype(np.float32), np.arange(tokens) != 2
+    if routed:  # experts 2 to 5 are here; a token isn't real
+        all_experts, random, early = 32 if parts else 8, np.random.default_rng(3), None
+        scores, real = random.standard_normal((tokens, all_experts)).astype(np.float32), np.arange(tokens) != 2
+        bias = jnp.asarray(random.standard_normal(all_experts), jnp.bfloat16)
+        if parts:  # one of the chosen is here; the factor is 4, which rows and scores lack
+            scores[:, [3, 30]] += 8
+            sums = random.standard_normal((parts, all_experts + FACTORS)).astype(np.float32)
+            sums[:, :all_experts] += (scores / 4 - sums[:, :all_experts].sum(axis=0)) / parts
+            sums[:, all_experts:] = 1 / 16 / parts
+            early = op.EarlyScores(arguments[0] / 4, jnp.asarray(sums))
+            np.testing.assert_allclose(early.scores(), scores, rtol=1e-4, atol=1e-4)
+        logits = scores + np.asarray(bias, np.float32)
         chosen = np.argsort(-logits, axis=1)[:, :2]
         weights = jax.nn.softmax(np.take_along_axis(logits, chosen, axis=1), axis=1)
         here = np.where((chosen >= 2) & (chosen < 6) & real[:, None], chosen - 2, 4).astype(np.int32)
         arguments = arguments[0], jnp.asarray(here), weights, *arguments[3:]
-        router = op.Router(jnp.asarray(logits), jnp.zeros(8), jnp.asarray(real) if tokens > 1 else None, jnp.full(1, 2, jnp.int32))
+        router = op.Router(jnp.asarray(scores), bias, jnp.asarray(real) if tokens > 1 else None, jnp.full(1, 2, jnp.int32), early)
     ahead = jnp.ones((72, 320), jnp.bfloat16) if tokens == 1 else None
     out = mosaic_gpu.expert_mlp(*arranged(arguments), router, ahead, limit=7.0, alpha=1.702, interpret=plgpu.InterpretGPUParams(detect_races=True))
     expected = op.expert_mlp(arguments[0].astype(jnp.float32), *arguments[1:], limit=7.0, alpha=1.702, implementation="reference")

@@ -13,7 +13,6 @@ from gptoss_jax import sharding
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.kernels.attention import attention
 from gptoss_jax.kernels.decode_attention import decode_attention, rotate
-from gptoss_jax.kernels.decode_matmul import decode_matmul
 from gptoss_jax.model import cache as cache_lib, ring
 from gptoss_jax.model.linear import Linear
 
@@ -56,11 +55,11 @@ class Attention(nnx.Module):
         return self.sinks[...].ndim == 2
 
     def decode(self, qkv_BJ, rope, cache, chunk, dtype):
-        """Do the same for one token a row, of what the joined projections gave, float32 without the bias: on one device. Returns ([B, D], cache)."""
-        out_BJ, *new = decode_attention(qkv_BJ, getattr(self, QKV).bias[...], *(table[:, 0] for table in rope), *cache, self.sinks[...],
+        """Attend for one token a row, of what the joined projections gave, float32 without the bias: on one device. Returns (what the output
+        projection takes [B, I], cache)."""
+        out_BI, *new = decode_attention(qkv_BJ, getattr(self, QKV).bias[...], *(table[:, 0] for table in rope), *cache, self.sinks[...],
                                         chunk.positions[:, 0], ring=self.window is not None, dtype=dtype)
-        out_BD, _, _ = decode_matmul(out_BJ, self.o_proj.weight[...], self.o_proj.bias[...], for_hopper=self.for_hopper)
-        return out_BD, cache_lib.LayerCache(*new)
+        return out_BI, cache_lib.LayerCache(*new)
 
     def _project(self, x_BTD, mesh):
         if not hasattr(self, QKV):

@@ -12,6 +12,7 @@ from flax import nnx
 
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.kernels.decode_matmul import decode_matmul, decode_matmul_scored, mosaic_gpu
 from gptoss_jax.model import arrangement
 from gptoss_jax.model import cache as cache_lib
 from gptoss_jax.model.attention import QKV, Attention
@@ -65,8 +66,9 @@ class Layer(nnx.Module):
                  ahead_OD=None):
         with jax.named_scope("attention"):
             if cache is not None and x_BTD.shape[1] == 1 and self._decodes_in_few_kernels():
-                x_BTD, normed, scores, cache = self._decode(x_BTD[:, 0], rope, cache, chunk, keep)
+                x_BTD, normed, scores, early, cache = self._decode(x_BTD[:, 0], rope, cache, chunk, keep)
             else:
+                early = None
                 out, cache = self.self_attn(keep("attn_norm", self.input_layernorm(x_BTD)), rope, positions, segments, cache, chunk, mesh)
                 x_BTD = x_BTD + keep("attn_out", out)
                 normed = self.post_attention_layernorm(x_BTD)
@@ -76,7 +78,7 @@ class Layer(nnx.Module):
             logits, indices, weights = self.mlp.route(scores)
             keep("router_logits", logits)
             out = self.mlp(keep("mlp_norm", normed), scores, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport, lean,
-                           ahead_OD)
+                           ahead_OD, early)
             x_BTD = x_BTD + keep("mlp_out", out)
         return keep("hidden", sharding.constrain(x_BTD, ("batch", "tokens", None), mesh)), cache
 
@@ -89,15 +91,23 @@ class Layer(nnx.Module):
         return hasattr(self.self_attn, QKV) and self.self_attn.o_proj.lora_A is None and self.mlp.router.lora_A is None
 
     def _decode(self, x_BD, rope, cache, chunk, keep: Capture):
-        """Do all before the experts for one token a row. Returns (x after attention, its norm, the router's scores, all [B, 1, ...]; the new cache)."""
+        """Do all before the experts for one token a row. Returns (x after attention, its norm, the router's scores, all [B, 1, ...]; the latter two's
+        EarlyScores or None; the new cache)."""
         for_hopper = self.self_attn.for_hopper
         qkv_BJ, _, normed_BD = self.input_layernorm.before(getattr(self.self_attn, QKV), x_BD, ahead_OD=self.self_attn.o_proj.weight[...],
                                                                for_hopper=for_hopper)
         keep("attn_norm", normed_BD[:, None])
-        out_BD, cache = self.self_attn.decode(qkv_BJ, rope, cache, chunk, x_BD.dtype)
-        keep("attn_out", out_BD[:, None])
-        scores_BE, x_BD, normed_BD = self.post_attention_layernorm.before(self.mlp.router, x_BD, out_BD, for_hopper=for_hopper)
-        return x_BD[:, None], normed_BD[:, None], scores_BE[:, None], cache
+        attended_BI, cache = self.self_attn.decode(qkv_BJ, rope, cache, chunk, x_BD.dtype)
+        output, norm, router, early = self.self_attn.o_proj, self.post_attention_layernorm, self.mlp.router, None
+        arrays = attended_BI, output.weight[...], output.bias[...], x_BD, norm.weight[...], router.weight[...]
+        if for_hopper and not keep.patterns and mosaic_gpu.unmet_scored(*arrays) is None:
+            x_BD, early = decode_matmul_scored(*arrays, epsilon=norm.epsilon, for_hopper=True)
+            normed_BD, scores_BE = norm(x_BD), early.scores()  # where a kernel takes the early ones, of no use and not computed
+        else:
+            out_BD, _, _ = decode_matmul(*arrays[:3], for_hopper=for_hopper)
+            keep("attn_out", out_BD[:, None])
+            scores_BE, x_BD, normed_BD = norm.before(router, x_BD, out_BD, for_hopper=for_hopper)
+        return x_BD[:, None], normed_BD[:, None], scores_BE[:, None], early, cache
 
 
 class GptOss(nnx.Module):

@@ -17,7 +17,7 @@ CASES = ((3, 4160, 128, True, True), (1, 4160, 1088, True, True), (1, 704, 1088,
 
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
-    return first_disagreement([functools.partial(_compare, *case) for case in CASES], interpret)
+    return first_disagreement([*(functools.partial(_compare, *case) for case in CASES), _misscored], interpret)
 
 
 def _compare(rows, inputs, outputs, summed, normed, interpret):
@@ -36,4 +36,23 @@ def _compare(rows, inputs, outputs, summed, normed, interpret):
         wrong = ~(np.abs(ours - right) <= 2**-7 * np.abs(right) + 2**-7 * right.std())  # a norm's last bit may differ; NaN is wrong
         if wrong.any():
             return f"a kernel that computes right here (found {wrong.mean():.1%} of {what} of {outputs} x {inputs} wrong)"
+    return None
+
+
+def _misscored(*, interpret, inputs=192, outputs=64, experts=32):
+    random = np.random.default_rng(0)
+    shapes = (1, inputs), (outputs, inputs), (outputs,), (1, outputs), (outputs,), (experts, outputs)
+    arrays = [np.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+
+    def scored(run):
+        summed, early = run(*arrays)
+        return summed, early.rows, early.scores()
+
+    found, expected = (now(functools.partial(scored, functools.partial(run, epsilon=1e-5))) for run in (
+        functools.partial(mosaic_gpu.run_scored, interpret=interpret),
+        functools.partial(reference.decode_matmul_scored, parts=1, implementation="xla")))
+    for what, ours, right in zip(("sums", "rows", "scores"), found, expected):
+        wrong = ~(np.abs(ours - right) <= 2**-6 * np.abs(right) + 2**-6 * right.std())  # a row's last bit may differ; NaN is wrong
+        if wrong.any():
+            return f"a kernel that scores right here (found {wrong.mean():.1%} of {what} wrong)"
     return None

@@ -4,6 +4,8 @@ A block owns N outputs, so that about as many blocks as processors read the weig
 wgmma's operand A, from registers, the same 8 again and again until its 64 are full; the weights, by TMA, are its N side, which any multiple
 of 8 can be. The block's warpgroups share the inputs out, norm them while the first weights are on their way, and add their products up at the end.
 A lone row is held and normed as one, its groups of inputs one below the other, as seven rows of zeros would take most of a small product's time.
+Of the attention's output for a lone row each block also multiplies what it has of the next norm's row by the router, but for the norm's factor, which
+no block knows: the router then takes no kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul import hopper_ahead
-from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS, SHARED_BYTES, SMS, Interpreted, Mosaic, fragments
+from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS, MATRIX, SHARED_BYTES, SMS, Interpreted, Mosaic, fragments
+from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
 GROUP, ROWS = 64, 8  # of inputs, and the most at once
 _WARPGROUPS = 4
@@ -41,8 +44,8 @@ class Plan(NamedTuple):
     interpret: object = None  # plgpu.InterpretGPUParams: what can't be interpreted is computed by jnp instead
 
 
-def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | None:
-    """Choose a block's outputs, step and ring, None where there are none. summing: whether there are two arrays of rows."""
+def plan(rows: int, outputs: int, inputs: int, summing: bool = False, experts: int = 0) -> Plan | None:
+    """Choose a block's outputs, step and ring, None where there are none. summing: whether there are two arrays of rows; experts: of the router."""
     each = next((n for n in range(8, 257, 8) if outputs % n == 0 and outputs // n <= SMS), None)
     if each is None or inputs % GROUP:
         return None
@@ -50,6 +53,7 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | 
     def stages(held, groups):
         steps = -(-inputs // (groups * GROUP))
         room = SHARED_BYTES - ((held * (1 + summing) + 1) * steps * groups * GROUP * 2 + ROWS * (_WARPGROUPS * (GROUP + each) + each) * 4)
+        room -= experts * (each * 2 + 4)
         return min(room // (each * groups * GROUP * 2), _MOST_STAGES, steps + _WARPGROUPS - 1) // _WARPGROUPS * _WARPGROUPS
 
     for held, fewest in [(1, _MOST_GROUPS)] * (rows == 1) + [(ROWS, 1)]:
@@ -60,8 +64,11 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False) -> Plan | 
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "dtype", "plan"))  # so that a kernel is made once for all layers
-def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, epsilon: float, dtype):
-    """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale, bias and ahead may be None; at most `plan.rows` rows."""
+def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, epsilon: float, dtype, after=None):
+    """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale, bias and ahead may be None; at most `plan.rows` rows.
+
+    after: (residual [1, O], scale [O], router [E, O]) for a lone row that isn't normed: then see `reference.decode_matmul_scored`.
+    """
     (T, D), O, (R, N, groups, stages, _) = x_TD.shape, weight_OD.shape[0], plan
     width = groups * GROUP
     steps = -(-D // width)
@@ -70,14 +77,17 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
     arrays = {"x": x_TD, "added": added_TD, "scale": scale_D, "weight": weight_OD, "bias": bias_O, "ahead": ahead_OD}
     for name in ("x", "added", "scale") if lone else ("scale",):
         arrays[name] = None if arrays[name] is None else arrays[name].reshape(D // GROUP, GROUP)
+    arrays |= zip(("residual", "next_scale", "router"), after or ())
+    E = len(after[2]) if after else 0
     rows, summing, norming = jax.ShapeDtypeStruct(arrays["x"].shape, jnp.bfloat16), added_TD is not None, scale_D is not None
     given = [name for name, array in arrays.items() if array is not None]
     out_type = [jax.ShapeDtypeStruct((T, O), dtype)] + [rows] * (norming + summing)
+    out_type += [jax.ShapeDtypeStruct((T, O), dtype), jax.ShapeDtypeStruct((O // N, E + FACTORS), jnp.float32)] if after else []
 
     def body(*refs):
         inputs, refs = dict(zip(given, refs)), refs[len(given) :]
-        (out, *out_rows), (rows_smem, sum_smem, scale_smem, weight_smem, square_smem, part_smem, out_smem, acc_smem, full, loaded, together) = (
-            refs[: len(out_type)], refs[len(out_type) :])
+        (out, *out_rows), refs = refs[: len(out_type)], refs[len(out_type) :]
+        rows_smem, sum_smem, scale_smem, weight_smem, square_smem, part_smem, out_smem, acc_smem, full, loaded, together, *scoring = refs
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         mine, out_rows_here = pl.ds(block * N, N), pl.ds(block * 0, ROWS)
         # Past the last row or input, zeros are read and nothing is written.
@@ -93,9 +103,14 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
 
         @pl.when(me == 0)
         def _():
-            for name, there, held in (("x", here, rows_smem), ("added", here, sum_smem), ("scale", (pl.ds(block * 0, chunks),), scale_smem)):
+            for name, there, held in (("x", here, rows_smem), ("added", here, sum_smem), ("scale", (pl.ds(block * 0, chunks),), scale_smem),
+                                      ("router", (pl.ds(block * 0, E), mine), scoring and scoring[0])):
                 if name in inputs:
                     plgpu.copy_gmem_to_smem(inputs[name].at[there], held, loaded)
+
+        # What is added at the end is on its way before the weights are, so as not to be waited for.
+        late = {name: plgpu.load(inputs[name].at[(0, mine) if name == "residual" else mine], layout=_IN_ALL.reduce(0), optimized=False)
+                for name in ("bias", "residual", "next_scale") if name in inputs}
 
         for turn in range(stages // _WARPGROUPS):
             step = me + turn * _WARPGROUPS
@@ -143,14 +158,22 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
 
         @pl.when(me == 0)
         def _():
-            y = sum(plgpu.load(part_smem.at[i], layout=_IN_ALL) for i in range(_WARPGROUPS))
-            if "bias" in inputs:
-                y += _down(plgpu.load(inputs["bias"].at[mine], layout=_IN_ALL.reduce(0), optimized=False).astype(jnp.float32), ROWS)
-            out_smem[...] = y.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem, out.at[out_rows_here, mine])
-            for held, there in zip((rows_smem, sum_smem), out_rows):
-                pl.when(block == 0)(functools.partial(plgpu.copy_smem_to_gmem, held, there.at[here]))
+            if after:
+                y = sum(plgpu.load(part_smem.at[i, 0], layout=_IN_ALL.reduce(0), optimized=False) for i in range(_WARPGROUPS))
+                _score(y, late, *scoring, out_smem, outputs=O, epsilon=epsilon)
+                plgpu.commit_smem()
+                for row, there in enumerate((out, out_rows[0])):
+                    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(row, 1)], there.at[:, mine])
+                plgpu.copy_smem_to_gmem(scoring[1], out_rows[1].at[block])
+            else:
+                y = sum(plgpu.load(part_smem.at[i], layout=_IN_ALL) for i in range(_WARPGROUPS))
+                if "bias" in inputs:
+                    y += _down(late["bias"].astype(jnp.float32), ROWS)
+                out_smem[...] = y.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_smem, out.at[out_rows_here, mine])
+                for held, there in zip((rows_smem, sum_smem), out_rows):
+                    pl.when(block == 0)(functools.partial(plgpu.copy_smem_to_gmem, held, there.at[here]))
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -172,14 +195,32 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
             plgpu.SMEM((ROWS, N), dtype),
             plgpu.SMEM((_WARPGROUPS, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1 + summing + norming),
+            plgpu.Barrier(num_arrivals=1 + summing + norming + bool(after)),
             plgpu.Barrier(num_arrivals=_WARPGROUPS),
+            *[plgpu.SMEM((E, N), jnp.bfloat16), plgpu.SMEM((E + FACTORS,), jnp.float32)][: 2 * bool(after)],
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))
     y, *found = run(*(arrays[name] for name in given))
+    if after:
+        return y, *found
     normed, summed, *_ = [*(rows.reshape(T, D) for rows in found), x_TD, x_TD]
     return y, summed, normed
+
+
+def _score(y, late, router_smem, parts_smem, out_smem, *, outputs, epsilon):
+    """Put a block's outputs with the residual into out_smem's first row, those scaled into its second, and its part of the scores into parts_smem."""
+    E, N = router_smem.shape
+    if "bias" in late:
+        y += late["bias"].astype(jnp.float32)
+    summed = late["residual"] + y.astype(jnp.bfloat16)
+    wide = summed.astype(jnp.float32)
+    scaled = (wide * late["next_scale"].astype(jnp.float32)).astype(jnp.bfloat16)
+    out_smem[0], out_smem[1] = summed, scaled
+    weight = plgpu.load(router_smem, layout=MATRIX, optimized=False).astype(jnp.float32)
+    parts_smem[pl.ds(0, E)] = (weight * plgpu.layout_cast(_down(scaled.astype(jnp.float32), E), MATRIX)).sum(axis=1)
+    squares = plgpu.layout_cast(_down(jnp.square(wide), FACTORS), MATRIX).sum(axis=1)
+    parts_smem[pl.ds(E, FACTORS)] = squares / outputs + epsilon * N / outputs
 
 
 def _norm(of_mine, rows_smem, sum_smem, scale_smem, mine_smem, square_smem, meet, *, groups, inputs, epsilon):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels.expert_matmul import mosaic_gpu
+from gptoss_jax.kernels.expert_matmul.reference import FACTORS, EarlyScores
 
 
 def unmet(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, dtype) -> str | None:
@@ -49,3 +50,35 @@ def run(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, *, epsilon: float,
 
     plan = hopper_kernel.plan(x_TD.shape[0], *weight_OD.shape, added_TD is not None)._replace(interpret=interpret)
     return hopper_kernel.matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan, epsilon=epsilon, dtype=jnp.dtype(dtype))
+
+
+def unmet_scored(x_TD, weight_OD, bias_O, residual_TO, scale_O, router_EO) -> str | None:
+    """Return what `unmet` does, of `reference.decode_matmul_scored`."""
+    if requirement := unmet(x_TD, residual_TO, scale_O, weight_OD, bias_O, router_EO, x_TD.dtype):
+        return requirement
+    if x_TD.shape[0] != 1:
+        return f"one row (found {x_TD.shape[0]})"
+    E, plan = router_EO.shape[0], _plan_scored(weight_OD, router_EO)
+    if E % FACTORS == 0 and plan and plan.rows == 1 and weight_OD.shape[0] // plan.outputs % 8 == 0:
+        return None
+    return f"experts in multiples of {FACTORS} and outputs in multiples of 8 blocks, few enough (found {E} and {weight_OD.shape[0]})"
+
+
+def parts(weight_OD, router_EO) -> int:
+    """Return how many parts `run_scored` makes for arguments that meet `unmet_scored`."""
+    return weight_OD.shape[0] // _plan_scored(weight_OD, router_EO).outputs
+
+
+def run_scored(x_TD, weight_OD, bias_O, residual_TO, scale_O, router_EO, *, epsilon: float, interpret=None):
+    """Do what `reference.decode_matmul_scored` defines, for arguments that meet `unmet_scored`, without a look at the device."""
+    from gptoss_jax.kernels.decode_matmul import hopper_kernel
+
+    summed_TO, *early = hopper_kernel.matmul(x_TD, None, None, weight_OD, bias_O, None, _plan_scored(weight_OD, router_EO)._replace(interpret=interpret),
+                                             epsilon=epsilon, dtype=jnp.dtype(x_TD.dtype), after=(residual_TO, scale_O, router_EO))
+    return summed_TO, EarlyScores(*early)
+
+
+def _plan_scored(weight_OD, router_EO):
+    from gptoss_jax.kernels.decode_matmul import hopper_kernel
+
+    return hopper_kernel.plan(1, *weight_OD.shape, experts=router_EO.shape[0])

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from gptoss_jax.kernels import cpu_library
 from gptoss_jax.kernels.expert_matmul import cpu, grouping, mosaic_gpu, reference, xla
 from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight, pack, unpack
-from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight, swiglu
+from gptoss_jax.kernels.expert_matmul.reference import EarlyScores, Mxfp4Weight, swiglu
 from gptoss_jax.kernels.expert_matmul.xla import lean_mlp
 
 IMPLEMENTATIONS = {"reference": reference.expert_matmul, "xla": xla.expert_matmul, "cpu": cpu.expert_matmul,
                    "mosaic_gpu": mosaic_gpu.expert_matmul}
 
-__all__ = ["IMPLEMENTATIONS", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "Router", "expert_matmul", "expert_mlp", "lean_mlp", "pack", "say",
+__all__ = ["IMPLEMENTATIONS", "EarlyScores", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "Router", "expert_matmul", "expert_mlp", "lean_mlp", "pack", "say",
            "unpack"]
 
 log = logging.getLogger("gptoss_jax")
@@ -26,7 +26,8 @@ log = logging.getLogger("gptoss_jax")
 
 class Router(NamedTuple):
     """What experts are chosen from: scores float32 [T, experts of all devices] and the bias [those] that they lack; real bool [T], or None where
-    all tokens are; first int32 [1], of the experts that are here.
+    all tokens are; first int32 [1], of the experts that are here; early: what a single token's scores and x are made of, for a kernel that takes
+    that instead.
 
     Each token gets the experts of its largest logits, the lower of equals first, and their softmax as weights.
     """
@@ -35,6 +36,7 @@ class Router(NamedTuple):
     bias: jax.Array
     real: jax.Array | None
     first: jax.Array
+    early: EarlyScores | None = None
 
 
 def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, implementation: str = "auto"):

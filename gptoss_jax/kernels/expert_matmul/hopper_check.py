@@ -16,7 +16,7 @@ import numpy as np
 
 from gptoss_jax.kernels.expert_matmul import Router, hopper_layout, mosaic_gpu, reference
 from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight
-from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
+from gptoss_jax.kernels.expert_matmul.reference import FACTORS, EarlyScores, Mxfp4Weight
 
 # kind, outputs, inputs, rows of each expert, how many rows all tiles share: the gated product; sums in parts; many rows of an expert; a tile of few.
 CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576, (8, 0, 16), 0), (HopperWeight, 128, 64, (136, 0, 120), 0),
@@ -25,7 +25,8 @@ CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576,
 
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
-    return first_disagreement([*(functools.partial(_compare, *case) for case in CASES), _misrouted, _one_token], interpret)
+    one_token = (functools.partial(_one_token, parts=parts) for parts in (0, 16))
+    return first_disagreement([*(functools.partial(_compare, *case) for case in CASES), _misrouted, *one_token], interpret)
 
 
 def first_disagreement(checks: Sequence[Callable[..., str | None]], interpret) -> str | None:
@@ -72,7 +73,7 @@ def _of_shared(x, weight, bias, sizes, *, slots, interpret, **constants):
     """Run the kernel on tiles of 8 rows that all take the same x."""
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    plan = hopper_kernel.plan(slots, weight, 8)._replace(interpret=interpret)
+    plan = mosaic_gpu._plan(slots, weight, interpret, 8)
     return hopper_kernel.matmul(x, weight, bias, hopper_kernel.tiles(sizes, slots, 8), plan, slots=slots, **constants)
 
 
@@ -94,12 +95,15 @@ def _misrouted(*, interpret, tokens=40, experts=32, count=4, rows=8):
     return f"a kernel that routes right here (found {1 - right.mean():.1%} of choices wrong, {found.tiles.count[0]} tiles)"
 
 
-def _one_token(*, interpret, experts=8, inputs=128, hidden=64, count=2):
+def _one_token(*, interpret, parts, experts=32, inputs=128, hidden=64, count=2):
+    """Compare a token's experts, chosen by its scores or by so many parts of them."""
     random = np.random.default_rng(0)
     gate_up, down = (Mxfp4Weight(random.integers(0, 256, (experts, rows, columns // 32, 16), np.uint8),
                                  random.integers(118, 123, (experts, rows, columns // 32), np.uint8)) for rows, columns in ((2 * hidden, inputs), (inputs, hidden)))
     x, *biases = (np.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in ((1, inputs), (experts, 2 * hidden), (experts, inputs)))
-    scores, constants = random.standard_normal((1, experts)).astype(np.float32), dict(limit=7.0, alpha=1.702)
+    sums, constants = random.standard_normal((max(parts, 1), experts + FACTORS)).astype(np.float32), dict(limit=7.0, alpha=1.702)
+    sums[:, experts:] = 1  # so that a norm's factor is 1/4 for 16 parts
+    scores = sums[:, :experts].sum(axis=0, keepdims=True) * len(sums) ** -0.5
     chosen = np.sort(np.argsort(-scores[0])[:count])
     weight, sizes = np.exp(scores[:, chosen]), np.bincount(chosen, minlength=experts).astype(np.int32)
 
@@ -108,10 +112,10 @@ def _one_token(*, interpret, experts=8, inputs=128, hidden=64, count=2):
         return weight @ reference.expert_matmul(h, down, down_bias, sizes) / weight.sum()
 
     arranged = hopper_layout.pack(gate_up, HopperGateUpWeight), biases[0], hopper_layout.pack(down, HopperWeight), biases[1]
-    router = Router(scores, np.zeros(experts, np.float32), None, np.zeros(1, np.int32))
+    router = Router(scores, np.zeros(experts, np.float32), None, np.zeros(1, np.int32), EarlyScores(x, sums) if parts else None)
     found = now(functools.partial(mosaic_gpu.expert_mlp, **constants, interpret=interpret), x, np.zeros((1, count), np.int32), weight, *arranged, router,
                 np.ones((64, 64), jnp.bfloat16))
-    right = now(expected, x.astype(np.float32), weight, gate_up, biases[0], down, biases[1], sizes)
+    right = now(expected, x.astype(np.float32) * len(sums) ** -0.5, weight, gate_up, biases[0], down, biases[1], sizes)
     wrong = ~(np.abs(found - right) <= 2**-5 * np.abs(right) + 2**-5 * right.std())  # h and y of each expert are rounded; NaN is wrong
     return f"a kernel that computes right here (found {wrong.mean():.1%} of a token's result wrong)" if wrong.any() else None
 

@@ -118,7 +118,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
     or a multiple.
     tiles: Tiles; or a Router that knows no unreal tokens, for the one row of x, a multiple of 8 experts, and a tile for each of the
     slots // plan.rows that are chosen: each block chooses for itself, and two arrays come after the result, expert int32 and weight float32 [tiles],
-    by descending score; expert E is not here, or of a NaN.
+    by descending score; expert E is not here, or of a NaN. With EarlyScores, whose rows x then is, the products get their factor.
     ahead: what the next kernel reads, fetched to the L2 cache on the way: a dense weight [outputs, inputs]; with a Router, a HopperWeight of
     the same experts.
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
@@ -135,7 +135,9 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = Interpreted if plan.interpret else Mosaic
     chosen = 0 if isinstance(tiles, Tiles) else slots // N
-    arrays = [*(part for part in tiles if part is not None), x_MI, weight.words, weight.scales, bias_EO]
+    early = tiles.early if chosen else None
+    table = (early.parts if early else tiles.scores, tiles.bias, tiles.first) if chosen else (part for part in tiles if part is not None)
+    arrays = [*table, x_MI, weight.words, weight.scales, bias_EO]
     ahead = [] if ahead is None else list(ahead) if chosen else [ahead]
 
     def body(*refs):
@@ -144,7 +146,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
         (out, *found), (x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty, *routing) = refs[: len(out_type)], refs[len(out_type) :]
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         if chosen:
-            expert_smem, power_smem, ready = routing
+            expert_smem, power_smem, sums_smem, ready = routing
         count = chosen or (table[3][0] if len(table) > 1 else table[0].shape[0])
 
         def tile_of(tile):
@@ -168,7 +170,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
         @pl.when(me == wgs)
         def _copy():
             if chosen:
-                hopper_routing.choose_for_one(*table, E, *found, expert_smem, power_smem, ready, block == 0)
+                hopper_routing.choose_for_one(*table, E, *found, expert_smem, power_smem, sums_smem, ready, block == 0)
             plgpu.set_max_registers(plan.registers[0], action="decrease")
 
             def copy_unit(i, carry):
@@ -228,6 +230,8 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 outputs = bias.at[jnp.minimum(expert, E - 1), pl.ds((column * wgs + me) * GROUP, GROUP)]
                 added = ops.load_bias(outputs, gated).astype(jnp.float32) * keep
                 product = ops.accumulator(accumulate, acc_smem, me, N)
+                if early:
+                    product *= power_smem[chosen + 1, 0]
                 if gated:
                     gate, up, gate_bias, up_bias = ops.halves(product, added)
                     y = _swiglu(gate + _across(gate_bias, N), up + _across(up_bias, N), limit, alpha).astype(out_dtype)
@@ -256,7 +260,8 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
             plgpu.SMEM((wgs, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-            *[plgpu.SMEM((chosen, 32), jnp.int32), plgpu.SMEM((chosen + 1, 32), jnp.float32), plgpu.Barrier()][: 3 * bool(chosen)],
+            *[plgpu.SMEM((chosen, 32), jnp.int32), plgpu.SMEM((chosen + 2, 32), jnp.float32),
+              plgpu.SMEM((arrays[0].shape[-1],), jnp.float32), plgpu.Barrier()][: 4 * bool(chosen)],
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))

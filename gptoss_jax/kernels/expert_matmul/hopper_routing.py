@@ -15,8 +15,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gptoss_jax.kernels.expert_matmul.hopper_kernel import COLUMN, MATRIX, Tiles
+from gptoss_jax.kernels.expert_matmul.hopper_kernel import COLUMN, EIGHT_ROWS, MATRIX, Tiles
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT
+from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
 MOST_TOKENS, MOST_PAIRS, MOST_EXPERTS = 128, 512, 256  # what a block's registers hold, what a key has bits for, and what a TMA copy takes
 _TOKENS = 32  # of a warpgroup
@@ -204,17 +205,26 @@ def choose(x, count: int, put):
     return jax.lax.fori_loop(0, count, once, (x, plgpu.layout_cast(jnp.zeros(_TOKENS, jnp.float32), COLUMN)))[1]
 
 
-def choose_for_one(scores, bias, first, experts: int, expert, weight, expert_smem, power_smem, ready, writes):
+def choose_for_one(scores, bias, first, experts: int, expert, weight, expert_smem, power_smem, sums_smem, ready, writes):
     """Choose a single token's experts in one of a kernel's warpgroups, of the `experts` from `first` on that are here.
 
-    expert_smem int32 [count, 32] gets them, all columns alike, before the barrier `ready`; expert and weight [count] do where `writes`.
+    scores: float32 [1, all experts], or parts as in EarlyScores. expert_smem int32 [count, 32] gets them, all columns alike, before the barrier
+    `ready`, and power_smem [count + 1] the factor of the token's norm; expert and weight [count] do where `writes`.
     """
-    count = expert.shape[0]
+    count, E = expert.shape[0], bias.shape[0]
 
     def put(index, at, power):
-        expert_smem[index], power_smem[index] = among(at, first[0], experts, scores.shape[1]), power
+        expert_smem[index], power_smem[index] = among(at, first[0], experts, E), power
 
-    power_smem[count] = choose(in_all_rows(scores.at[0]) + in_all_rows(bias), count, put)
+    if scores.shape[1] == E:
+        logits = in_all_rows(scores.at[0])
+    else:
+        eights = [plgpu.load(scores.at[pl.ds(row, 8)], layout=EIGHT_ROWS, optimized=False) for row in range(0, scores.shape[0], 8)]
+        sums_smem[...] = functools.reduce(jnp.add, eights).sum(axis=0)
+        factor = jax.lax.rsqrt(sums_smem[E])
+        power_smem[count + 1] = plgpu.layout_cast(jnp.full(_TOKENS, factor), COLUMN)
+        logits = in_all_rows(sums_smem.at[pl.ds(0, E)]) * factor
+    power_smem[count] = choose(logits + in_all_rows(bias), count, put)
     plgpu.commit_smem()
     plgpu.barrier_arrive(ready)
 

@@ -109,13 +109,13 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     if routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0:
         rows, slots = ALIGNMENT, A * ALIGNMENT
         first, second = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
-        h_SF, expert_A, weight_A = matmul(x_TD, gate_up, tiles=router, plan=first, slots=slots, ahead=down)
+        h_SF, expert_A, weight_A = matmul(router.early.rows if router.early else x_TD, gate_up, tiles=router, plan=first, slots=slots, ahead=down)
         weight_AT, slot_AT = weight_A[:, None], np.arange(A, dtype=np.int32)[:, None] * rows
         tiles = hopper_kernel.Tiles(expert_A)
     else:
         if routed:
             rows = hopper_kernel.tile_rows(T * A, E)
-            _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router, count=A, experts=E, rows=rows, interpret=interpret)
+            _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router[:4], count=A, experts=E, rows=rows, interpret=interpret)
             slots = hopper_routing.most_tiles(T * A, E, rows) * rows
             if token_S is not None:
                 x_SD = x_TD.at[token_S].get(mode="clip")

@@ -10,6 +10,25 @@ import jax.numpy as jnp
 from gptoss_jax import mxfp4
 
 
+FACTORS = 32  # numbers that are the same, as many as a layout of a kernel has rows
+
+
+class EarlyScores(NamedTuple):
+    """What a router makes of a single token before the factor of the norm in front of it is known.
+
+    rows: the token times the norm's scale [1, D]. parts: float32 [P, E + FACTORS], whose sums over P are the router's product of `rows` and, FACTORS
+    times, the norm's factor to the power of -2.
+    """
+
+    rows: jax.Array
+    parts: jax.Array
+
+    def scores(self):
+        """Return the router's product of the normed token, float32 [1, E]."""
+        sums = self.parts.sum(axis=0)
+        return sums[None, :-FACTORS] * jax.lax.rsqrt(sums[-1])
+
+
 class Mxfp4Weight(NamedTuple):
     """blocks uint8 [E, out, C, 16], scales uint8 [E, out, C], as the checkpoint stores them; C * 32 = in."""
 
