@@ -59,9 +59,9 @@ def unmet_scored(x_TD, weight_OD, bias_O, residual_TO, scale_O, router_EO) -> st
     if x_TD.shape[0] != 1:
         return f"one row (found {x_TD.shape[0]})"
     E, plan = router_EO.shape[0], _plan_scored(weight_OD, router_EO)
-    if E % FACTORS == 0 and plan and plan.rows == 1 and weight_OD.shape[0] // plan.outputs % 8 == 0:
+    if E % FACTORS == 0 and E < 256 and plan and plan.rows == 1 and weight_OD.shape[0] // plan.outputs % 8 == 0:  # with the factor 256, as TMA takes
         return None
-    return f"experts in multiples of {FACTORS} and outputs in multiples of 8 blocks, few enough (found {E} and {weight_OD.shape[0]})"
+    return f"up to {256 - FACTORS} experts in multiples of {FACTORS} and outputs in multiples of 8 blocks, few enough (found {E} and {weight_OD.shape[0]})"
 
 
 def parts(weight_OD, router_EO) -> int:
