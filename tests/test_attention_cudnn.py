@@ -18,6 +18,7 @@ from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.kernels.attention import attention, cudnn, reference
 from gptoss_jax.model import transformer
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 N, K, H = 6, 2, 8
 
 

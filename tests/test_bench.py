@@ -19,6 +19,7 @@ from gptoss_jax.model import GptOss, cost
 SMALL = GptOssConfig(vocab_size=640, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2,
                      num_attention_heads=8, num_key_value_heads=4, head_dim=16, sliding_window=32, max_position_embeddings=512)
 PRETRAIN = str(pathlib.Path(__file__).parents[1] / "configs" / "pretrain_tiny.yaml")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 LIMITS = measure.Ceilings(bandwidth=1e9, matmul=1e12)
 
 
@@ -74,7 +75,7 @@ def test_a_rate_is_that_of_the_tokens_read_while_it_was_measured(model, monkeypa
     assert measure.decode(model, 1, 200, LIMITS, steps=12, repetitions=1)()["seconds"] == pytest.approx(1e-3)
 
 
-def test_every_implementation_that_runs_here_agrees_with_the_reference(quickly_compiled):
+def test_every_implementation_that_runs_here_agrees_with_the_reference():
     checked = set()
     for case in {case.op: case for case in measure.cases(SMALL, 2, 64)}.values():
         assert measure.chosen_implementation(case) in case.implementations
@@ -139,7 +140,7 @@ def test_load_is_timed(capsys, quick):
     assert code == 0 and row["what"] == "load" and row["weights_bytes"] > 2e6 and "GB/s" in out
 
 
-def test_training_steps_of_a_configuration_are_timed(capsys, quick, quickly_compiled, tmp_path, monkeypatch):
+def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path, monkeypatch):
     monkeypatch.setitem(bench.RANDOM, "smaller", SMALL.replace(num_hidden_layers=1, layer_types=SMALL.layer_types[:1]))
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"init": {"checkpoint": "/no/such"}, "data": {"row_tokens": 16, "batch_size": 2}}))

@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 10
 CONFIGS, LAUNCH = sorted((ROOT / "configs").glob("*.yaml")), ROOT / "launch"
 TINY_VOCABULARY = ROOT / "gptoss_jax" / "assets" / "tiny" / "tokenizer.model"
-SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=4 "
+SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=1 --model.num_local_experts=4 "
          "--model.num_attention_heads=2 --model.num_key_value_heads=1 --model.head_dim=20 --train.remat=none --data.row_tokens=128 "
          "--run.log_every_steps=1 --run.eval_every_steps=100 --run.eval_batches=1 --optimizer.kind=adamw --optimizer.warmup_steps=2 "
          f"--optimizer.learning_rate=0.0003 --output.tensorboard=false --data.batch_size=8 --data.tokenizer={TINY_VOCABULARY}").split()
@@ -286,13 +286,14 @@ def test_weights_and_biases_that_is_not_installed_is_one_line_at_the_start(tmp_p
 
 
 def test_model_flops_are_counted_by_what_is_active_and_what_is_trained():
-    config = small_config("/nowhere").model
+    whole = small_config("/nowhere", "--model.num_hidden_layers=2")
+    config = whole.model
     width, layers, vocabulary = 32, 2, 1536
     attention = width * 20 * (2 + 1 + 1) + 20 * 2 * width
     experts = 3 * width * 64 * config.num_experts_per_tok
     forward = layers * (attention + experts + width * 4) + width * vocabulary
     scores = 3 * 4 * 2 * 20 * (64 + 64)  # forward and backward, both layers see half a row of 128
-    trained = declare_trained(small_config("/nowhere"))
+    trained = declare_trained(whole)
     assert speed.flops_per_token(config, trained, 128) == 6 * forward + scores
     assert speed.flops_per_token(config, {}, 128) == 4 * forward + scores
     device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 DATA = pathlib.Path(__file__).parent / "data"
 PRETRAIN_TINY = pathlib.Path(__file__).parents[1] / "configs" / "pretrain_tiny.yaml"
-SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 --model.num_local_experts=3 "
+SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=1 --model.num_local_experts=3 "
          "--model.num_attention_heads=2 --model.num_key_value_heads=1 --model.head_dim=20 --data.batch_size=2 --run.log_every_steps=2 "
          "--run.save_every_steps=2 --run.eval_every_steps=4 --run.eval_batches=1 --optimizer.warmup_steps=2").split()
 
@@ -137,7 +137,7 @@ def test_batches_go_on_from_a_saved_position(tokenizer):
 
 
 def test_a_packed_row_has_the_loss_of_its_conversations_one_by_one(tokenizer):
-    config = load_config(PRETRAIN_TINY, [*SMALL, "--train.mode=full"])
+    config = load_config(PRETRAIN_TINY, [*SMALL, "--model.num_hidden_layers=2", "--train.mode=full"])
     weights = initialize(declare(config.model, dtype="float32", packed=False), stddev=0.3)
     row = data.to_batch(next(data.open_data(DataConfig(batch_size=1), tokenizer).batches()))
     metrics = make_eval_step(config)(weights, {}, row)

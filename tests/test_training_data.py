@@ -432,7 +432,7 @@ def test_processes_get_their_rows_of_the_same_batches_and_have_the_same_state(tm
         files.batches(process_count=4)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(before=st.integers(0, 45), seed=st.integers(0, 3), then=st.integers(0, 10))
 def test_a_resumed_run_sees_the_batches_it_would_have_seen(tmp_path_factory, tokenizer, before, seed, then):
     """Interrupted anywhere: before the first batch, inside rows packed together, between epochs, and twice."""
@@ -560,7 +560,7 @@ def test_a_dry_run_shows_what_would_be_trained_on(tmp_path, tokenizer, capsys):
 
 
 def test_a_run_trains_on_files_says_when_they_end_and_goes_on(tmp_path, tokenizer, capsys):
-    source = write_jsonl(tmp_path / "a.jsonl", questions(40))
+    source = write_jsonl(tmp_path / "a.jsonl", questions(24))
     words = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=1 --model.num_local_experts=3 "
              "--model.num_attention_heads=2 --model.num_key_value_heads=1 --model.head_dim=20 --data.batch_size=2 --data.row_tokens=128 "
              f"--data.epochs=1 --data.eval_fraction=0.1 --run.steps=50 --run.save_every_steps=2 --run.log_every_steps=1 "
