@@ -212,9 +212,10 @@ def choose_for_one(scores, bias, first, experts: int, expert, weight, expert_sme
     `ready`, and power_smem [count + 1] the factor of the token's norm; expert and weight [count] do where `writes`.
     """
     count, E = expert.shape[0], bias.shape[0]
+    biases, start = in_all_rows(bias), first[0]  # on their way before the scores are, so as not to be waited for
 
     def put(index, at, power):
-        expert_smem[index], power_smem[index] = among(at, first[0], experts, E), power
+        expert_smem[index], power_smem[index] = among(at, start, experts, E), power
 
     if scores.shape[1] == E:
         logits = in_all_rows(scores.at[0])
@@ -224,7 +225,7 @@ def choose_for_one(scores, bias, first, experts: int, expert, weight, expert_sme
         factor = jax.lax.rsqrt(sums_smem[E])
         power_smem[count + 1] = plgpu.layout_cast(jnp.full(_TOKENS, factor), COLUMN)
         logits = in_all_rows(sums_smem.at[pl.ds(0, E)]) * factor
-    power_smem[count] = choose(logits + in_all_rows(bias), count, put)
+    power_smem[count] = choose(logits + biases, count, put)
     plgpu.commit_smem()
     plgpu.barrier_arrive(ready)
 
