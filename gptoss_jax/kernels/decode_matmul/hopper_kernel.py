@@ -88,6 +88,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
         inputs, refs = dict(zip(given, refs)), refs[len(given) :]
         (out, *out_rows), refs = refs[: len(out_type)], refs[len(out_type) :]
         rows_smem, sum_smem, scale_smem, weight_smem, square_smem, part_smem, out_smem, acc_smem, full, loaded, together, *scoring = refs
+        router_smem, parts_smem, router_loaded = scoring or (None,) * 3
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         mine, out_rows_here = pl.ds(block * N, N), pl.ds(block * 0, ROWS)
         # Past the last row or input, zeros are read and nothing is written.
@@ -103,10 +104,11 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
 
         @pl.when(me == 0)
         def _():
-            for name, there, held in (("x", here, rows_smem), ("added", here, sum_smem), ("scale", (pl.ds(block * 0, chunks),), scale_smem),
-                                      ("router", (pl.ds(block * 0, E), mine), scoring and scoring[0])):
+            for name, there, held in (("x", here, rows_smem), ("added", here, sum_smem), ("scale", (pl.ds(block * 0, chunks),), scale_smem)):
                 if name in inputs:
                     plgpu.copy_gmem_to_smem(inputs[name].at[there], held, loaded)
+            if after:
+                plgpu.copy_gmem_to_smem(inputs["router"].at[:, mine], router_smem, router_loaded)
 
         # What is added at the end is on its way before the weights are, so as not to be waited for.
         late = {name: plgpu.load(inputs[name].at[(0, mine) if name == "residual" else mine], layout=_IN_ALL.reduce(0), optimized=False)
@@ -160,11 +162,12 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
         def _():
             if after:
                 y = sum(plgpu.load(part_smem.at[i, 0], layout=_IN_ALL.reduce(0), optimized=False) for i in range(_WARPGROUPS))
-                _score(y, late, *scoring, out_smem, outputs=O, epsilon=epsilon)
+                plgpu.barrier_wait(router_loaded)
+                _score(y, late, router_smem, parts_smem, out_smem, outputs=O, epsilon=epsilon)
                 plgpu.commit_smem()
                 for row, there in enumerate((out, out_rows[0])):
                     plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(row, 1)], there.at[:, mine])
-                plgpu.copy_smem_to_gmem(scoring[1], out_rows[1].at[block])
+                plgpu.copy_smem_to_gmem(parts_smem, out_rows[1].at[block])
             else:
                 y = sum(plgpu.load(part_smem.at[i], layout=_IN_ALL) for i in range(_WARPGROUPS))
                 if "bias" in inputs:
@@ -195,9 +198,9 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
             plgpu.SMEM((ROWS, N), dtype),
             plgpu.SMEM((_WARPGROUPS, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1 + summing + norming + bool(after)),
+            plgpu.Barrier(num_arrivals=1 + summing + norming),
             plgpu.Barrier(num_arrivals=_WARPGROUPS),
-            *[plgpu.SMEM((E, N), jnp.bfloat16), plgpu.SMEM((E + FACTORS,), jnp.float32)][: 2 * bool(after)],
+            *[plgpu.SMEM((E, N), jnp.bfloat16), plgpu.SMEM((E + FACTORS,), jnp.float32), plgpu.Barrier()][: 3 * bool(after)],
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))
