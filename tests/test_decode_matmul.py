@@ -159,6 +159,10 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
 
         monkeypatch.setattr(mosaic_gpu, "run", wrong)
         assert f"% of {what} of 16 x 64 wrong)" in hopper_check.disagreement(interpret)
+    monkeypatch.setattr(hopper_check, "CASES", [])
+    scored = mosaic_gpu.run_scored
+    monkeypatch.setattr(mosaic_gpu, "run_scored", lambda *arrays, **options: scored(*arrays[:-1], -arrays[-1], **options))
+    assert "a kernel that scores right here (found 100.0% of scores wrong)" == hopper_check.disagreement(interpret)
     hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -73,7 +73,7 @@ def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
 
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    monkeypatch.setattr(mosaic_gpu, "_plan", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
+    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
     random, experts = np.random.default_rng(0), min(len(sizes), 4)
     weight = Mxfp4Weight(random.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8),
                          random.integers(118, 123, (experts, outputs, inputs // 32), np.uint8))
@@ -98,7 +98,7 @@ def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
 
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    monkeypatch.setattr(mosaic_gpu, "_plan", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
+    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
     random, E, D, F = np.random.default_rng(0), 8, 192, 64
     weights = [Mxfp4Weight(random.integers(0, 256, (E, out, inputs // 32, 16), np.uint8), random.integers(119, 122, (E, out, inputs // 32), np.uint8))
                for out, inputs in ((2 * F, D), (D, F))]
@@ -199,7 +199,7 @@ def test_a_single_rows_decode_step(late, monkeypatch):
 
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    monkeypatch.setattr(mosaic_gpu, "_plan", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
+    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
     config = GptOssConfig(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_local_experts=32, num_experts_per_tok=4,
                           num_attention_heads=8, num_key_value_heads=1, head_dim=64, sliding_window=8, max_position_embeddings=64)
     apart, joined = (GptOss(config, measure.random_weights(config)) for _ in range(2))

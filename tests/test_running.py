@@ -286,14 +286,14 @@ def test_weights_and_biases_that_is_not_installed_is_one_line_at_the_start(tmp_p
 
 
 def test_model_flops_are_counted_by_what_is_active_and_what_is_trained():
-    whole = small_config("/nowhere", "--model.num_hidden_layers=2")
-    config = whole.model
+    trains = small_config("/nowhere", "--model.num_hidden_layers=2")
+    config = trains.model
     width, layers, vocabulary = 32, 2, 1536
     attention = width * 20 * (2 + 1 + 1) + 20 * 2 * width
     experts = 3 * width * 64 * config.num_experts_per_tok
     forward = layers * (attention + experts + width * 4) + width * vocabulary
     scores = 3 * 4 * 2 * 20 * (64 + 64)  # forward and backward, both layers see half a row of 128
-    trained = declare_trained(whole)
+    trained = declare_trained(trains)
     assert speed.flops_per_token(config, trained, 128) == 6 * forward + scores
     assert speed.flops_per_token(config, {}, 128) == 4 * forward + scores
     device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")

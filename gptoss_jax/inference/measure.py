@@ -257,17 +257,27 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
                           lambda how, *arrays: products(functools.partial(_decode_matmul, how, epsilon=c.rms_norm_eps), *arrays), normal(batch, width),
                           (*before, *(normal(out, width) for _ in range(4))), 4 * out * width * item, 8 * batch * out * width))
     if batch == 1 and decode_matmul.mosaic_gpu.device_unmet() is None:  # elsewhere a model has no use for it
-        scored = functools.partial(decode_matmul.decode_matmul_scored, epsilon=c.rms_norm_eps)
-        rest, read = (normal(D), normal(1, D), normal(D), normal(config.num_local_experts, D)), D * (N * H + config.num_local_experts)
-        found.append(Case("decode_matmul_scored", "output and router", decode_matmul.IMPLEMENTATIONS,
-                          lambda how, x, bias, residual, scale, router, *weights: products(
-                              lambda x, _, scale, weight, bias, __: (*scored(x, weight, bias, residual, scale, router, implementation=how), None),
-                              x, None, scale, bias, *weights),
-                          normal(1, N * H), (*rest, *(normal(D, N * H) for _ in range(4))), 4 * read * item, 8 * read))
+        found.append(_scored_case(config, normal, item))
     found.append(Case("cache_write", f"{batch} x {context} slots", ("xla", "cpu"),
                       lambda how, old, new, slots: cache_write(old, new, slots, implementation=how),
                       normal(batch, context, K, H), (normal(batch, 1, K, H), positions[:, -1:]), 2 * batch * K * H * item, 0))
     return found
+
+
+def _scored_case(config: GptOssConfig, normal: Callable, item: int) -> Case:
+    """Return the attention's output with its scores by the router, of one row; what is compared is the sum."""
+    D, E, inputs = config.hidden_size, config.num_local_experts, config.num_attention_heads * config.head_dim
+
+    def run(how, x, bias, residual, scale, router, *weights):
+        def multiply(x, _, scale, weight, bias, __):
+            summed, early = decode_matmul.decode_matmul_scored(x, weight, bias, residual, scale, router, epsilon=config.rms_norm_eps, implementation=how)
+            return summed, early, None
+
+        return products(multiply, x, None, scale, bias, *weights)
+
+    return Case("decode_matmul_scored", "output and router", decode_matmul.IMPLEMENTATIONS, run, normal(1, inputs),
+                (normal(D), normal(1, D), normal(D), normal(E, D), *(normal(D, inputs) for _ in range(4))), 4 * D * (inputs + E) * item,
+                8 * D * (inputs + E))
 
 
 def _decode_matmul(how, x, added, scale, weight, bias, ahead, *, epsilon):

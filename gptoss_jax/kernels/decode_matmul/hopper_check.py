@@ -32,11 +32,8 @@ def _compare(rows, inputs, outputs, summed, normed, interpret):
     constants = {"epsilon": 1e-5, "dtype": jnp.float32 if normed else jnp.bfloat16}
     expected = now(functools.partial(reference.decode_matmul, **constants, implementation="xla"), *arguments)
     found = now(functools.partial(mosaic_gpu.run, interpret=interpret, **constants), *arguments)
-    for what, ours, right in zip(("products", "sums", "norms"), found, expected):
-        wrong = ~(np.abs(ours - right) <= 2**-7 * np.abs(right) + 2**-7 * right.std())  # a norm's last bit may differ; NaN is wrong
-        if wrong.any():
-            return f"a kernel that computes right here (found {wrong.mean():.1%} of {what} of {outputs} x {inputs} wrong)"
-    return None
+    wrong = _wrong(("products", "sums", "norms"), found, expected)
+    return wrong and f"a kernel that computes right here (found {wrong} of {outputs} x {inputs} wrong)"
 
 
 def _misscored(*, interpret, inputs=192, outputs=64, experts=32):
@@ -44,15 +41,21 @@ def _misscored(*, interpret, inputs=192, outputs=64, experts=32):
     shapes = (1, inputs), (outputs, inputs), (outputs,), (1, outputs), (outputs,), (experts, outputs)
     arrays = [np.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in shapes]
 
-    def scored(run):
-        summed, early = run(*arrays)
+    def scored(*arrays, run):
+        summed, early = run(*arrays, epsilon=1e-5)
         return summed, early.rows, early.scores()
 
-    found, expected = (now(functools.partial(scored, functools.partial(run, epsilon=1e-5))) for run in (
+    found, expected = (now(functools.partial(scored, run=run), *arrays) for run in (
         functools.partial(mosaic_gpu.run_scored, interpret=interpret),
         functools.partial(reference.decode_matmul_scored, parts=1, implementation="xla")))
-    for what, ours, right in zip(("sums", "rows", "scores"), found, expected):
-        wrong = ~(np.abs(ours - right) <= 2**-6 * np.abs(right) + 2**-6 * right.std())  # a row's last bit may differ; NaN is wrong
+    wrong = _wrong(("sums", "rows", "scores"), found, expected)
+    return wrong and f"a kernel that scores right here (found {wrong} wrong)"
+
+
+def _wrong(names, found, expected) -> str | None:
+    """Return how much of the first array that differs does, by name; None where all agree but for a norm's last bit. NaN is wrong."""
+    for name, ours, right in zip(names, found, expected):
+        wrong = ~(np.abs(ours - right) <= 2**-7 * np.abs(right) + 2**-7 * right.std())
         if wrong.any():
-            return f"a kernel that scores right here (found {wrong.mean():.1%} of {what} wrong)"
+            return f"{wrong.mean():.1%} of {name}"
     return None

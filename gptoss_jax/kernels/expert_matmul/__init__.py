@@ -18,8 +18,8 @@ from gptoss_jax.kernels.expert_matmul.xla import lean_mlp
 IMPLEMENTATIONS = {"reference": reference.expert_matmul, "xla": xla.expert_matmul, "cpu": cpu.expert_matmul,
                    "mosaic_gpu": mosaic_gpu.expert_matmul}
 
-__all__ = ["IMPLEMENTATIONS", "EarlyScores", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "Router", "expert_matmul", "expert_mlp", "lean_mlp", "pack", "say",
-           "unpack"]
+__all__ = ["IMPLEMENTATIONS", "EarlyScores", "HopperGateUpWeight", "HopperWeight", "Mxfp4Weight", "Router", "expert_matmul", "expert_mlp", "lean_mlp",
+           "pack", "say", "unpack"]
 
 log = logging.getLogger("gptoss_jax")
 

@@ -73,7 +73,7 @@ def _of_shared(x, weight, bias, sizes, *, slots, interpret, **constants):
     """Run the kernel on tiles of 8 rows that all take the same x."""
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    plan = mosaic_gpu._plan(slots, weight, interpret, 8)
+    plan = mosaic_gpu.planned(slots, weight, interpret, 8)
     return hopper_kernel.matmul(x, weight, bias, hopper_kernel.tiles(sizes, slots, 8), plan, slots=slots, **constants)
 
 

@@ -114,8 +114,7 @@ def ends(sizes_E):
 def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
-    slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT
-    or a multiple.
+    slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT or a multiple.
     tiles: Tiles; or a Router that knows no unreal tokens, for the one row of x, a multiple of 8 experts, and a tile for each of the
     slots // plan.rows that are chosen: each block chooses for itself, and two arrays come after the result, expert int32 and weight float32 [tiles],
     by descending score; expert E is not here, or of a NaN. With EarlyScores, whose rows x then is, the products get their factor.
@@ -135,8 +134,8 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = Interpreted if plan.interpret else Mosaic
     chosen = 0 if isinstance(tiles, Tiles) else slots // N
-    early = tiles.early if chosen else None
-    table = (early.parts if early else tiles.scores, tiles.bias, tiles.first) if chosen else (part for part in tiles if part is not None)
+    table = hopper_routing.chosen_from(tiles) if chosen else [part for part in tiles if part is not None]
+    found_types, routing_types = hopper_routing.choice_types(chosen, table) if chosen else ([], [])
     arrays = [*table, x_MI, weight.words, weight.scales, bias_EO]
     ahead = [] if ahead is None else list(ahead) if chosen else [ahead]
 
@@ -145,8 +144,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
         ahead_refs, refs = refs[: len(ahead)], refs[len(ahead) :]
         (out, *found), (x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty, *routing) = refs[: len(out_type)], refs[len(out_type) :]
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        if chosen:
-            expert_smem, power_smem, sums_smem, ready = routing
+        expert_smem, power_smem, _, ready = routing or (None,) * 4
         count = chosen or (table[3][0] if len(table) > 1 else table[0].shape[0])
 
         def tile_of(tile):
@@ -170,7 +168,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
         @pl.when(me == wgs)
         def _copy():
             if chosen:
-                hopper_routing.choose_for_one(*table, E, *found, expert_smem, power_smem, sums_smem, ready, block == 0)
+                hopper_routing.choose_for_one(*table, E, *found, *routing, block == 0)
             plgpu.set_max_registers(plan.registers[0], action="decrease")
 
             def copy_unit(i, carry):
@@ -230,11 +228,10 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 outputs = bias.at[jnp.minimum(expert, E - 1), pl.ds((column * wgs + me) * GROUP, GROUP)]
                 added = ops.load_bias(outputs, gated).astype(jnp.float32) * keep
                 product = ops.accumulator(accumulate, acc_smem, me, N)
-                if early:
+                if chosen and tiles.early:
                     product *= power_smem[chosen + 1, 0]
                 if gated:
-                    gate, up, gate_bias, up_bias = ops.halves(product, added)
-                    y = _swiglu(gate + _across(gate_bias, N), up + _across(up_bias, N), limit, alpha).astype(out_dtype)
+                    y = _swiglu(*ops.halves(product, added), limit, alpha).astype(out_dtype)
                 else:
                     y = product + _across(added, N)
                     y = y.astype(out_dtype) if splits == 1 else plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -248,8 +245,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    out_type = [jax.ShapeDtypeStruct((splits, M, outs * each), out_dtype)]
-    out_type += [jax.ShapeDtypeStruct((chosen,), dtype) for dtype in (jnp.int32, jnp.float32) if chosen]
+    out_type = [jax.ShapeDtypeStruct((splits, M, outs * each), out_dtype), *found_types]
     run = plgpu.kernel(
         body, out_type=out_type, grid=(plan.blocks,), grid_names=("block",), num_threads=wgs + 1, thread_name="warpgroup",
         scratch_types=[
@@ -260,21 +256,21 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
             plgpu.SMEM((wgs, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-            *[plgpu.SMEM((chosen, 32), jnp.int32), plgpu.SMEM((chosen + 2, 32), jnp.float32),
-              plgpu.SMEM((arrays[0].shape[-1],), jnp.float32), plgpu.Barrier()][: 4 * bool(chosen)],
+            *routing_types,
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({"interpret": plan.interpret} if plan.interpret else {}))
     out, *found = run(*arrays, *ahead)
     out = out[0] if splits == 1 else out
-    return (out, *found) if found else out
+    return (out, *found) if chosen else out
 
 
 def _across(x, rows):
     return jax.lax.broadcast_in_dim(x, (x.shape[0], rows), (0,))
 
 
-def _swiglu(gate, up, limit, alpha):
+def _swiglu(gate, up, gate_bias, up_bias, limit, alpha):
+    gate, up = gate + _across(gate_bias, gate.shape[1]), up + _across(up_bias, up.shape[1])
     gate, up = jnp.minimum(gate, limit), jnp.maximum(jnp.minimum(up, limit), -limit)
     return gate / (1 + jnp.exp(-alpha * gate)) * (up + 1)
 

@@ -205,6 +205,18 @@ def choose(x, count: int, put):
     return jax.lax.fori_loop(0, count, once, (x, plgpu.layout_cast(jnp.zeros(_TOKENS, jnp.float32), COLUMN)))[1]
 
 
+def chosen_from(router):
+    """Return the arrays of a Router that `choose_for_one` reads."""
+    return [router.early.parts if router.early else router.scores, router.bias, router.first]
+
+
+def choice_types(count: int, table):
+    """Return (types of what `choose_for_one` gives of `count` choices from `chosen_from`'s table, types of the shared memory that it takes)."""
+    found = [jax.ShapeDtypeStruct((count,), dtype) for dtype in (jnp.int32, jnp.float32)]
+    return found, [plgpu.SMEM((count, _TOKENS), jnp.int32), plgpu.SMEM((count + 2, _TOKENS), jnp.float32),
+                   plgpu.SMEM((table[0].shape[1],), jnp.float32), plgpu.Barrier()]
+
+
 def choose_for_one(scores, bias, first, experts: int, expert, weight, expert_smem, power_smem, sums_smem, ready, writes):
     """Choose a single token's experts in one of a kernel's warpgroups, of the `experts` from `first` on that are here.
 

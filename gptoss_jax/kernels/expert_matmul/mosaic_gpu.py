@@ -88,7 +88,7 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned=False, interpret=Non
     if not aligned:
         row_S, slot_M, group_sizes_E = align(group_sizes_E, x_MI.shape[0])
         x_MI = x_MI[row_S]
-    plan = _plan(x_MI.shape[0], weight, interpret)
+    plan = planned(x_MI.shape[0], weight, interpret)
     tiles = hopper_kernel.tiles(group_sizes_E, x_MI.shape[0], plan.rows)
     out = hopper_kernel.matmul(x_MI, weight, bias_EO, tiles, plan, **constants)
     if plan.splits > 1:
@@ -108,7 +108,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     routed = router is not None and hopper_routing.takes(*router.scores.shape, A)
     if routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0:
         rows, slots = ALIGNMENT, A * ALIGNMENT
-        first, second = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
+        first, second = (planned(slots, weight, interpret, rows) for weight in (gate_up, down))
         h_SF, expert_A, weight_A = matmul(router.early.rows if router.early else x_TD, gate_up, tiles=router, plan=first, slots=slots, ahead=down)
         weight_AT, slot_AT = weight_A[:, None], np.arange(A, dtype=np.int32)[:, None] * rows
         tiles = hopper_kernel.Tiles(expert_A)
@@ -127,7 +127,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
             slots, rows, token_S, weight_AT, slot_AT = len(row_S), None, row_S, weight_TA.T, slot_M[place_M].reshape(T, A).T
             x_SD = x_TD[order_M[row_S] // A]
             tiles = hopper_kernel.tiles(group_sizes_E, slots, hopper_kernel.plan(slots, gate_up).rows)
-        first, second = (_plan(slots, weight, interpret, rows) for weight in (gate_up, down))
+        first, second = (planned(slots, weight, interpret, rows) for weight in (gate_up, down))
         h_SF = matmul(x_SD, gate_up, tiles=tiles, plan=first, slots=slots if token_S is None else None)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second, ahead=ahead_OD).reshape(second.splits, slots, -1)
 
@@ -137,7 +137,8 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     return functools.reduce(jnp.add, (rows_of(slot_T) * weight_T[:, None] for slot_T, weight_T in zip(slot_AT, weight_AT)))
 
 
-def _plan(slots: int, weight, interpret, rows: int | None = None):
+def planned(slots: int, weight, interpret, rows: int | None = None):
+    """Return the kernel's plan, of a grid of three blocks where it is interpreted."""
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
     plan = hopper_kernel.plan(slots, weight, rows)
