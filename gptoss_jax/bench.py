@@ -135,7 +135,7 @@ def _kernels(args: argparse.Namespace) -> None:
                         continue
                     facts["error"] = measure.compare(small, implementation)
                     if implementation != "reference":
-                        facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)
+                        facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)()
                     out.add(facts)
     out.show(("op", "op", str), ("size", "size", str), ("by", "implementation", str), ("auto", "auto", lambda is_auto: "*" if is_auto else ""),
              ("error", "error", "{:.1e}".format), ("us", "seconds", _micro), ("lowest", "lowest", _micro), ("highest", "highest", _micro),

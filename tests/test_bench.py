@@ -1,9 +1,13 @@
 """The benchmark: what it makes up is usable, what it reports follows from what it timed, wrong kernels and bad input are told."""
 
 import argparse
+import concurrent.futures
 import importlib.util
+import io
 import json
 import pathlib
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +109,7 @@ def test_a_wrong_kernel_is_told_and_one_that_cannot_run_says_why():
 
 def test_a_kernel_is_timed_with_its_bytes(monkeypatch):
     case = next(case for case in measure.cases(SMALL, 1, 64) if case.op == "expert_matmul")
-    row = measure.kernel(case, "xla", LIMITS, repetitions=2, seconds=0.005)
+    row = measure.kernel(case, "xla", LIMITS, repetitions=2, seconds=0.005)()
     assert row["read_bytes"] == 2 * 128 * 96 * 17 // 32 and 0 < row["lowest"] <= row["seconds"] <= row["highest"]
     assert row["gb_per_second"] == pytest.approx(row["read_bytes"] / row["seconds"] / 1e9)
 
@@ -180,21 +184,78 @@ def test_what_does_not_fit_is_refused_with_the_table(capsys, quick, monkeypatch)
     assert code == 2 and "  left" in err and "more than the 0.00 MB free on this host" in err
 
 
-def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(tmp_path):
+@pytest.fixture(scope="module")
+def gpu():
     spec = importlib.util.spec_from_file_location("gpu", pathlib.Path(__file__).parents[1] / "benchmarks" / "gpu.py")
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(gpu, tmp_path, monkeypatch):
     arguments = argparse.Namespace(out=tmp_path / "rows.jsonl", section="torch", model="tiny", seconds=60.0)
 
-    def section(arguments, record):
-        gpu.in_time(arguments, record, {"what": "a"}, lambda: 1 / 0)
-        gpu.in_time(arguments, record, {"what": "b"}, lambda: {"seconds": 2})
+    def late():
         arguments.end = 0
-        gpu.in_time(arguments, record, {"what": "c"}, lambda: {"seconds": 2})
+        return {"seconds": 1}
+
+    def section(arguments, record):
+        gpu.measured(arguments, record, [({"what": "a"}, lambda: 1 / 0), ({"what": "b"}, lambda: lambda: {"seconds": 2, "what": "kernel"}),
+                                         ({"what": "c"}, lambda: lambda: 1 / 0), ({"what": "d"}, lambda: late), ({"what": "e"}, lambda: late)])
+        gpu.measured(arguments, record, [({"what": "f"}, pytest.fail)])  # isn't begun
         raise RuntimeError("out of luck\nand more")
 
-    gpu.SECTIONS["torch"] = section
+    monkeypatch.setitem(gpu.SECTIONS, "torch", section)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
     assert gpu.run_section(arguments) == 1
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+    division = "ZeroDivisionError: division by zero"
     assert [row.get("failed") or row.get("skipped") or row["seconds"] for row in rows] == [
-        "ZeroDivisionError: division by zero", 2, "no time left", "RuntimeError: out of luck"]
+        division, 2, division, 1, gpu.NO_TIME, gpu.NO_TIME, "RuntimeError: out of luck"]
+    assert [row["what"] for row in rows[:-1]] == list("abcdef")
+
+
+LANE = """
+import os, sys, time
+out, section = sys.argv[1], sys.argv[sys.argv.index("--section") + 1]
+def say(state):
+    with open(out, "a") as file:
+        file.write(section + " " + state + "\\n")
+for turn in range(3):
+    say("compiles")
+    time.sleep({"a": 0.02, "b": 0.05, "c": 0.01}[section[0]])
+    say("waits")
+    print("ready to time", flush=True)
+    sys.stdin.readline()
+    say("times")
+    time.sleep(0.02)
+    say("ends")
+    if section == "a1":
+        os._exit(3)
+    print("timed", flush=True)
+    sys.stdin.readline()
+say("waits")
+"""
+
+
+def test_the_gpu_scripts_lanes_time_while_nobody_compiles(gpu, tmp_path):
+    turns, log, end = gpu.Turns(), tmp_path / "log", time.monotonic() + 60
+    lanes = [[("a1", "tiny", 1), ("a2", "tiny", 1)], [("b1", "tiny", 1)], [("c1", "tiny", 1), ("c2", "tiny", 1)]]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        failed = list(pool.map(lambda lane: gpu.run_lane(lane, 0.3, [sys.executable, "-c", LANE, str(log)], tmp_path / "rows.jsonl", end, turns), lanes))
+    assert failed == [1, 0, 0]  # one died while it had its turn
+    states, beside = {}, 0
+    for section, state in map(str.split, log.read_text().splitlines()):
+        states[section] = state
+        busy = [other for other, doing in states.items() if doing in ("compiles", "times")]
+        assert len(busy) == 1 or "times" not in states.values()
+        beside += state == "compiles" and len(busy) > 1
+    assert len(states) == 5 and set(states.values()) == {"waits", "ends"} and beside >= 3  # they do compile beside each other
+
+
+def test_the_gpu_scripts_points_share_memory_and_lanes_its_gpu(gpu):
+    needs = {("decode", 1, 128): 1, ("decode", 64, 8192): 20, ("prefill", 1, 8192): 4, ("decode", 4, 131_072): 20, ("decode", 4, 128): 1}
+    assert gpu.together(needs, 24.0) == [[("decode", 1, 128), ("decode", 64, 8192), ("decode", 4, 128)], [("prefill", 1, 8192), ("decode", 4, 131_072)]]
+    whole, shared = gpu.lanes(["large", "small"], 80 << 30), gpu.lanes(["large", "small"], 141 << 30)
+    assert len(whole) == 1 and sum(share for share, _ in shared) <= gpu.GPU_FRACTION
+    assert {section[:2] for _, lane in whole for section in lane} == {section[:2] for _, lane in shared for section in lane}

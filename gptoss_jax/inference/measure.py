@@ -315,8 +315,9 @@ def compare(case: Case, implementation: str) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: int = 5, seconds: float = 0.1) -> dict:
-    """Time one op by a loop on the device, each call fed from the one before; experts change from call to call, so that no cache keeps them.
+def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: int = 5, seconds: float = 0.1) -> Callable[[], dict]:
+    """Get ready, as `decode` does, to time one op by a loop on the device, each call fed from the one before; experts change from call to call, so
+    that no cache keeps them.
 
     The loop is of rounds of _ROUND calls, a number that XLA knows: on a GPU the host is asked whether to go on after each round only, which takes
     as long as a small op.
@@ -338,13 +339,18 @@ def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: in
         return jax.lax.fori_loop(0, rounds, round, carry)
 
     arrays = _arranged(case, implementation)
-    once = min(_batches(lambda: loop(1, case.carry, arrays), 2, 1))
-    rounds = int(min(max(seconds / once, 1), 100))
-    times = sorted(time / (rounds * _ROUND) for time in _batches(lambda: loop(rounds, case.carry, arrays), repetitions, 1))
-    median = statistics.median(times)
-    floor = max(case.read_bytes / limits.bandwidth, case.flops / limits.matmul)
-    return {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "seconds": median, "lowest": times[0],
-            "highest": times[-1], "read_bytes": case.read_bytes, "gb_per_second": case.read_bytes / median / 1e9, "floor_fraction": floor / median}
+    jax.block_until_ready(loop(1, case.carry, arrays))
+
+    def measured() -> dict:
+        once = min(_batches(lambda: loop(1, case.carry, arrays), 2, 1))
+        rounds = int(min(max(seconds / once, 1), 100))
+        times = sorted(time / (rounds * _ROUND) for time in _batches(lambda: loop(rounds, case.carry, arrays), repetitions, 1))
+        median = statistics.median(times)
+        floor = max(case.read_bytes / limits.bandwidth, case.flops / limits.matmul)
+        return {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "seconds": median, "lowest": times[0],
+                "highest": times[-1], "read_bytes": case.read_bytes, "gb_per_second": case.read_bytes / median / 1e9, "floor_fraction": floor / median}
+
+    return measured
 
 
 def _batches(run: Callable, repetitions: int, calls: int) -> list[float]:
