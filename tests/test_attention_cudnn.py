@@ -117,13 +117,12 @@ def test_a_decode_step_over_a_ring_is_the_formula():
     np.testing.assert_allclose(out, reference.attention(q, k, v, sinks, **tags, window=12), atol=2e-6)
 
 
-# Of each row: tokens before the chunk, padding to the left of its own, own tokens; the last row has none.
-CHUNKS = [(0, 0, 9), (0, 4, 5), (25, 0, 9), (25, 3, 4), (2, 0, 1), (7, 0, 0)]
+CHUNKS = [(0, 9), (0, 5), (25, 9), (25, 4), (2, 1), (7, 0)]  # of each row: tokens before the chunk, own tokens, behind which is padding
 
 
 def chunk_positions(T=9):
-    rows = [np.where((np.arange(T) >= left) & (np.arange(T) < left + own), start + np.arange(T) - left, -1) for start, left, own in CHUNKS]
-    return np.array(rows, np.int32), np.array([[start] for start, _, _ in CHUNKS]), np.array([[own] for _, _, own in CHUNKS])
+    rows = [np.where(np.arange(T) < own, start + np.arange(T), -1) for start, own in CHUNKS]
+    return np.array(rows, np.int32), np.array([[start] for start, _ in CHUNKS]), np.array([[own] for _, own in CHUNKS])
 
 
 def test_a_chunk_over_a_full_layers_cache_is_the_formula():
@@ -170,7 +169,7 @@ def test_what_cudnn_needs_is_said_when_it_is_asked_for_by_name(monkeypatch):
 
 
 def test_the_model_keeps_the_promises_about_its_keys(monkeypatch):
-    """Greedy tokens of the oracle with every attention through cuDNN's formulas: prompts of unequal lengths in chunks, past the window."""
+    """Greedy tokens of the oracle with every attention through cuDNN's formulas: prompts of unequal lengths in chunks, past the window, and in one."""
     asked = set()
 
     def through_cudnn(*arguments):
@@ -187,3 +186,6 @@ def test_the_model_keeps_the_promises_about_its_keys(monkeypatch):
     completions = engine.generate([oracle[f"{name}.prompt"].tolist() for name in names], Sampling(temperature=0), max_new_tokens=32)
     assert [c.ids for c in completions] == [oracle[f"{name}.new"].tolist() for name in names]
     assert asked == {(order, one) for order in ("slots", "ring") for one in (False, True)}
+    asked.clear()
+    (completion,) = engine.generate([oracle["g16.prompt"].tolist()], Sampling(temperature=0), max_new_tokens=4)
+    assert completion.ids == oracle["g16.new"].tolist()[:4] and asked == {("aligned", False), ("slots", True), ("ring", True)}

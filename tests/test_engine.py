@@ -55,10 +55,11 @@ def test_a_row_stops_at_its_stop_id_and_others_go_on(model, oracle):
 
 
 def test_nothing_is_compiled_again_for_another_length_or_setting(model):
+    """But once for prompts of one chunk, which attend to nothing before it, and once for longer ones."""
     engine = Engine(model, prefill_chunk=16)  # 40 tokens: chunks of 16, 16 and 8, the last one in a bucket of 16
     for length, settings in ((3, Sampling(seed=1)), (9, Sampling(temperature=0.5)), (16, Sampling(seed=9)), (40, Sampling()), (2, Sampling())):
         engine.generate([[5] * length], settings, max_new_tokens=length % 4 + 1)
-    assert engine._decode._cache_size() == 1 and engine._prefill._cache_size() == 1 and engine._first._cache_size() == 1
+    assert [step._cache_size() for step in (engine._prefill, engine._decode, engine._first)] == [2, 1, 1]
 
 
 def test_rows_share_a_chunk(model):

@@ -215,8 +215,9 @@ def test_chunks_of_any_size_with_a_cache_equal_one_forward(model, step, chunks):
     np.testing.assert_array_equal(cache.lengths, [40, 40])
 
 
+@pytest.mark.parametrize("known_empty", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_the_order_of_a_batch_change_nothing(model, side):
+def test_padding_and_the_order_of_a_batch_change_nothing(model, side, known_empty):
     tokens = tokens_of(3, 40)
     lengths = [40, 23, 7]
     padded, real = np.zeros((3, 40), np.int32), np.zeros((3, 40), np.int32)
@@ -226,7 +227,8 @@ def test_padding_and_the_order_of_a_batch_change_nothing(model, side):
     order = np.array([2, 0, 1])
     logits = run(model, padded, real)
     np.testing.assert_allclose(run(model, padded[order], real[order]), logits[order], atol=SAME)
-    cached, cache = run_cached(model, padded, real, make_cache(CONFIG, 3, 64, "float32"))
+    empty = make_cache(CONFIG, 3, 64, "float32")
+    cached, cache = run_cached(model, padded, real, empty._replace(lengths=None) if known_empty else empty)
     np.testing.assert_array_equal(cache.lengths, lengths)
     following, _ = run_cached(model, tokens_of(3, 1, 5), np.ones((3, 1), np.int32), cache)
     for row, (place, n) in enumerate(zip(where, lengths)):
@@ -234,6 +236,29 @@ def test_padding_and_the_order_of_a_batch_change_nothing(model, side):
         np.testing.assert_allclose(logits[row, place], alone[0, :n], atol=SAME)
         np.testing.assert_allclose(cached[row, place], alone[0, :n], atol=SAME)
         np.testing.assert_allclose(following[row], alone[0, n:], atol=SAME)
+
+
+@pytest.mark.parametrize("slots", [64, 40, 33, 30])
+def test_a_cache_known_to_be_empty_gets_what_another_does(model, step, slots):
+    """Of as many slots as tokens, more, and fewer, whose last tokens find none; then a token that is told nothing of an empty cache."""
+    caches = [step(model, tokens_of(2, 40), cache)[1] for empty in [make_cache(CONFIG, 2, slots, "float32")] for cache in (empty, empty._replace(lengths=None))]
+    for one, other in zip(*map(jax.tree.leaves, caches)):
+        np.testing.assert_allclose(one, other, atol=SAME)
+    empty = make_cache(CONFIG, 2, slots, "float32")
+    for one, other in zip(*(jax.tree.leaves(step(model, tokens_of(2, 1), cache)) for cache in (empty, empty._replace(lengths=None)))):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_activations_beside_padding_are_where_their_tokens_are(model):
+    tokens = tokens_of(1, 12)
+    padded, real = np.zeros((1, 15), np.int32), np.zeros((1, 15), np.int32)
+    padded[0, 2:14], real[0, 2:14] = tokens[0], 1
+    names = ("embed", "layers.*.router_indices", "layers.1.hidden", "final_norm")
+    *_, expected = model(tokens, capture=names)
+    *_, found = model(padded, segment_ids=real, cache=make_cache(CONFIG, 1, 32, "float32"), capture=names)
+    assert found.keys() == expected.keys() and len(found) > 3
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name][:, 2:14], value, atol=SAME, err_msg=name)
 
 
 def test_packed_segments_equal_each_alone(model):

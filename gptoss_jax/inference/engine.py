@@ -82,6 +82,7 @@ class Engine:
         self.stop_ids = frozenset(config.eos_token_ids if tokenizer is None else tokenizer.stop_ids)
         self.sampleable = config.vocab_size if tokenizer is None else min(tokenizer.sampleable, config.vocab_size)
         self.dtype = self.weights["model.embed_tokens.weight"].dtype
+        self._empty = jax.jit(self._empty_state, static_argnums=(0, 1), out_shardings=self._home if self.mesh is None else None)
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
         read = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())  # what the host reads is whole in every process
         self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)
@@ -159,9 +160,9 @@ class Engine:
     def _prefill_prompts(self, prompts, length: int):
         """Return (cache of `length` slots, final hidden state of each prompt's last token [B, D]), computed chunk by chunk."""
         batch, longest = len(prompts), max(map(len, prompts))
-        cache = make_cache(self.config, batch, length, self.dtype, mesh=self.mesh)
-        hidden = jnp.zeros((batch, self.config.hidden_size), self.dtype)
-        cache, hidden = jax.device_put((cache, hidden), self._place(cache, hidden))  # where outputs lie too: compiled once
+        cache, hidden = self._empty(batch, length)
+        if longest <= self._chunk(batch, longest):  # else one program serves all chunks
+            cache = cache._replace(lengths=None)
         for start in range(0, longest, self._chunk(batch, longest)):
             chunk = self._chunk(batch, longest - start)
             tokens = np.zeros((batch, chunk), np.int32)
@@ -184,6 +185,13 @@ class Engine:
 
     def _model(self, weights) -> GptOss:
         return GptOss(self.config, weights, mesh=self.mesh)
+
+    def _empty_state(self, batch: int, length: int):
+        """Return (cache, final hidden states [B, D]) of rows that have seen nothing, where a prefill's outputs lie too: compiled once."""
+        hidden = jnp.zeros((batch, self.config.hidden_size), self.dtype)
+        if self.mesh is not None:
+            hidden = jax.lax.with_sharding_constraint(hidden, NamedSharding(self.mesh, PartitionSpec()))
+        return make_cache(self.config, batch, length, self.dtype, mesh=self.mesh), hidden
 
     def _prefill_step(self, weights, state, tokens_BT, counts_B):
         cache, hidden_BD = state
@@ -241,7 +249,9 @@ class Engine:
         else:
             rows, one = (ids, abstract((batch,), np.bool)), abstract((), np.int32)
             decode = self._decode_many.lower(self.weights, cache, rows, settings, one, steps, kind=kind)
-        return {"prefill": self._prefill.lower(self.weights, (cache, hidden), abstract((batch, self._chunk(batch, length)), np.int32), ids), "decode": decode}
+        chunk = self._chunk(batch, length)
+        state = cache if chunk < length else cache._replace(lengths=None), hidden
+        return {"prefill": self._prefill.lower(self.weights, state, abstract((batch, chunk), np.int32), ids), "decode": decode}
 
     def _check(self, prompts) -> None:
         for row, prompt in enumerate(prompts):

@@ -43,8 +43,10 @@ class Attention(nnx.Module):
             key_positions, key_segments, order = positions_BT, segments_BT, "aligned"
         else:
             cache, k, v, key_positions = cache_lib.update(cache, k, v, chunk, self.window is not None, implementation)
+            if T > 1:  # a compiler that put off writing would keep projections until then: 1.9 GB of 120b's 36 layers for 8,192 tokens
+                cache, k, v = jax.lax.optimization_barrier((cache, k, v))
             positions_BT, segments_BT, key_segments = chunk.positions, None, None
-            order = "slots" if self.window is None else "ring"
+            order = "aligned" if chunk.start is None and T > 1 else "slots" if self.window is None else "ring"
         tags = (positions_BT, key_positions, segments_BT, key_segments)
         out = self._attend(q, k.astype(q.dtype), v.astype(q.dtype), self.sinks[...].reshape(-1), *tags, mesh=mesh, order=order)
         return self.o_proj(out.reshape(B, T, -1), mesh=mesh), cache

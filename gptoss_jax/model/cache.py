@@ -24,9 +24,12 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """lengths: int32 [B], tokens of each row seen so far; layers: one LayerCache a layer."""
+    """lengths: int32 [B], tokens of each row seen so far; layers: one LayerCache a layer.
 
-    lengths: jax.Array
+    lengths None: no row has seen any, which a program then knows, and attends to a chunk's own keys alone.
+    """
+
+    lengths: jax.Array | None
     layers: tuple[LayerCache, ...]
 
 
@@ -65,30 +68,31 @@ def _shapes(config: GptOssConfig, batch: int, length: int) -> list[tuple[int, ..
 
 
 class Chunk(NamedTuple):
-    """Where the tokens of one call lie. Real tokens of a row are contiguous; padding may stand on either side.
+    """Where the tokens of one call lie: of a row its real tokens first, then padding.
 
-    positions: int32 [B, T], -1 at padding; first: index of the first real token; start: its position; end: position after the last.
+    positions: int32 [B, T], -1 at padding; start: that of the first token, None where nothing is in the cache; end: position after the last.
     """
 
     positions: jax.Array
-    first: jax.Array
-    start: jax.Array
+    start: jax.Array | None
     end: jax.Array
 
 
-def locate(real_BT: jax.Array, positions_BT: jax.Array) -> Chunk:
-    """Return the Chunk of tokens with `positions`, of which those not `real` are padding."""
-    positions = jnp.where(real_BT, positions_BT, -1)
-    first = jnp.argmax(real_BT, axis=1)
-    start = jnp.take_along_axis(positions_BT, first[:, None], axis=1)[:, 0]
-    return Chunk(positions, first, start, start + real_BT.sum(axis=1))
+def locate(real_BT: jax.Array, positions_BT: jax.Array, empty: bool) -> Chunk:
+    """Return the Chunk of tokens with `positions`, of which those not `real` are padding. empty: nothing is in the cache."""
+    start_B = positions_BT[:, 0]
+    return Chunk(jnp.where(real_BT, positions_BT, -1), None if empty else start_B, start_B + real_BT.sum(axis=1))
 
 
 def update(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, chunk: Chunk, sliding: bool, implementation: str = "auto"):
     """Write a chunk. Returns (new cache, keys, values, positions int32 [B, S] of those keys) to attend to; position -1 is an empty slot.
 
-    implementation: of `kernels.cache_write`.
+    They are the chunk's own where nothing is in the cache (but for a single token, whose own are in it). implementation: of `kernels.cache_write`.
     """
+    T = k_BTKH.shape[1]
+    if chunk.start is None and T > 1:
+        new = LayerCache(*(_fill(old, x, chunk, sliding) for old, x in zip(cache, (k_BTKH, v_BTKH))))
+        return new, k_BTKH, v_BTKH, chunk.positions
 
     def write(slots_BT):
         return LayerCache(*(cache_write(old, new, slots_BT, implementation=implementation) for old, new in zip(cache, (k_BTKH, v_BTKH))))
@@ -98,7 +102,7 @@ def update(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, chunk: Chunk
         slots = jnp.arange(cache.keys.shape[1])
         return new, *new, jnp.where(slots < chunk.end[:, None], slots, -1)
     ring = cache.keys.shape[1]
-    if k_BTKH.shape[1] == 1:  # the ring holds the whole window, the new key included: no copy of it is made
+    if T == 1:  # the ring holds the whole window, the new key included: no copy of it is made
         new = write(jnp.where(chunk.positions >= 0, chunk.positions % ring, -1))
         return new, *new, _ring_positions(chunk.end, ring)
     before = _ring_positions(chunk.start, ring)
@@ -107,9 +111,19 @@ def update(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, chunk: Chunk
     positions = jnp.concatenate([before, chunk.positions], axis=1)
     after = _ring_positions(chunk.end, ring)
     # Per slot: the key it keeps, or the chunk's newest key of that slot.
-    source = jnp.where(after >= chunk.start[:, None], ring + chunk.first[:, None] + after - chunk.start[:, None], jnp.arange(ring))
+    source = jnp.where(after >= chunk.start[:, None], ring + after - chunk.start[:, None], jnp.arange(ring))
     new = LayerCache(*(jnp.take_along_axis(x, source[:, :, None, None], axis=1) for x in (keys, values)))
     return new, keys, values, positions
+
+
+def _fill(old_BSKH, new_BTKH, chunk: Chunk, sliding: bool):
+    """Return `old`, in which nothing is, with a chunk from position 0 on; without a scatter, as which token a slot gets is known."""
+    new_BTKH = jnp.where((chunk.positions >= 0)[:, :, None, None], new_BTKH, 0).astype(old_BSKH.dtype)
+    S = old_BSKH.shape[1]
+    if not sliding or new_BTKH.shape[1] <= S:
+        return jax.lax.dynamic_update_slice_in_dim(old_BSKH, new_BTKH[:, :S], 0, axis=1)
+    kept = _ring_positions(chunk.end, S)[:, :, None, None]
+    return jnp.where(kept >= 0, jnp.take_along_axis(new_BTKH, jnp.maximum(kept, 0), axis=1), old_BSKH)
 
 
 def _ring_positions(lengths_B, ring: int):

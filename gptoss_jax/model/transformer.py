@@ -131,7 +131,7 @@ class GptOss(nnx.Module):
         tokens: int32 [B, T]. segment_ids: int32 [B, T], tokens attend within their segment, 0 is padding (whose logits mean nothing);
         with a cache only "0 or not" counts, and the real tokens of a row must be contiguous. positions: int32 [B, T], consecutive within a
         segment; by default they count from 0 in each segment, or go on where the cache ends.
-        cache: from `make_cache`; never modified, the new one is returned.
+        cache: from `make_cache`; never modified, the new one is returned. With `lengths` None it is taken to be empty.
         capture: names or shell patterns of activations, e.g. "layers.*.router_logits". There are `embed`, `final_norm`, and in each
         layer `attn_norm`, `attn_out`, `after_attn`, `mlp_norm`, `router_logits`, `router_indices`, `router_weights`, `mlp_out`, `hidden`.
         """
@@ -160,10 +160,18 @@ class GptOss(nnx.Module):
                 raise ValueError(f"{name}: shape {array.shape} found, expected that of tokens, {tokens.shape}")
         capture = capture or Capture(())
         mesh = sharding.ambient_mesh() or self.mesh
+        shift_B = lengths_B = chunk = None
+        if cache is not None:
+            empty = cache.lengths is None and positions is None
+            lengths_B = jnp.zeros(len(tokens), jnp.int32) if cache.lengths is None else cache.lengths
+            if segment_ids is not None and tokens.shape[1] > 1:  # a chunk's padding is behind its tokens
+                shift_B = -jnp.argmax(segment_ids != 0, axis=1)
+                tokens, segment_ids, positions = (None if x is None else _rolled(x, shift_B) for x in (tokens, segment_ids, positions))
         real = None if segment_ids is None else segment_ids != 0
         if positions is None:
-            positions = _positions(tokens.shape, segment_ids, None if cache is None else cache.lengths)
-        chunk = None if cache is None else cache_lib.locate(jnp.ones(tokens.shape, bool) if real is None else real, positions)
+            positions = _positions(tokens.shape, segment_ids, lengths_B)
+        if cache is not None:
+            chunk = cache_lib.locate(jnp.ones(tokens.shape, bool) if real is None else real, positions, empty)
         rope = rope_tables(self.config, positions)
         x = capture("embed", self.embed_tokens.weight[...][tokens].astype(dtype or self.embed_tokens.weight[...].dtype))
         x = sharding.constrain(x, ("batch", "tokens", None), mesh)
@@ -183,9 +191,11 @@ class GptOss(nnx.Module):
                 layer_caches.append(layer_cache)
                 capture.values |= values
         if cache is not None:
-            lengths = jnp.where(chunk.end > chunk.start, chunk.end, cache.lengths)
-            cache = cache_lib.Cache(lengths, tuple(layer_caches))
-        return capture("final_norm", self.norm(x)), cache
+            cache = cache_lib.Cache(jnp.where(chunk.positions[:, 0] >= 0, chunk.end, lengths_B), tuple(layer_caches))
+        x = capture("final_norm", self.norm(x))
+        if shift_B is not None:
+            x, capture.values = jax.tree.map(lambda values: _rolled(values, -shift_B), (x, capture.values))
+        return x, cache
 
     def unembed(self, x):
         """Return logits float32 [..., V] of final hidden states [..., D]."""
@@ -252,6 +262,12 @@ def _together(x, arrays):
 
 
 _together.defvjp(lambda x, arrays: ((x, arrays), None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
+
+
+def _rolled(x_BTX, shift_B):
+    """Return each row's tokens moved on by its shift, around the end."""
+    index_BT = (jnp.arange(x_BTX.shape[1]) - shift_B[:, None]) % x_BTX.shape[1]
+    return jnp.take_along_axis(x_BTX, index_BT.reshape(*index_BT.shape, *[1] * (x_BTX.ndim - 2)), axis=1)
 
 
 def _positions(shape, segment_ids, lengths_B):

@@ -25,9 +25,10 @@ def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_se
     """Same signature and result as `reference.attention`; differentiable in q, k, v and sinks.
 
     order: a promise about the keys, for implementations that mask by index, not by tags. "aligned": key t is query t's own, positions count
-    up within each segment, and a segment's tokens lie together. "slots": slot s holds position s or nothing, the queries' own keys included.
-    "ring": with one query, slots that fill in order and lie within the window; with T queries, any such slots, then the queries' own T keys.
-    The real queries of a row lie together and their positions count up. None: nothing is promised.
+    up within each segment, and a segment's tokens lie together; without segments there may be padding behind the others. "slots": slot s holds
+    position s or nothing, the queries' own keys included. "ring": with one query, slots that fill in order and lie within the window; with T
+    queries, any such slots, then the queries' own T keys. Of both a row's real queries come first and their positions count up. None: nothing is
+    promised.
     implementation: one of IMPLEMENTATIONS, which raises where it can't run, or "auto": the fastest that can.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):

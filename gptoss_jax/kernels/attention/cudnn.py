@@ -91,21 +91,18 @@ def _chunk(q, k, v, sinks, tags, window, order):
     """Prefill on top of a cache: what came before the chunk has no mask but its length, or is a ring of few slots; the chunk is causal."""
     B, T, N, H = q.shape
     positions_BT = tags["q_positions"]
-    first_B1 = jnp.argmax(positions_BT >= 0, axis=1)[:, None]
-    index_BT = (first_B1 + jnp.arange(T)) % T  # real tokens first
-    q, positions_BT = _take(q, index_BT), _take(positions_BT, index_BT)
-    start_B1 = jnp.maximum(positions_BT[:, :1], 0)
     if order == "slots":
-        slots_BT = jnp.minimum(start_B1 + jnp.arange(T), k.shape[1] - 1)
+        start_B1 = jnp.maximum(positions_BT[:, :1], 0)
+        slots_BT = jnp.minimum(start_B1 + jnp.arange(T), k.shape[1] - 1)[:, :, None, None]
         past, past_lse = _forward(q, k, v, scale=H**-0.5, lengths=jnp.maximum(start_B1[:, 0], 1))
         past_lse = jnp.where((start_B1 > 0)[..., None], past_lse, LOWEST)
+        k, v = (jnp.take_along_axis(x, slots_BT, axis=1) for x in (k, v))
     else:
         ring = k.shape[1] - T
-        slots_BT = ring + index_BT
         past, past_lse = _few_keys(q, k[:, :ring], v[:, :ring], positions_BT, tags["k_positions"][:, :ring], window)
-    out, lse = _forward(q, _take(k, slots_BT), _take(v, slots_BT), scale=H**-0.5, causal=True, window=window)
-    out = merge([(past, past_lse), (out, lse)], sinks)
-    return _take(out.astype(q.dtype), (jnp.arange(T) - first_B1) % T)
+        k, v = k[:, ring:], v[:, ring:]
+    out, lse = _forward(q, k, v, scale=H**-0.5, causal=True, window=window)
+    return merge([(past, past_lse), (out, lse)], sinks).astype(q.dtype)
 
 
 def _few_keys(q, k_BRKH, v_BRKH, q_positions, k_positions, window):
@@ -170,11 +167,6 @@ def _with_segments(q, k, v, segments_BT):
         return jnp.concatenate([x, jnp.broadcast_to(extra[:, :, None].astype(x.dtype), (*x.shape[:3], dims))], axis=-1)
 
     return widen(q, q_extra * height), widen(k, k_extra), jnp.pad(v, [(0, 0)] * 3 + [(0, dims)])
-
-
-def _take(x, index_BT):
-    """Return x [B, T, ...] at the indices of each row."""
-    return jnp.take_along_axis(x, index_BT.reshape(*index_BT.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def _forward(q, k, v, *, scale, causal=False, lengths=None, window=None):
