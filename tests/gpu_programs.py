@@ -26,11 +26,11 @@ CONTEXT = 131_072
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
-def compiled_steps(model: str, layers: int, batch: int = 1, names=("decode", "prefill")) -> dict:
-    """Return the engine's programs, arranged as for a Hopper GPU, for some layers of a model and a cache of CONTEXT tokens."""
+def compiled_steps(model: str, layers: int, batch: int = 1, names=("decode", "prefill"), context: int = CONTEXT) -> dict:
+    """Return the engine's programs, arranged as for a Hopper GPU, for some layers of a model and a cache of `context` tokens."""
     config = PRESETS[model].replace(num_hidden_layers=layers, layer_types=())
     weights = cost.abstract_weights(config, device=devices.described("H100")[0])
-    lowered = Engine(GptOss(config, weights)).lower(batch, CONTEXT)
+    lowered = Engine(GptOss(config, weights)).lower(batch, context)
     return {name: lowered[name].compile() for name in names}
 
 
@@ -89,15 +89,17 @@ def main() -> None:
         programs = compiled_steps(model, *map(int, numbers))
         found = {name: memory(program) for name, program in programs.items()} | {"kernels": kernels(step(programs["decode"].as_text()))}
     else:
-        small = compiled_steps("gpt-oss-120b", 2)
-        others = (compiled_steps("gpt-oss-120b", layers, batch, ["decode"]) for layers, batch in ((4, 1), (2, 4), (4, 4)))
-        counts = [kernels(step(steps["decode"].as_text())) for steps in (small, *others)]
+        small, deeper = (compiled_steps("gpt-oss-120b", layers) for layers in (2, 4))
+        others = (compiled_steps("gpt-oss-120b", layers, 4, ["decode"]) for layers in (2, 4))
+        counts = [kernels(step(steps["decode"].as_text())) for steps in (small, deeper, *others)]
+        one_chunk = compiled_steps("gpt-oss-120b", 2, 1, ["prefill"], 8192)["prefill"]
         gradient = gradient_of_attention()
         samplers = [sampler(Sampling(temperature=0), 1), sampler(Sampling(), 1), *(sampler(Sampling(top_k=1), batch) for batch in (1, 8, 256))]
         found = {"kernels": counts, "kernels_per_layer": (counts[1].total() - counts[0].total()) / 2,
                  "kernels_per_layer_of_4_rows": (counts[3].total() - counts[2].total()) / 2,
                  "cache": cost.cache_bytes(PRESETS["gpt-oss-120b"].replace(num_hidden_layers=2, layer_types=()), 1, CONTEXT),
-                 "decode": memory(small["decode"]), "prefill": memory(small["prefill"]), "prefill_kernels": entry(small["prefill"]),
+                 "decode": memory(small["decode"]), "prefill": memory(small["prefill"]), "prefill_of_4_layers": memory(deeper["prefill"]),
+                 "prefill_kernels": entry(small["prefill"]), "one_chunk": memory(one_chunk), "one_chunk_kernels": entry(one_chunk),
                  "sampler_kernels": [entry(program) for program in samplers], "sampler_of_256_rows": memory(samplers[-1]),
                  "gradient": memory(gradient), "gradient_kernels": entry(gradient)}
     print(json.dumps(found, indent=1))
