@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import os
 import sys
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from gptoss_jax.text import harmony
 
     messages = [*opening, harmony.message("user", prompt)]
-    engine, tokenizer = load(args, messages)
+    engine, tokenizer = load(args, messages, sampling)
     from gptoss_jax.inference.turn import Turn
 
     status = command.Status()
@@ -140,10 +141,11 @@ def sampling_of(args: argparse.Namespace):
     return Sampling(temperature=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed)
 
 
-def load(args: argparse.Namespace, messages: Sequence[dict]):
+def load(args: argparse.Namespace, messages: Sequence[dict], sampling=None):
     """Return (engine, tokenizer) for the checkpoint; progress, and the memory that it and an answer to `messages` take, on stderr.
 
-    Raises PlanError, after the table, where that is more than there is.
+    sampling: of that answer, whose programs are then compiled while the weights are read. Raises PlanError, after the table, where that is more
+    than there is.
     """
     status = command.Status()
     status(f"loading {args.checkpoint}")
@@ -158,8 +160,11 @@ def load(args: argparse.Namespace, messages: Sequence[dict]):
     if missing:
         raise command.UsageError(f"{path}: the tokenizer lacks {', '.join(missing)}, expected harmony's special tokens")
     started = time.perf_counter()
+    import jax
+
     from gptoss_jax.inference import memory_plan
     from gptoss_jax.inference.engine import Engine, PromptError, cache_length
+    from gptoss_jax.model import GptOss, cost
     from gptoss_jax.text import harmony
 
     tokens = len(harmony.render({"messages": list(messages)}, tokenizer, next_role="assistant"))
@@ -171,10 +176,22 @@ def load(args: argparse.Namespace, messages: Sequence[dict]):
             raise PromptError(f"the prompt has {tokens} tokens, expected fewer than the context of {limit}")
         memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype,
                              write=lambda line: print(line, file=sys.stderr))
+        if sampling is not None:
+            ahead.append(pool.submit(compiled, config))
 
-    model = checkpoint.load(path, dtype=args.dtype, admit=admit, progress=lambda done, total: status(
-        f"loading {args.checkpoint}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {done / 1e6 / (time.perf_counter() - started):,.0f} MB/s"))
-    engine = Engine(model, tokenizer)
+    def compiled(config):
+        engine = Engine(GptOss(config, cost.abstract_weights(config, args.dtype, device=jax.local_devices()[0])), tokenizer)
+        engine.compile(tokens, args.max_new_tokens, sampling)
+        return engine
+
+    ahead = []
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        model = checkpoint.load(path, dtype=args.dtype, admit=admit, progress=lambda done, total: status(
+            f"loading {args.checkpoint}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {done / 1e6 / (time.perf_counter() - started):,.0f} MB/s"))
+        status("compiling")
+        engine = ahead[0].result() if ahead else Engine(model, tokenizer)
+    if ahead:
+        engine.hold(model)
     status.clear()
     return engine, tokenizer
 

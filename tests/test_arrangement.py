@@ -11,6 +11,7 @@ from gptoss_jax import checkpoint, sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference import measure
 from gptoss_jax.inference.engine import Engine
+from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.kernels import expert_matmul
 from gptoss_jax.kernels.expert_matmul import mosaic_gpu
 from gptoss_jax.model import GptOss, arrangement, cost
@@ -58,6 +59,15 @@ def test_an_engine_arranges_its_model_and_nothing_is_lost(as_on_a_hopper, tmp_pa
     checkpoint.save_huggingface(tmp_path / "saved", CONFIG, model.weights())
     same_bits(checkpoint.load(tmp_path / "saved").weights(), before)
     assert Engine(model).weights.keys() == kept.keys()  # a second engine finds it done
+
+
+def test_what_is_compiled_for_an_arranged_model_is_what_runs_when_its_weights_are_there(as_on_a_hopper, caplog):
+    engine = Engine(GptOss(CONFIG, cost.abstract_weights(CONFIG, device=jax.devices()[0])))
+    engine.compile(20, 4, Sampling(temperature=0))
+    engine.hold(GptOss(CONFIG, measure.random_weights(CONFIG)))
+    with jax.log_compiles():
+        (completion,) = engine.generate([[5] * 20], Sampling(temperature=0), max_new_tokens=4)
+    assert len(completion.ids) == 4 and "XLA compilation of jit(_" not in caplog.text
 
 
 def test_what_the_kernel_cannot_take_stays_as_it_is_and_one_line_says_why(as_on_a_hopper, caplog):

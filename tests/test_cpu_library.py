@@ -1,11 +1,13 @@
 """Building the CPU kernels: once, whole, for this processor; and a clear word where that can't be."""
 
+import concurrent.futures
 import logging
 import os
 import pathlib
 import platform
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +117,21 @@ def test_another_compiler_processor_or_source_has_another_file(change, built, tm
         monkeypatch.setattr(cpu_library, "SOURCE", tmp_path / "cpu.cc")
     with pytest.raises(cpu_library.CpuLibraryError, match="/bin/false failed with exit status 1"):
         cpu_library.build(built.parent, "x86-64" if change == "architecture" else None)
+
+
+def test_threads_that_ask_at_once_register_them_once(monkeypatch):
+    cpu_library.load()  # so that there is nothing left to register afterwards, which again would be an error
+    calls = []
+    monkeypatch.setattr(cpu_library, "build", lambda directory: time.sleep(0.05))
+    monkeypatch.setattr(cpu_library, "register", lambda *_: calls.append(1))
+    cpu_library._load.cache_clear()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: cpu_library.load(), range(4)))
+        assert calls == [1]
+    finally:
+        cpu_library._load.cache_clear()
+        cpu_library.load()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")

@@ -10,7 +10,7 @@ from gptoss_jax import checkpoint, sharding
 from gptoss_jax.inference import sampling
 from gptoss_jax.inference.engine import Engine, PromptError
 from gptoss_jax.inference.sampling import Sampling, SamplingError, sample, stack
-from gptoss_jax.model import GptOss
+from gptoss_jax.model import GptOss, cost
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -60,6 +60,23 @@ def test_nothing_is_compiled_again_for_another_length_or_setting(model):
     for length, settings in ((3, Sampling(seed=1)), (9, Sampling(temperature=0.5)), (16, Sampling(seed=9)), (40, Sampling()), (2, Sampling())):
         engine.generate([[5] * length], settings, max_new_tokens=length % 4 + 1)
     assert [step._cache_size() for step in (engine._prefill, engine._decode, engine._first)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("length", [10, 40])
+def test_what_is_compiled_before_there_are_weights_is_what_runs(model, caplog, length):
+    """For a prompt of one chunk and one of three, of two sizes."""
+    weights = cost.abstract_weights(model.config, "float32", device=jax.devices()[0])
+    engine, sampling = Engine(GptOss(model.config, weights), prefill_chunk=16, steps_per_dispatch=2), Sampling(temperature=0.5, seed=3)
+    engine.compile(length, 5, sampling)
+    engine.hold(model)
+    with jax.log_compiles():
+        (found,) = engine.generate([[5] * length], sampling, max_new_tokens=5)
+        assert "XLA compilation of jit(_" not in caplog.text
+        engine.generate([[5] * length], GREEDY, max_new_tokens=1)
+        assert "XLA compilation of jit(_first_token)" in caplog.text
+    assert found == Engine(model, prefill_chunk=16, steps_per_dispatch=2).generate([[5] * length], sampling, max_new_tokens=5)[0]
+    with pytest.raises(ValueError, match=r"lm_head.weight: float32\[201, 64\] found, expected float32\[512, 64\]"):
+        engine.hold(GptOss(model.config, dict(model.weights()) | {"lm_head.weight": jnp.zeros((201, 64))}))
 
 
 def test_rows_share_a_chunk(model):

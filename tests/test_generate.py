@@ -146,7 +146,7 @@ def test_ctrl_c_stops_with_what_was_said_so_far():
     said = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and said and "Traceback" not in err and "interrupted" in err
+    assert process.returncode == 130 and said and "Traceback" not in err and "interrupted" in err, err
 
 
 def test_chat_remembers_changes_effort_resets_and_saves(tmp_path):

@@ -7,6 +7,7 @@ ended; the host dispatches the next before it reads the tokens of the one before
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -161,10 +162,10 @@ class Engine:
         """Return (cache of `length` slots, final hidden state of each prompt's last token [B, D]), computed chunk by chunk."""
         batch, longest = len(prompts), max(map(len, prompts))
         cache, hidden = self._empty(batch, length)
-        if longest <= self._chunk(batch, longest):  # else one program serves all chunks
+        chunks = self._chunks(batch, longest)
+        if len(chunks) == 1:  # else one program serves all chunks
             cache = cache._replace(lengths=None)
-        for start in range(0, longest, self._chunk(batch, longest)):
-            chunk = self._chunk(batch, longest - start)
+        for start, chunk in zip(range(0, longest, chunks[0]), chunks):
             tokens = np.zeros((batch, chunk), np.int32)
             counts = np.zeros(batch, np.int32)
             for row, prompt in enumerate(prompts):
@@ -173,9 +174,10 @@ class Engine:
             cache, hidden = self._prefill(self.weights, (cache, hidden), tokens, counts)
         return cache, hidden
 
-    def _chunk(self, batch: int, tokens: int) -> int:
-        """Return how many tokens of each row are computed at once where the longest prompt has `tokens` left."""
-        return max(_SMALLEST_CHUNK, min(_power_of_two(tokens), self.prefill_chunk // batch))
+    def _chunks(self, batch: int, tokens: int) -> list[int]:
+        """Return how many tokens of each row are computed at once, chunk by chunk, where the longest prompt has `tokens`."""
+        most = max(_SMALLEST_CHUNK, self.prefill_chunk // batch)
+        return [max(_SMALLEST_CHUNK, min(_power_of_two(tokens - start), most)) for start in range(0, tokens, most)]
 
     def _place(self, *trees):
         if self.mesh is None:
@@ -238,20 +240,47 @@ class Engine:
 
         The model may hold jax.ShapeDtypeStructs, with shardings of devices that aren't here.
         """
+        (prefill, *_), *_, decode = self._calls(batch, length, length, Sampling(top_k=1))
+        return {name: jitted.lower(*arguments, **static) for name, (jitted, arguments, static) in (("prefill", prefill), ("decode", decode))}
+
+    def compile(self, tokens: int, max_new_tokens: int, sampling: Sampling) -> None:
+        """Compile what `stream` will run for a prompt of so many tokens. The model may hold jax.ShapeDtypeStructs: `hold` then gives the arrays."""
+        length = cache_length(min(tokens + max_new_tokens, self.max_context), self.max_context)
+        prefills, *others = self._calls(1, length, tokens, sampling)
+        calls = [*prefills, *others]
+        with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:  # lowered one after another, which is Python's; compiled beside each other
+            for compiled in [pool.submit(jitted.lower(*arguments, **static).compile) for jitted, arguments, static in calls]:
+                compiled.result()
+
+    def hold(self, model: GptOss) -> None:
+        """Take a model's arrays in place of those that this engine was made with, which its own may have stood for. Raises ValueError for other ones."""
+        model.arrange()
+        arrays = model.arrays()
+        ours, theirs = ({name: f"{array.dtype}{list(array.shape)}" for name, array in named.items()} for named in (self.weights, arrays))
+        for name in sorted(ours | theirs):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(f"{name}: {theirs.get(name, 'nothing')} found, expected {ours.get(name, 'nothing')}")
+        self.weights = arrays
+
+    def _calls(self, batch: int, length: int, tokens: int, sampling: Sampling):
+        """Return [prefill, largest chunk first], empty state, first token, decode for rows of up to `tokens` tokens of prompt over a cache of `length`
+        slots: (function, abstract arguments, static arguments) of each."""
         abstract = jax.ShapeDtypeStruct
         everywhere = self._home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         cache = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
         hidden = abstract((batch, self.config.hidden_size), self.dtype, sharding=everywhere)
-        ids, steps = abstract((batch,), np.int32), abstract((batch,), np.int32)
-        kind, settings = stack([Sampling(top_k=1)] * batch)
+        ids, steps = abstract((batch,), np.int32, sharding=everywhere), abstract((batch,), np.int32)
+        kind, settings = stack([sampling] * batch)
+        chunks = self._chunks(batch, tokens)
+        state = (cache._replace(lengths=None) if len(chunks) == 1 else cache), hidden
+        prefills = [(self._prefill, (self.weights, state, abstract((batch, chunk), np.int32), steps), {}) for chunk in sorted(set(chunks), reverse=True)]
+        first = self._first, (self.weights, hidden, settings, steps), {"kind": kind}
         if self.steps_per_dispatch == 1:
-            decode = self._decode.lower(self.weights, cache, ids, settings, steps, kind=kind)
+            decode = self._decode, (self.weights, cache, ids, settings, steps), {"kind": kind}
         else:
-            rows, one = (ids, abstract((batch,), np.bool)), abstract((), np.int32)
-            decode = self._decode_many.lower(self.weights, cache, rows, settings, one, steps, kind=kind)
-        chunk = self._chunk(batch, length)
-        state = cache if chunk < length else cache._replace(lengths=None), hidden
-        return {"prefill": self._prefill.lower(self.weights, state, abstract((batch, chunk), np.int32), ids), "decode": decode}
+            rows = ids, abstract((batch,), np.bool, sharding=everywhere)
+            decode = self._decode_many, (self.weights, cache, rows, settings, abstract((), np.int32), steps), {"kind": kind}
+        return prefills, (self._empty, (batch, length), {}), first, decode
 
     def _check(self, prompts) -> None:
         for row, prompt in enumerate(prompts):

@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ _SYMBOLS = {"matmul": "GptossMatmul", "attention": "GptossAttention", "write": "
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
 _COMPILERS = ("c++", "g++", "clang++")
 _DIGEST = 32  # bytes of the hash at the end of a built file
+_LOADING = threading.Lock()
 
 log = logging.getLogger("gptoss_jax")
 
@@ -52,9 +54,14 @@ def _loads() -> bool:
     return True
 
 
-@functools.cache
 def load() -> None:
-    """Build, load and register the kernels with XLA. Raises CpuLibraryError."""
+    """Build, load and register the kernels with XLA, once, also where several threads ask. Raises CpuLibraryError."""
+    with _LOADING:
+        _load()
+
+
+@functools.cache
+def _load() -> None:
     register(_PREFIX, build(cache_directory()))
 
 
