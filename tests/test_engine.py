@@ -141,13 +141,15 @@ def test_a_seed_reproduces_its_tokens_in_any_batch(engine):
     assert engine.generate(prompts[:1], Sampling(seed=99, top_p=0.9, top_k=50), max_new_tokens=20)[0].ids != together[0].ids
 
 
-@pytest.mark.parametrize("axes", [dict(expert=4, data=2), dict(data=2, expert=2, fsdp=2)], ids=str)
+@pytest.mark.parametrize("axes", [dict(expert=4, data=2), dict(data=2, expert=2, fsdp=2), dict(context=4, expert=2)], ids=str)
 def test_a_model_loaded_on_a_mesh_generates_the_same_tokens(oracle, axes):
+    """Prompts of unequal lengths in chunks; and one of a single chunk, whose tokens `context` splits."""
     engine = Engine(checkpoint.load(DATA / "tiny_checkpoint", dtype="float32", mesh=sharding.make_mesh(**axes)), prefill_chunk=32)
     assert engine.mesh is not None
     names = ["g150", "g16"]
     completions = engine.generate([oracle[f"{name}.prompt"].tolist() for name in names], GREEDY, max_new_tokens=8)
     assert [c.ids for c in completions] == [oracle[f"{name}.new"].tolist()[:8] for name in names]
+    assert engine.generate([oracle["g16.prompt"].tolist()], GREEDY, max_new_tokens=3)[0].ids == oracle["g16.new"].tolist()[:3]
 
 
 def test_the_context_ends_a_row(model):
