@@ -138,7 +138,14 @@ def test_a_closed_pipe_ends_quietly():
     assert process.wait(60) in (0, 141) and "Traceback" not in err and "Exception ignored" not in err
 
 
-NEVER_STOPS = "import sys; from gptoss_jax import generate; from gptoss_jax.text import tokenizer as t; t.STOP_TOKENS = (); sys.exit(generate.main())"
+NEVER_STOPS = """
+import signal, sys
+from gptoss_jax import generate
+from gptoss_jax.text import tokenizer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+tokenizer.STOP_TOKENS = ()
+sys.exit(generate.main())
+"""
 
 
 def test_ctrl_c_stops_with_what_was_said_so_far():
