@@ -166,7 +166,7 @@ class GptOss(nnx.Module):
             lengths_B = jnp.zeros(len(tokens), jnp.int32) if cache.lengths is None else cache.lengths
             if segment_ids is not None and tokens.shape[1] > 1:  # a chunk's padding is behind its tokens
                 shift_B = -jnp.argmax(segment_ids != 0, axis=1)
-                tokens, segment_ids, positions = (None if x is None else _rolled(x, shift_B) for x in (tokens, segment_ids, positions))
+                tokens, segment_ids, positions = jax.tree.map(lambda x: _roll(x, shift_B), (tokens, segment_ids, positions))
         real = None if segment_ids is None else segment_ids != 0
         if positions is None:
             positions = _positions(tokens.shape, segment_ids, lengths_B)
@@ -194,7 +194,7 @@ class GptOss(nnx.Module):
             cache = cache_lib.Cache(jnp.where(chunk.positions[:, 0] >= 0, chunk.end, lengths_B), tuple(layer_caches))
         x = capture("final_norm", self.norm(x))
         if shift_B is not None:
-            x, capture.values = jax.tree.map(lambda values: _rolled(values, -shift_B), (x, capture.values))
+            x, capture.values = jax.tree.map(lambda values: _roll(values, -shift_B), (x, capture.values))
         return x, cache
 
     def unembed(self, x):
@@ -226,6 +226,9 @@ class GptOss(nnx.Module):
             if value.shape != named[name].shape:
                 raise ValueError(f"{name}: shape {value.shape} found, expected {named[name].shape}")
         return GptOss(self.config, arrangement.exchanged(self.config, self.arrays(), weights), mesh=self.mesh)
+
+
+_roll = jax.vmap(functools.partial(jnp.roll, axis=0))  # each row's tokens by its own shift
 
 
 def _run(layer: Layer, x, rope, tags, cache, chunk, ahead_OD, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, lean: bool, prepare=None):
@@ -262,12 +265,6 @@ def _together(x, arrays):
 
 
 _together.defvjp(lambda x, arrays: ((x, arrays), None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
-
-
-def _rolled(x_BTX, shift_B):
-    """Return each row's tokens moved on by its shift, around the end."""
-    index_BT = (jnp.arange(x_BTX.shape[1]) - shift_B[:, None]) % x_BTX.shape[1]
-    return jnp.take_along_axis(x_BTX, index_BT.reshape(*index_BT.shape, *[1] * (x_BTX.ndim - 2)), axis=1)
 
 
 def _positions(shape, segment_ids, lengths_B):
