@@ -34,8 +34,9 @@ class Plan(NamedTuple):
 
     rows: int  # N: of a tile
     warpgroups: int  # that multiply: a block is this many times 64 outputs
-    groups: int  # of 64 inputs, in a step
-    stages: int
+    groups: int  # of 64 inputs, in a stage
+    stages: int  # of the ring
+    turn: int  # stages that the loop takes at a time
     splits: int  # of the sum over inputs
     blocks: int = SMS  # of the grid
     interpret: object = None  # plgpu.InterpretGPUParams: what can't be interpreted is computed by jnp instead
@@ -66,12 +67,13 @@ def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
     gated, few = isinstance(weight, HopperGateUpWeight), units < SMS
     room = SHARED_BYTES - warpgroups * rows * GROUP * (1 if gated else 4 if few else 2)  # beside the rows that are on their way out
     group = warpgroups * (2048 + 128) + rows * 2 * GROUP
-    groups = next(n for n in (3, 2, 1) if ins % n == 0 and (n == 1 or room // (n * group) >= _FEWEST_STAGES))
-    steps = ins // groups
+    together = next(n for n in (3, 2, 1) if ins % n == 0)  # groups in a turn: of one, products would wait for each other
+    groups = together if room // (together * group) >= _FEWEST_STAGES else 1
+    turns = ins // together
     splits = 1
     if few and not gated:  # fill the grid with parts of sums
-        splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-steps // n))
-    return Plan(rows, warpgroups, groups, min(_MOST_STAGES, room // (groups * group)), splits)
+        splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-turns // n))
+    return Plan(rows, warpgroups, groups, min(_MOST_STAGES, room // (groups * group)), together // groups, splits)
 
 
 def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
@@ -129,7 +131,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
     M = slots or x_MI.shape[0]
     E, outs, ins = weight.scales.shape[:3]
     wgs, groups, N, stages, splits = plan.warpgroups, plan.groups, plan.rows, plan.stages, plan.splits
-    steps, blocks = ins // groups, outs // wgs
+    turns, blocks = ins // (groups * plan.turn), outs // wgs
     out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = Interpreted if plan.interpret else Mosaic
@@ -158,11 +160,11 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
 
         def unit(i):
-            """Return (expert, first row and rows of its tile, block of outputs, part of the sum, its first step, its number of steps) of this
+            """Return (expert, first row and rows of its tile, block of outputs, part of the sum, its first turn, its number of turns) of this
             block's i-th unit, or anything past the last: a unit ahead is looked up, so that its tile isn't waited for."""
             at = block + i * plan.blocks
             (expert, first, rows), part, column = tile_of(at // (blocks * splits)), at // blocks % splits, at % blocks
-            begin, end = part * steps // splits, (part + 1) * steps // splits
+            begin, end = part * turns // splits, (part + 1) * turns // splits
             return expert, first, rows, column, part, begin, jnp.where(expert < E, end - begin, 0)
 
         @pl.when(me == wgs)
@@ -171,31 +173,35 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 hopper_routing.choose_for_one(*table, E, *found, *routing, block == 0)
             plgpu.set_max_registers(plan.registers[0], action="decrease")
 
+            def free(stage):
+                """Wait until the slot of a stage is given back, which happens as the stage after it is begun: before the first, the last slot's."""
+                slot = jax.lax.rem(stage, stages)
+                pl.when(stage >= stages - 1)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                return slot
+
             def copy_unit(i, carry):
                 done, (expert, first, _, column, _, begin, length) = carry
                 following = unit(i + 1)
                 if slots:
                     first = block * 0  # past the end of x, zeros are read
 
-                def copy_step(step, _):
-                    at = done + step
-                    slot = jax.lax.rem(at, stages)
-
-                    @pl.when(at >= stages)
-                    def _():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    outputs, inputs = pl.ds(column * wgs, wgs), pl.ds((begin + step) * groups, groups)
+                def copy_stage(stage, _):
+                    slot = free(done + stage)
+                    at = begin * plan.turn + stage
+                    outputs, inputs = pl.ds(column * wgs, wgs), pl.ds(at * groups, groups)
                     plgpu.copy_gmem_to_smem(words.at[expert, outputs, inputs], words_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(scales.at[expert, outputs, inputs], scales_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(x.at[pl.ds(first * ALIGNMENT, N), pl.ds((begin + step) * groups * GROUP, groups * GROUP)],
+                    plgpu.copy_gmem_to_smem(x.at[pl.ds(first * ALIGNMENT, N), pl.ds(at * groups * GROUP, groups * GROUP)],
                                             x_smem.at[slot], full.at[slot])
                     return _
 
-                jax.lax.fori_loop(0, length, copy_step, None)
-                return done + length, following
+                jax.lax.fori_loop(0, length * plan.turn, copy_stage, None)
+                return done + length * plan.turn, following
 
-            jax.lax.fori_loop(0, mine, copy_unit, (jnp.int32(0), unit(0)))
+            done, _ = jax.lax.fori_loop(0, mine, copy_unit, (jnp.int32(0), unit(0)))
+            last = free(done)
+            for _ in range(3):  # nothing comes in the stage that is looked for while the last one is multiplied
+                plgpu.barrier_arrive(full.at[last])
             if ahead:
                 hopper_ahead.fetch(ahead_refs, block, plan.blocks, expert_smem if chosen else None)
 
@@ -205,29 +211,37 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 plgpu.barrier_wait(ready)
             plgpu.set_max_registers(plan.registers[1], action="increase")
 
+            def load(slot):
+                plgpu.barrier_wait(full.at[slot])
+                return [(words_smem[slot, me, group], scales_smem[slot, me, group]) for group in range(groups)]
+
             def compute_unit(i, carry):
-                done, (expert, first, rows, column, part, _, length) = carry
+                (expert, first, rows, column, part, _, length), ring = carry
                 following = unit(i + 1)
 
                 def accumulate(acc):
-                    def step(step, _):
-                        slot = jax.lax.rem(done + step, stages)
-                        plgpu.barrier_wait(full.at[slot])
-                        loaded = [(words_smem[slot, me, group], scales_smem[slot, me, group]) for group in range(groups)]  # not after a product's wait
-                        for group in range(groups):
-                            ops.multiply(acc, _decode(*loaded[group], ops), x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
-                        ops.finish()  # here, as a product in flight reads registers that the next step writes
-                        plgpu.barrier_arrive(empty.at[slot])
-                        return _
+                    def multiply(_, ring):
+                        before, slot, decoded, loaded = ring
+                        for group in list(range(groups)) * plan.turn:  # while it is multiplied the next one is decoded, in registers of its own
+                            ops.multiply(acc, decoded, x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
+                            if last := group + 1 == groups:
+                                next_slot = jnp.where(slot + 1 == stages, 0, slot + 1)
+                                loaded = load(next_slot)
+                            ops.finish_but_one()
+                            if group == 0:
+                                plgpu.barrier_arrive(empty.at[before])
+                            decoded = _decode(*loaded[(group + 1) % groups], ops)
+                            before, slot = (slot, next_slot) if last else (before, slot)
+                        return before, slot, decoded, loaded
 
-                    jax.lax.fori_loop(0, length, step, None)
-                    return acc[...]
+                    ring_after = jax.lax.fori_loop(0, length, multiply, ring)
+                    return acc[...], ring_after
 
                 # Loaded ahead of the sum, so as not to be waited for. Rows of no expert get no bias, parts of a sum get it once.
                 keep = jnp.where((expert < E) & (part == 0), jnp.float32(1), jnp.float32(0))
                 outputs = bias.at[jnp.minimum(expert, E - 1), pl.ds((column * wgs + me) * GROUP, GROUP)]
                 added = ops.load_bias(outputs, gated).astype(jnp.float32) * keep
-                product = ops.accumulator(accumulate, acc_smem, me, N)
+                product, ring = ops.accumulator(accumulate, acc_smem, me, N)
                 if chosen and tiles.early:
                     product *= power_smem[chosen + 1, 0]
                 if gated:
@@ -239,9 +253,11 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 out_smem.at[me].T[...] = y
                 plgpu.commit_smem()
                 _store_rows(out_smem.at[me], out.at[part, :, pl.ds((column * wgs + me) * each, each)], first, rows, N)
-                return done + length, following
+                return following, ring
 
-            jax.lax.fori_loop(0, mine, compute_unit, (jnp.int32(0), unit(0)))
+            loaded = load(0)
+            ring = jnp.int32(stages - 1), jnp.int32(0), _decode(*loaded[0], ops), loaded
+            jax.lax.fori_loop(0, mine, compute_unit, (unit(0), ring))
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -346,11 +362,10 @@ class Mosaic:
     @staticmethod
     def multiply(acc, decoded, x):
         plgpu.wgmma(acc, decoded, x.T)
-        plgpu.wgmma_wait(1)
 
     @staticmethod
-    def finish():
-        plgpu.wgmma_wait(0)
+    def finish_but_one():
+        plgpu.wgmma_wait(1)
 
     @staticmethod
     def accumulator(accumulate, _, __, rows):
@@ -397,7 +412,7 @@ class Interpreted:
         acc[...] += jnp.dot(decoded.astype(jnp.float32), x[...].T.astype(jnp.float32), precision="highest")
 
     @staticmethod
-    def finish():
+    def finish_but_one():
         pass
 
     @staticmethod
