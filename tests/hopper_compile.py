@@ -151,7 +151,7 @@ def compile_product(shape, rows, outputs, inputs, summed, normed, experts):
 
 
 def report(dump):
-    """Return what ptxas says of the kernel's PTX, and the instructions of its inner loop, the smallest that holds every HGMMA."""
+    """Return what ptxas says of the kernel's PTX, and the instructions of its inner loops that hold HGMMAs: of the longest, and of the costliest."""
     (ptx,), cubin = dump.glob("*.ptx"), dump / "kernel.cubin"
     said = subprocess.run([tool("nvidia", "bin/ptxas"), "-arch=sm_90a", "-v", ptx, "-o", cubin], capture_output=True, text=True, check=True).stderr
     sass = subprocess.run([tool("triton", "bin/cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
@@ -160,16 +160,20 @@ def report(dump):
     multiplies = [i for i, (_, name, _) in enumerate(lines) if name.startswith("HGMMA")]
     jumps = [(index[int(target.group(), 16)], i) for i, (_, name, rest) in enumerate(lines)
              if name.startswith("BRA") and (target := re.search("0x[0-9a-f]+", rest)) and int(target.group(), 16) in index]
-    loops = [end - start + 1 for start, end in jumps if multiplies and start <= multiplies[0] and multiplies[-1] <= end]
+    exits = [i for i, (_, name, _) in enumerate(lines) if name.startswith("EXIT")]  # what is behind them are other waits' repetitions
+    loops = {(start, end): sum(start <= i <= end for i in multiplies) for start, end in jumps if not any(start <= i <= end for i in exits)}
+    loops = {loop: count for loop, count in loops.items() if count}
+    inner = [(end - start + 1, count) for (start, end), count in loops.items()
+             if not any(start <= first and last <= end for first, last in loops if (first, last) != (start, end))]
     found = {"registers_each": int(re.search(r"Used (\d+) registers", said).group(1)),
-            "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
-            "warned": "warning" in said or "wgmma" in said,  # serialized wgmma, setmaxnreg ignored
+             "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
+             "warned": "warning" in said or "wgmma" in said,  # serialized wgmma, setmaxnreg ignored
              "instructions": len(lines),
-            "shared_bytes": max(int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", "".join(p.read_text() for p in dump.glob("*resources*"))) or [0])}
+             "shared_bytes": max(int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", "".join(p.read_text() for p in dump.glob("*resources*"))) or [0])}
     if not multiplies:
         return found
-    return found | {"hgmma": len(multiplies), "loop": min(loops, default=0),  # of one tile there is none
-                    "instructions_per_weight": round(min(loops, default=0) / (len(multiplies) * WEIGHTS_PER_HGMMA), 2)}
+    return found | {"hgmma": len(multiplies), "loops": len(inner), "loop": max((length for length, _ in inner), default=0),  # of one tile there is none
+                    "instructions_per_weight": round(max((length / (count * WEIGHTS_PER_HGMMA) for length, count in inner), default=0), 2)}
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ def test_an_engine_arranges_its_model_and_nothing_is_lost(as_on_a_hopper, tmp_pa
     assert sum(x.nbytes for x in kept.values()) == sum(x.nbytes for x in before.values())
     same_bits(model.weights(), before)
     np.testing.assert_allclose(run(model, tokens), logits, atol=0.05 * logits.std())  # other kernels, rounded to bfloat16 elsewhere
+    again, kept_states = (jax.jit(lambda model, tokens: model.hidden_states(tokens, remat=remat)[0])(model, tokens) for remat in ("layer", "none"))
+    np.testing.assert_allclose(again.astype(jnp.float32), kept_states.astype(jnp.float32), atol=2**-4 * float(kept_states.std()))  # as above
     changed = {f"{layer}self_attn.k_proj.bias": before[f"{layer}self_attn.v_proj.bias"],
                f"{layer}mlp.experts.down_proj_scales": before[f"{layer}mlp.experts.down_proj_scales"] + 1}
     other = model.replace(changed)

@@ -147,3 +147,5 @@ def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
         attention(jnp.zeros((1, 2, 3, 8)), k, v, jnp.zeros(3), **tags)
     with pytest.raises(ValueError, match="'flash', expected 'auto' or one of reference, xla, cpu, cudnn"):
         attention(q, k, v, sinks, **tags, implementation="flash")
+    with pytest.raises(ValueError, match="order 'slot', expected None or one of aligned, slots, ring"):
+        attention(q, k, v, sinks, **tags, order="slot")

@@ -195,9 +195,26 @@ def test_named_it_says_what_is_missing():
                                         (x, weight, {"scale_D": scale.astype(jnp.float32)}, r"in bfloat16.*\(found bfloat16, float32, bfloat16\)"),
                                         (x, weight, {"dtype": jnp.float16}, r"a result in that or float32 \(found bfloat16, float16\)"),
                                         (tall[0], tall[3], {}, r"1 to 8 rows \(found 12\)"),
-                                        (wide[0], wide[3], {}, r"inputs in multiples of 64.*\(found 72 and 8\)")):
+                                        (wide[0], wide[3], {}, r"inputs in multiples of 64.*\(found 72 and 8\)"),
+                                        (jnp.ones((1, 16640), jnp.bfloat16), jnp.ones((8, 16640), jnp.bfloat16), {}, r"few enough.*\(found 16640 and 8\)"),
+                                        (x[:, :64], jnp.ones((8, 128), jnp.bfloat16), {}, r"x of shape \(\d+, 128\) \(found \(\d+, 64\)\)"),
+                                        (x, weight, {"bias_O": jnp.ones(7, jnp.bfloat16)}, r"bias of shape \(\d+,\) \(found \(7,\)\)"),
+                                        (x, weight, {"ahead_OD": jnp.ones((8, 12), jnp.bfloat16)}, r"a next weight in rows of multiples of 8")):
         with needs(match=f"decode_matmul implementation 'mosaic_gpu' needs .*{message}"):
             decode_matmul(x, weight, implementation="mosaic_gpu", **options)
     for outputs, experts, found in ((64, 40, "40 and 64"), (64, 256, "256 and 64"), (72, 32, "32 and 72")):  # nine blocks
         with needs(match=rf"needs up to 224 experts in multiples of 32 and outputs in multiples of 8 blocks, few enough \(found {found}\)"):
             decode_matmul_scored(*scored_arguments(64, outputs, experts, True), implementation="mosaic_gpu")
+
+
+@needs_new_jax
+def test_a_program_that_may_run_the_kernel_has_the_gradients_of_the_several_ops():
+    x, added, scale, weight, bias, _ = arguments(2, 64, 8, ("added", "scale", "bias"))
+
+    def loss(for_hopper, *trained):
+        x, added, scale, weight, bias = trained
+        return decode_matmul(x, weight, bias, added_TD=added, scale_D=scale, for_hopper=for_hopper)[0].astype(jnp.float32).sum()
+
+    ours, expected = (jax.grad(functools.partial(loss, kind), argnums=(0, 1, 2, 3, 4))(x, added, scale, weight, bias) for kind in (True, False))
+    for found, wanted in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)

@@ -67,6 +67,7 @@ def test_threads_that_wait_for_too_few_are_found_out():
 @pytest.mark.parametrize("kind,outputs,inputs,sizes", [
     (HopperGateUpWeight, 128, 192, (5, 0, 9)), (HopperWeight, 128, 576, (5, 0, 9)),  # the second sums in parts
     (HopperWeight, 64, 64, (0, 137)), (HopperGateUpWeight, 192, 320, (1, 0, 130, 3, 7)),  # 7 rows are nobody's
+    (HopperGateUpWeight, 64, 704, (2, 161)),  # more steps than the ring has stages, tiles of both heights
 ])
 def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
     from hopper_machine import on_machine

@@ -52,7 +52,11 @@ def test_routing_equals_sorting_and_gives_each_row_a_slot_in_a_tile_of_its_exper
 
 
 def test_what_the_kernel_has_no_room_for_is_left_to_others():
-    from gptoss_jax.kernels.expert_matmul import hopper_routing
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_routing
+
+    for tokens, experts, count in np.ndindex(129, 33, 9):  # tiles are of a power of two of rows
+        if tokens and experts and count and hopper_routing.takes(tokens, experts, count):
+            assert hopper_kernel.tile_rows(tokens * count, experts).bit_count() == 1
 
     assert hopper_routing.takes(128, 256, 4) and hopper_routing.takes(1, 4, 4)
     assert not hopper_routing.takes(129, 128, 1) and not hopper_routing.takes(128, 128, 5) and not hopper_routing.takes(1, 257, 4)

@@ -91,6 +91,8 @@ GROUPS = {
     "one expert owns all rows, several tiles": ([0, 0, 45, 0], 45, {"limit": 0.5, "alpha": 3.0}),
     "one row": ([0, 0, 1, 0], 1, {}),
     "no rows of ours": ([0, 0, 0, 0], 3, {}),
+    "more steps than the ring has stages": ([2, 0, 0, 3], 5, {"inputs": 64 * 11}),
+    "tiles of both heights": ([3, 0, 72 + 152, 73], 300, {"inputs": 64}),
 }
 
 
@@ -101,9 +103,10 @@ def test_interpreted_with_race_detection_it_equals_the_reference(groups, gated):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     sizes, rows, constants = GROUPS[groups]
-    random = np.random.default_rng(1)
-    weight = packed(4, 192 if gated else 128, 192)
-    x = jnp.asarray(random.standard_normal((rows, 192)), jnp.bfloat16)
+    random, constants = np.random.default_rng(1), dict(constants)
+    inputs = constants.pop("inputs", 192)
+    weight = packed(4, 192 if gated else 128, inputs)
+    x = jnp.asarray(random.standard_normal((rows, inputs)), jnp.bfloat16)
     bias = jnp.asarray(random.standard_normal((4, weight.scales.shape[1])), jnp.bfloat16 if gated else jnp.float32)
     arguments = x, weight, bias, jnp.asarray(sizes, jnp.int32)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
@@ -115,7 +118,7 @@ def test_interpreted_with_race_detection_it_equals_the_reference(groups, gated):
     else:
         out = mosaic_gpu.expert_matmul(*arguments, interpret=interpret)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-8, atol=2e-4)  # one rounding, at the end; sums of 192 products
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-8, atol=inputs * 1e-6)  # one rounding, at the end; sums of products
     assert not np.asarray(out[sum(sizes):].astype(jnp.float32)).any()
 
 
@@ -130,7 +133,7 @@ def test_every_unit_of_the_grid_is_planned_within_a_hoppers_limits(kind):
             weight = kind(jax.ShapeDtypeStruct((*groups, 4, 128), jnp.uint32), jax.ShapeDtypeStruct((*groups, 32), jnp.uint32))
             for rows in (8, 32, 64, 512, 4096, 65536):
                 plan = hopper_kernel.plan(rows, weight)
-                assert plan.rows % 8 == 0 and plan.rows <= 160 and plan.stages >= 4
+                assert not any(height % 8 for height in plan.heights) and plan.rows <= 152 and plan.stages >= 4
                 assert groups[1] % plan.warpgroups == 0 and groups[2] % plan.groups == 0
                 copying, multiplying = plan.registers
                 assert 128 * (copying + plan.warpgroups * multiplying) <= 65536
@@ -273,7 +276,8 @@ def test_named_it_says_what_is_missing(monkeypatch):
         return
     for arguments, message in (((x, weight), r"a Hopper GPU \(found cpu\)"), ((x.astype(jnp.float32), weight), r"rows in bfloat16 \(found float32\)"),
                                ((x, jnp.ones((2, 64, 64))), r"a packed weight \(found a dense one, float32\)"),
-                               ((x, packed(2, 32, 64)), r"dims that divide by 64 \(found 32 outputs"),
+                               ((x, packed(2, 64, 32)), r"rows, a weight and a bias that fit together \(found \(4, 64\), \(2, 64, 32\), \(2, 64\)\)"),
+                               ((x[:, :32], packed(2, 64, 32)), r"dims that divide by 64 \(found 64 outputs, 32 inputs"),
                                ((x, hopper_layout.pack(weight, HopperGateUpWeight)), "a HopperWeight")):
         with pytest.raises(ValueError, match=f"expert_matmul implementation 'mosaic_gpu' needs {message}"):
             op.expert_matmul(*arguments, bias, sizes, implementation="mosaic_gpu")
@@ -299,6 +303,7 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
         if report["op"] == "decode_attention":
             # Two blocks fit a multiprocessor. 16 HGMMA a tile of 128 keys; 393 instructions when written, which take a quarter of its bytes' time.
             assert report["hgmma"] == 16 and 0 < report["shared_bytes"] <= 113_000 and report["registers_each"] <= 128 and report["loop"] <= 420, report
+            assert report["loops"] == (report["slots"] > 128), report
             assert report["alias"] == report["cache"] and report["temp"] < 1.5e6, report  # written where it lies
             continue
         if report["op"] == "routing":
@@ -306,10 +311,11 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
             continue
         if report["op"] == "product":
             # 165 to 206 instructions a step of 3 or 4 groups of inputs when written.
-            assert report["hgmma"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448 and report["loop"] <= 215, report
+            assert report["hgmma"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448 and 0 < report["loop"] <= 215, report
             assert report["registers_each"] * 128 * 4 <= 65536, report
             continue
-        assert report["hgmma"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448, report
-        assert report["registers_each"] * 128 * (report["warpgroups"] + 1) <= 65536, report
-        # 2.54 and 3.03 when written: everything in the loop, over the weights it decodes.
-        assert report["instructions_per_weight"] <= {3: 2.6, 1: 3.2}[report["groups"]], report
+        # For each height a loop over a step of three groups, or over two steps of one and an odd one behind it.
+        assert report["loops"] == len(report["heights"]) and report["hgmma"] == 12 * report["loops"], report
+        assert 0 < report["shared_bytes"] <= 232448 and report["registers_each"] * 128 * (report["warpgroups"] + 1) <= 65536, report
+        # 2.62 and 3.08 when written: everything in a loop, over the weights it decodes.
+        assert 0 < report["instructions_per_weight"] <= {3: 2.7, 1: 3.2}[report["groups"]], report

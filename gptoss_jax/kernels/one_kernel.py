@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -24,9 +25,16 @@ def one_kernel_or_several(op: str, implementation: str, requirement: str | None,
     if implementation == "mosaic_gpu":
         if requirement:
             raise ValueError(f"{op} implementation 'mosaic_gpu' needs {requirement}")
-        return kernel(*arrays)
+        return _differentiable(kernel, several)(*arrays)
     if here:
         say_once(f"{op}: mosaic_gpu" if requirement is None else f"{op}: several kernels, as mosaic_gpu needs {requirement}")
     if requirement or not (here or for_hopper):
         return several(*arrays)
-    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=several)
+    return _differentiable(functools.partial(jax.lax.platform_dependent, cuda=kernel, default=several), several)(*arrays)
+
+
+def _differentiable(run: Callable, several: Callable) -> Callable:
+    """Return `run` with the gradients of `several`, as kernels have none."""
+    run_or_differentiate = jax.custom_vjp(run)
+    run_or_differentiate.defvjp(lambda *arrays: (run(*arrays), arrays), lambda arrays, gradients: jax.vjp(several, *arrays)[1](gradients))
+    return run_or_differentiate

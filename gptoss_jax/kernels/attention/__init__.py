@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import typing
 from typing import Literal
 
 import jax
@@ -33,6 +34,8 @@ def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_se
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"attention implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
+    if order not in (None, *typing.get_args(Order)):
+        raise ValueError(f"attention: order {order!r}, expected None or one of {', '.join(typing.get_args(Order))}")
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
         raise ValueError(f"attention: {q_BTNH.shape[2]} query heads and {k_BSKH.shape[2]} key-value heads found, expected the first to be a multiple")
     tags = dict(q_positions=q_positions, k_positions=k_positions, q_segments=q_segments, k_segments=k_segments)

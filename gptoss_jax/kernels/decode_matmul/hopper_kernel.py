@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 def plan(rows: int, outputs: int, inputs: int, summing: bool = False, experts: int = 0) -> Plan | None:
     """Choose a block's outputs, step and ring, None where there are none. summing: whether there are two arrays of rows; experts: of the router."""
     each = next((n for n in range(8, 257, 8) if outputs % n == 0 and outputs // n <= SMS), None)
-    if each is None or inputs % GROUP:
+    if each is None or inputs % GROUP or inputs > 252 * GROUP:  # a TMA copy takes up to 256 groups, here whole steps
         return None
 
     def stages(held, groups):
@@ -139,6 +139,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
                 plgpu.barrier_wait(full.at[slot])
                 for group in range(groups):
                     ops.multiply(acc, _repeated(operand(step * groups + group), plan), weight_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
+                    ops.finish(but=1)
                 ops.finish()  # here, as a product in flight reads registers that the next step may write
 
                 @pl.when(step + stages < steps)

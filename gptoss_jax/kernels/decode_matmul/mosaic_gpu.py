@@ -23,11 +23,16 @@ def unmet(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, dtype) -> str | 
         return f"arrays in bfloat16, a result in that or float32 (found {', '.join(sorted(found))}, {jnp.dtype(dtype)})"
     from gptoss_jax.kernels.decode_matmul import hopper_kernel
 
+    outputs, inputs = weight_OD.shape
+    rows = x_TD.shape[0], inputs
+    if requirement := _other_shape(("x", x_TD, rows), ("added", added_TD, rows), ("scale", scale_D, (inputs,)), ("bias", bias_O, (outputs,))):
+        return requirement
+    if ahead_OD is not None and ahead_OD.shape[1] % 8:
+        return f"a next weight in rows of multiples of 8 (found {ahead_OD.shape})"
     if not 1 <= x_TD.shape[0] <= hopper_kernel.ROWS:  # of 16, XLA's products were up to twice as fast on an H200
         return f"1 to {hopper_kernel.ROWS} rows (found {x_TD.shape[0]})"
     if hopper_kernel.plan(x_TD.shape[0], *weight_OD.shape, added_TD is not None):
         return None
-    outputs, inputs = weight_OD.shape
     return f"inputs in multiples of 64, few enough, and outputs that {hopper_kernel.SMS} blocks share in multiples of 8 (found {inputs} and {outputs})"
 
 
@@ -54,14 +59,23 @@ def run(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, *, epsilon: float,
 
 def unmet_scored(x_TD, weight_OD, bias_O, residual_TO, scale_O, router_EO) -> str | None:
     """Return what `unmet` does, of `reference.decode_matmul_scored`."""
-    if requirement := unmet(x_TD, residual_TO, scale_O, weight_OD, bias_O, router_EO, x_TD.dtype):
+    if requirement := unmet(x_TD, None, None, weight_OD, bias_O, router_EO, x_TD.dtype):
         return requirement
     if x_TD.shape[0] != 1:
         return f"one row (found {x_TD.shape[0]})"
-    E, plan = router_EO.shape[0], _plan_scored(weight_OD, router_EO)
-    if E % FACTORS == 0 and E < 256 and plan and plan.rows == 1 and weight_OD.shape[0] // plan.outputs % 8 == 0:  # with the factor 256, as TMA takes
+    if not residual_TO.dtype == scale_O.dtype == jnp.bfloat16:
+        return f"a residual and a scale in bfloat16 (found {residual_TO.dtype} and {scale_O.dtype})"
+    E, outputs, plan = router_EO.shape[0], weight_OD.shape[0], _plan_scored(weight_OD, router_EO)
+    if requirement := _other_shape(("residual", residual_TO, (1, outputs)), ("scale", scale_O, (outputs,)), ("router", router_EO, (E, outputs))):
+        return requirement
+    if E % FACTORS == 0 and E < 256 and plan and plan.rows == 1 and outputs // plan.outputs % 8 == 0:  # with the factor 256, as TMA takes
         return None
-    return f"up to {256 - FACTORS} experts in multiples of {FACTORS} and outputs in multiples of 8 blocks, few enough (found {E} and {weight_OD.shape[0]})"
+    return f"up to {256 - FACTORS} experts in multiples of {FACTORS} and outputs in multiples of 8 blocks, few enough (found {E} and {outputs})"
+
+
+def _other_shape(*expected) -> str | None:
+    """Return which of (name, array or None, shape) is of another shape, the first, None if none is."""
+    return next((f"{name} of shape {shape} (found {array.shape})" for name, array, shape in expected if array is not None and array.shape != shape), None)
 
 
 def parts(weight_OD, router_EO) -> int:

@@ -1,9 +1,9 @@
 """Expert matmul for NVIDIA Hopper GPUs in Pallas Mosaic GPU: packed weights by TMA, decoded in registers, multiplied by wgmma.
 
 The weights are wgmma's operand A, from registers, and the rows its N side, so that one kernel serves decode (8 rows of an expert) and prefill
-(128). A persistent grid walks over units: a tile of at most N rows of one expert, times a block of outputs, times a part of the sum. One
+(152). A persistent grid walks over units: a tile of at most N rows of one expert, times a column of outputs, times a part of the sum. One
 warpgroup copies the next steps' words, scales and rows into a ring of stages, ahead of unit boundaries too; each of the others decodes and
-multiplies 64 outputs.
+multiplies 64 outputs, and decodes the next inputs while these are multiplied.
 """
 
 from __future__ import annotations
@@ -26,54 +26,58 @@ from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, Hop
 SMS = 132  # of an H100 or H200 (SXM)
 SHARED_BYTES = 232448 - 4096  # of a block, less barriers and what the compiler takes
 _FEWEST_STAGES, _MOST_STAGES = 4, 8
-_MOST_ROWS = 160  # of a tile: what the registers of three warpgroups hold
+_MOST_ROWS = 152  # of a tile: what the registers of three warpgroups hold, by ptxas's reckoning beside half as many
 
 
 class Plan(NamedTuple):
     """What is fixed when the kernel is compiled; tests also set the last two."""
 
-    rows: int  # N: of a tile
+    heights: tuple[int, ...]  # N: of how many rows a tile's product may be, ascending, so that one of few rows takes less time
     warpgroups: int  # that multiply: a block is this many times 64 outputs
     groups: int  # of 64 inputs, in a stage
     stages: int  # of the ring
-    turn: int  # stages that the loop takes at a time
     splits: int  # of the sum over inputs
     blocks: int = SMS  # of the grid
     interpret: object = None  # plgpu.InterpretGPUParams: what can't be interpreted is computed by jnp instead
 
     @property
+    def rows(self) -> int:
+        """Of a tile, at most."""
+        return self.heights[-1]
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that copies and of one that multiplies: together no more than the block got at launch."""
-        each = 65536 // (128 * (self.warpgroups + 1)) // 8 * 8
-        return 40, min(240, each + (each - 40) // self.warpgroups // 8 * 8)
+        each, copying = 65536 // (128 * (self.warpgroups + 1)) // 8 * 8, 40 if len(self.heights) == 1 else 24  # which has experts to choose, too
+        return copying, min(240, (each * (self.warpgroups + 1) - copying) // self.warpgroups // 8 * 8)
 
 
 def tile_rows(num_rows: int, experts: int) -> int:
-    """Return N for so many rows. Few: twice the mean, so that most experts' rows fit one tile. Many: what leaves the fewest rows of tiles empty."""
+    """Return N for so many rows: twice the mean, so that most experts' rows fit one tile, as far as that goes."""
     mean = -(-num_rows // experts)
-    if mean <= 64:
-        return max(ALIGNMENT, 1 << (2 * mean - 1).bit_length())
-    likely = mean + 2 * mean**0.5  # rows of an expert, at most, if tokens choose evenly
-    return min(range(_MOST_ROWS, 64, -ALIGNMENT), key=lambda rows: -(-likely // rows) * (rows + 2 * ALIGNMENT))  # a tile's own cost beside its rows'
+    return min(max(ALIGNMENT, 1 << (2 * mean - 1).bit_length()), _MOST_ROWS)
 
 
 def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
     """Choose tile, step, ring and split for `num_rows` rows over all experts. rows: of each tile, where all have as many."""
     E, outs, ins = weight.scales.shape[:3]
     most = num_rows // rows if rows else None
-    rows = rows or min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
+    if rows:
+        heights = (rows,)
+    else:
+        rows = min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
+        heights = (*{half for half in (rows // 2 // ALIGNMENT * ALIGNMENT,) if half}, rows)
     warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
     units = (most or _most_tiles(num_rows, E, rows)) * (outs // warpgroups)
     gated, few = isinstance(weight, HopperGateUpWeight), units < SMS
     room = SHARED_BYTES - warpgroups * rows * GROUP * (1 if gated else 4 if few else 2)  # beside the rows that are on their way out
     group = warpgroups * (2048 + 128) + rows * 2 * GROUP
-    together = next(n for n in (3, 2, 1) if ins % n == 0)  # groups in a turn: of one, products would wait for each other
-    groups = together if room // (together * group) >= _FEWEST_STAGES else 1
-    turns = ins // together
+    groups = next(n for n in (3, 2, 1) if ins % n == 0 and (n == 1 or room // (n * group) >= _FEWEST_STAGES))
+    steps = ins // groups
     splits = 1
     if few and not gated:  # fill the grid with parts of sums
-        splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-turns // n))
-    return Plan(rows, warpgroups, groups, min(_MOST_STAGES, room // (groups * group)), together // groups, splits)
+        splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-steps // n))
+    return Plan(heights, warpgroups, groups, min(_MOST_STAGES, room // (groups * group)), splits)
 
 
 def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
@@ -117,7 +121,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT or a multiple.
-    tiles: Tiles; or a Router that knows no unreal tokens, for the one row of x, a multiple of 8 experts, and a tile for each of the
+    tiles: Tiles; or a Router that knows no unreal tokens, for the one row of x, a multiple of 8 experts (32 with EarlyScores), and a tile for each of the
     slots // plan.rows that are chosen: each block chooses for itself, and two arrays come after the result, expert int32 and weight float32 [tiles],
     by descending score; expert E is not here, or of a NaN. With EarlyScores, whose rows x then is, the products get their factor.
     ahead: what the next kernel reads, fetched to the L2 cache on the way: a dense weight [outputs, inputs]; with a Router, a HopperWeight of
@@ -131,7 +135,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
     M = slots or x_MI.shape[0]
     E, outs, ins = weight.scales.shape[:3]
     wgs, groups, N, stages, splits = plan.warpgroups, plan.groups, plan.rows, plan.stages, plan.splits
-    turns, blocks = ins // (groups * plan.turn), outs // wgs
+    steps, columns = ins // groups, outs // wgs
     out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = Interpreted if plan.interpret else Mosaic
@@ -156,15 +160,20 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
             last = jnp.minimum(tile, count - 1)
             return expert_smem[last, 0] if chosen else table[0][last], tile * (N // ALIGNMENT), N // ALIGNMENT
 
-        units = count * (blocks * splits)
+        def by_height(rows, run, *operands):
+            """Return run(height, *operands) of the least height that so many rows, in ALIGNMENTs, fit."""
+            runs = [functools.partial(run, height) for height in plan.heights]
+            return jax.lax.cond(rows * ALIGNMENT > plan.heights[0], *reversed(runs), *operands) if len(runs) > 1 else runs[0](*operands)
+
+        units = count * (columns * splits)
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
 
         def unit(i):
-            """Return (expert, first row and rows of its tile, block of outputs, part of the sum, its first turn, its number of turns) of this
+            """Return (expert, first row and rows of its tile, column of outputs, part of the sum, its first step, its number of steps) of this
             block's i-th unit, or anything past the last: a unit ahead is looked up, so that its tile isn't waited for."""
             at = block + i * plan.blocks
-            (expert, first, rows), part, column = tile_of(at // (blocks * splits)), at // blocks % splits, at % blocks
-            begin, end = part * turns // splits, (part + 1) * turns // splits
+            (expert, first, rows), part, column = tile_of(at // (columns * splits)), at // columns % splits, at % columns
+            begin, end = part * steps // splits, (part + 1) * steps // splits
             return expert, first, rows, column, part, begin, jnp.where(expert < E, end - begin, 0)
 
         @pl.when(me == wgs)
@@ -173,37 +182,43 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 hopper_routing.choose_for_one(*table, E, *found, *routing, block == 0)
             plgpu.set_max_registers(plan.registers[0], action="decrease")
 
-            def free(stage):
-                """Wait until the slot of a stage is given back, which happens as the stage after it is begun: before the first, the last slot's."""
-                slot = jax.lax.rem(stage, stages)
-                pl.when(stage >= stages - 1)(lambda: plgpu.barrier_wait(empty.at[slot]))
+            def free(step):
+                """Return a step's slot, when it is given back, which happens as the step after it begins: before the first, the last slot's."""
+                slot = jax.lax.rem(step, stages)
+
+                @pl.when(step >= stages - 1)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+                    plgpu.commit_smem()  # it was read otherwise than copies write
+
                 return slot
 
             def copy_unit(i, carry):
-                done, (expert, first, _, column, _, begin, length) = carry
+                done, (expert, first, rows, column, _, begin, length) = carry
                 following = unit(i + 1)
                 if slots:
                     first = block * 0  # past the end of x, zeros are read
 
-                def copy_stage(stage, _):
-                    slot = free(done + stage)
-                    at = begin * plan.turn + stage
+                def copy_step(step, _):
+                    slot, at = free(done + step), begin + step
                     outputs, inputs = pl.ds(column * wgs, wgs), pl.ds(at * groups, groups)
                     plgpu.copy_gmem_to_smem(words.at[expert, outputs, inputs], words_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(scales.at[expert, outputs, inputs], scales_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(x.at[pl.ds(first * ALIGNMENT, N), pl.ds(at * groups * GROUP, groups * GROUP)],
-                                            x_smem.at[slot], full.at[slot])
+                    by_height(rows, lambda height: plgpu.copy_gmem_to_smem(
+                        x.at[pl.ds(first * ALIGNMENT, height), pl.ds(at * groups * GROUP, groups * GROUP)],
+                        x_smem.at[slot, pl.ds(0, height)], full.at[slot]))
                     return _
 
-                jax.lax.fori_loop(0, length * plan.turn, copy_stage, None)
-                return done + length * plan.turn, following
+                jax.lax.fori_loop(0, length, copy_step, None)
+                return done + length, following
 
             done, _ = jax.lax.fori_loop(0, mine, copy_unit, (jnp.int32(0), unit(0)))
             last = free(done)
-            for _ in range(3):  # nothing comes in the stage that is looked for while the last one is multiplied
+            for _ in range(3):  # nothing comes in the step that is looked for while the last one is multiplied
                 plgpu.barrier_arrive(full.at[last])
             if ahead:
                 hopper_ahead.fetch(ahead_refs, block, plan.blocks, expert_smem if chosen else None)
+            jax.lax.fori_loop(done + 1, done + stages - 1, lambda step, _: free(step), 0)  # a barrier isn't left while others arrive
 
         @pl.when(me < wgs)
         def _multiply():
@@ -219,45 +234,54 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 (expert, first, rows, column, part, _, length), ring = carry
                 following = unit(i + 1)
 
-                def accumulate(acc):
-                    def multiply(_, ring):
-                        before, slot, decoded, loaded = ring
-                        for group in list(range(groups)) * plan.turn:  # while it is multiplied the next one is decoded, in registers of its own
-                            ops.multiply(acc, decoded, x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
-                            if last := group + 1 == groups:
-                                next_slot = jnp.where(slot + 1 == stages, 0, slot + 1)
-                                loaded = load(next_slot)
-                            ops.finish_but_one()
-                            if group == 0:
-                                plgpu.barrier_arrive(empty.at[before])
-                            decoded = _decode(*loaded[(group + 1) % groups], ops)
-                            before, slot = (slot, next_slot) if last else (before, slot)
-                        return before, slot, decoded, loaded
-
-                    ring_after = jax.lax.fori_loop(0, length, multiply, ring)
-                    return acc[...], ring_after
-
                 # Loaded ahead of the sum, so as not to be waited for. Rows of no expert get no bias, parts of a sum get it once.
                 keep = jnp.where((expert < E) & (part == 0), jnp.float32(1), jnp.float32(0))
                 outputs = bias.at[jnp.minimum(expert, E - 1), pl.ds((column * wgs + me) * GROUP, GROUP)]
                 added = ops.load_bias(outputs, gated).astype(jnp.float32) * keep
-                product, ring = ops.accumulator(accumulate, acc_smem, me, N)
-                if chosen and tiles.early:
-                    product *= power_smem[chosen + 1, 0]
-                if gated:
-                    y = _swiglu(*ops.halves(product, added), limit, alpha).astype(out_dtype)
-                else:
-                    y = product + _across(added, N)
-                    y = y.astype(out_dtype) if splits == 1 else plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_smem.at[me].T[...] = y
+
+                def compute(height, ring):
+                    def accumulate(acc):
+                        def step(state):
+                            before, slot, decoded, loaded = state
+                            following = jnp.where(slot + 1 == stages, 0, slot + 1)
+                            for group in range(groups):  # while it is multiplied the next one is decoded, in registers of its own
+                                ops.multiply(acc, decoded, x_smem.at[slot, pl.ds(0, height), pl.ds(group * GROUP, GROUP)])
+                                if group + 1 == groups:
+                                    loaded = load(following)
+                                ops.finish(but=1)
+                                if group == 0:
+                                    plgpu.barrier_arrive(empty.at[before])
+                                decoded = _decode(*loaded[(group + 1) % groups], ops)
+                            return slot, following, decoded, loaded
+
+                        before, slot, loaded = ring
+                        state = before, slot, _decode(*loaded[0], ops), loaded
+                        if groups > 1:
+                            state = jax.lax.fori_loop(0, length, lambda _, state: step(state), state)
+                        else:  # two by two, as registers that a product reads can't be the next one's
+                            state = jax.lax.fori_loop(0, length // 2, lambda _, state: step(step(state)), state)
+                            state = jax.lax.cond(length % 2 == 1, step, lambda state: state, state)
+                        before, slot, _, loaded = state
+                        return acc[...], (before, slot, loaded)
+
+                    product, ring = ops.accumulator(accumulate, acc_smem, me, height)
+                    if chosen and tiles.early:
+                        product *= power_smem[chosen + 1, 0]
+                    if gated:
+                        y = _swiglu(*ops.halves(product, added), limit, alpha).astype(out_dtype)
+                    else:
+                        y = product + _across(added, height)
+                        y = y.astype(out_dtype) if splits == 1 else plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_smem.at[me, pl.ds(0, height)].T[...] = y
+                    return ring
+
+                ring = by_height(rows, compute, ring)
                 plgpu.commit_smem()
                 _store_rows(out_smem.at[me], out.at[part, :, pl.ds((column * wgs + me) * each, each)], first, rows, N)
                 return following, ring
 
-            loaded = load(0)
-            ring = jnp.int32(stages - 1), jnp.int32(0), _decode(*loaded[0], ops), loaded
-            jax.lax.fori_loop(0, mine, compute_unit, (unit(0), ring))
+            jax.lax.fori_loop(0, mine, compute_unit, (unit(0), (jnp.int32(stages - 1), jnp.int32(0), load(0))))
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -364,8 +388,9 @@ class Mosaic:
         plgpu.wgmma(acc, decoded, x.T)
 
     @staticmethod
-    def finish_but_one():
-        plgpu.wgmma_wait(1)
+    def finish(but=0):
+        """Wait for the products that were begun, but for so many of the last."""
+        plgpu.wgmma_wait(but)
 
     @staticmethod
     def accumulator(accumulate, _, __, rows):
@@ -412,10 +437,11 @@ class Interpreted:
         acc[...] += jnp.dot(decoded.astype(jnp.float32), x[...].T.astype(jnp.float32), precision="highest")
 
     @staticmethod
-    def finish_but_one():
+    def finish(but=0):
         pass
 
     @staticmethod
-    def accumulator(accumulate, acc_smem, me, _):
-        acc_smem[me] = jnp.zeros(acc_smem.shape[1:], jnp.float32)
-        return accumulate(acc_smem.at[me])
+    def accumulator(accumulate, acc_smem, me, rows):
+        acc = acc_smem.at[me, :, pl.ds(0, rows)]
+        acc[...] = jnp.zeros((GROUP, rows), jnp.float32)
+        return accumulate(acc)

@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import COLUMN, EIGHT_ROWS, MATRIX, Tiles
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT
-from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
 MOST_TOKENS, MOST_PAIRS, MOST_EXPERTS = 128, 512, 256  # what a block's registers hold, what a key has bits for, and what a TMA copy takes
 _TOKENS = 32  # of a warpgroup
@@ -41,8 +40,8 @@ class Routing(NamedTuple):
 
 
 def takes(tokens: int, experts: int, count: int) -> bool:
-    """Return whether `route` takes so many tokens, experts and choices of a token."""
-    return tokens <= MOST_TOKENS and tokens * count <= MOST_PAIRS and experts <= MOST_EXPERTS
+    """Return whether `route` takes so many tokens, experts and choices of a token, in tiles of as many rows as `tile_rows` says."""
+    return tokens <= MOST_TOKENS and tokens * count <= min(MOST_PAIRS, 64 * experts) and experts <= MOST_EXPERTS  # tiles of 128 rows and fewer
 
 
 def most_tiles(pairs: int, experts: int, rows: int) -> int:
@@ -54,7 +53,7 @@ def most_tiles(pairs: int, experts: int, rows: int) -> int:
 def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: int, interpret=None) -> Routing:
     """Choose `count` experts of each token by scores + bias: float32 [T, E], float32 or bfloat16 [E].
 
-    real: bool [T], or None: all are. first: int32 [1], of the `experts` that are here.
+    real: bool [T], or None: all are. first: int32 [1], of the `experts` that are here. rows: a power of two, of ALIGNMENT or more.
     The lower of equals comes first; -inf counts as the lowest number. A token with a NaN goes to no expert, index E, and its weights are NaN.
     """
     (T, E), A = scores_TE.shape, count

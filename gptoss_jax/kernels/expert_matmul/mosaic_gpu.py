@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptoss_jax import mxfp4
 from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
-from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, HopperGateUpWeight, HopperWeight
+from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
 OLDEST_JAX = (0, 11, 2)
@@ -69,15 +70,21 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, interpret=None):
 
 def require(name, x, weight, bias_EO, interpret=None) -> None:
     """Raise ValueError naming what isn't met."""
-    if requirement := unmet(x, weight, bias_EO) or (None if interpret else device_unmet()):
+    requirement = unmet(x, weight, bias_EO)
+    if requirement is None:
+        E, outputs, inputs = weight.scales.shape[:3]
+        packed = isinstance(weight, Mxfp4Weight)
+        outputs, inputs = (outputs, inputs * mxfp4.BLOCK) if packed else (outputs * GROUP, inputs * GROUP)
+        if x.shape[1] != inputs or bias_EO.shape != (E, outputs):
+            requirement = f"rows, a weight and a bias that fit together (found {x.shape}, {(E, outputs, inputs)}, {bias_EO.shape})"
+    if requirement := requirement or (None if interpret else device_unmet()):
         raise ValueError(f"{name} implementation 'mosaic_gpu' needs {requirement}")
 
 
-def run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned=False, interpret=None, **constants):
+def run(x_MI, weight, bias_EO, group_sizes_E, kind, interpret=None, **constants):
     """Do what `expert_matmul` does, and clamped SwiGLU after it for kind HopperGateUpWeight, which is rounded once, without a look at the device.
 
-    aligned: a promise that all group sizes and M are multiples of ALIGNMENT, else rows are moved apart first and back after. constants: SwiGLU's
-    limit and alpha.
+    constants: SwiGLU's limit and alpha.
     """
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
@@ -85,15 +92,14 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, aligned=False, interpret=Non
         weight = hopper_layout.pack(weight, kind)
     if not x_MI.shape[0]:
         return jnp.zeros((0, bias_EO.shape[1] // (2 if kind is HopperGateUpWeight else 1)), x_MI.dtype)
-    if not aligned:
-        row_S, slot_M, group_sizes_E = align(group_sizes_E, x_MI.shape[0])
-        x_MI = x_MI[row_S]
+    row_S, slot_M, group_sizes_E = align(group_sizes_E, x_MI.shape[0])
+    x_MI = x_MI[row_S]
     plan = planned(x_MI.shape[0], weight, interpret)
     tiles = hopper_kernel.tiles(group_sizes_E, x_MI.shape[0], plan.rows)
     out = hopper_kernel.matmul(x_MI, weight, bias_EO, tiles, plan, **constants)
     if plan.splits > 1:
         out = out.sum(axis=0).astype(x_MI.dtype)
-    return out if aligned else out[slot_M]
+    return out[slot_M]
 
 
 def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, router, ahead_OD, limit, alpha, interpret=None):
@@ -104,6 +110,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_routing
 
     (T, A), E = expert_TA.shape, gate_up_bias.shape[0]
+    all_experts = router.scores.shape[1] if router else E  # of which a mesh has some here
     matmul = functools.partial(hopper_kernel.matmul, bias_EO=gate_up_bias, limit=limit, alpha=alpha)
     routed = router is not None and hopper_routing.takes(*router.scores.shape, A)
     if routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0:
@@ -114,7 +121,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         tiles = hopper_kernel.Tiles(expert_A)
     else:
         if routed:
-            rows = hopper_kernel.tile_rows(T * A, E)
+            rows = hopper_kernel.tile_rows(T * A, all_experts)
             _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router[:4], count=A, experts=E, rows=rows, interpret=interpret)
             slots = hopper_routing.most_tiles(T * A, E, rows) * rows
             if token_S is not None:
@@ -124,10 +131,13 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         else:
             order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
             row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
-            slots, rows, token_S, weight_AT, slot_AT = len(row_S), None, row_S, weight_TA.T, slot_M[place_M].reshape(T, A).T
+            slots, rows, token_S, weight_AT = len(row_S), None, row_S, weight_TA.T
+            slot_AT = jnp.where(expert_TA < E, slot_M[place_M].reshape(T, A), slots).T
             x_SD = x_TD[order_M[row_S] // A]
-            tiles = hopper_kernel.tiles(group_sizes_E, slots, hopper_kernel.plan(slots, gate_up).rows)
-        first, second = (planned(slots, weight, interpret, rows) for weight in (gate_up, down))
+            height = planned(slots * E // all_experts, gate_up, None).rows
+            tiles = hopper_kernel.tiles(group_sizes_E, slots, height)
+            tiles = tiles._replace(count=(-(-group_sizes_E // height)).sum(keepdims=True))  # nobody's rows aren't read
+        first, second = (planned(slots if rows else slots * E // all_experts, weight, interpret, rows) for weight in (gate_up, down))
         h_SF = matmul(x_SD, gate_up, tiles=tiles, plan=first, slots=slots if token_S is None else None)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second, ahead=ahead_OD).reshape(second.splits, slots, -1)
 
