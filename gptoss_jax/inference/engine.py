@@ -71,8 +71,8 @@ class Engine:
         if arrange:
             model.arrange()
         self.weights = model.arrays()
-        self._home = self.weights["model.embed_tokens.weight"].sharding
-        platform = jax.default_backend() if self._home is None else next(iter(self._home.device_set)).platform
+        home = self.weights["model.embed_tokens.weight"].sharding
+        platform = jax.default_backend() if home is None else next(iter(home.device_set)).platform
         self.prefill_chunk = _PREFILL_CHUNK.get(platform, 8192) if prefill_chunk is None else prefill_chunk
         if self.prefill_chunk < _SMALLEST_CHUNK or self.prefill_chunk & (self.prefill_chunk - 1):
             raise ValueError(f"prefill_chunk is {prefill_chunk}, expected a power of two of at least {_SMALLEST_CHUNK}")
@@ -80,12 +80,13 @@ class Engine:
         if self.steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch is {steps_per_dispatch}, expected at least 1")
         self.config, self.mesh = config, model.mesh or sharding.ambient_mesh()
+        self._everywhere = home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         self.stop_ids = frozenset(config.eos_token_ids if tokenizer is None else tokenizer.stop_ids)
         self.sampleable = config.vocab_size if tokenizer is None else min(tokenizer.sampleable, config.vocab_size)
         self.dtype = self.weights["model.embed_tokens.weight"].dtype
-        self._empty = jax.jit(self._empty_state, static_argnums=(0, 1), out_shardings=self._home if self.mesh is None else None)
+        self._empty = jax.jit(self._empty_state, static_argnums=(0, 1), out_shardings=home if self.mesh is None else None)
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
-        read = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())  # what the host reads is whole in every process
+        read = None if self.mesh is None else self._everywhere  # what the host reads is whole in every process
         self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)
         self._decode = jax.jit(self._decode_step, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(read, read, None))
         self._decode_many = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(None, read, read))
@@ -181,9 +182,8 @@ class Engine:
 
     def _place(self, *trees):
         if self.mesh is None:
-            return self._home
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else everywhere, trees)
+            return self._everywhere
+        return jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else self._everywhere, trees)
 
     def _model(self, weights) -> GptOss:
         return GptOss(self.config, weights, mesh=self.mesh)
@@ -192,7 +192,7 @@ class Engine:
         """Return (cache, final hidden states [B, D]) of rows that have seen nothing, where a prefill's outputs lie too: compiled once."""
         hidden = jnp.zeros((batch, self.config.hidden_size), self.dtype)
         if self.mesh is not None:
-            hidden = jax.lax.with_sharding_constraint(hidden, NamedSharding(self.mesh, PartitionSpec()))
+            hidden = jax.lax.with_sharding_constraint(hidden, self._everywhere)
         return make_cache(self.config, batch, length, self.dtype, mesh=self.mesh), hidden
 
     def _prefill_step(self, weights, state, tokens_BT, counts_B):
@@ -265,8 +265,7 @@ class Engine:
     def _calls(self, batch: int, length: int, tokens: int, sampling: Sampling):
         """Return [prefill, largest chunk first], empty state, first token, decode for rows of up to `tokens` tokens of prompt over a cache of `length`
         slots: (function, abstract arguments, static arguments) of each."""
-        abstract = jax.ShapeDtypeStruct
-        everywhere = self._home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        abstract, everywhere = jax.ShapeDtypeStruct, self._everywhere
         cache = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
         hidden = abstract((batch, self.config.hidden_size), self.dtype, sharding=everywhere)
         ids, steps = abstract((batch,), np.int32, sharding=everywhere), abstract((batch,), np.int32)

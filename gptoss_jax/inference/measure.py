@@ -106,8 +106,7 @@ class _Primed(Engine):
 
     def _prefill_prompts(self, prompts, length: int):
         batch = len(prompts)
-        everywhere = None if self.mesh is None else jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        abstract = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
+        abstract = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=self._everywhere)
         key = jax.random.key(0, impl="rbg")
         fill = {shape: jax.jit(functools.partial(jax.random.normal, shape=shape, dtype=self.dtype), out_shardings=target.sharding)
                 for target in jax.tree.leaves(abstract.layers) for shape in [target.shape]}
