@@ -252,15 +252,15 @@ class Engine:
             for compiled in [pool.submit(jitted.lower(*arguments, **static).compile) for jitted, arguments, static in calls]:
                 compiled.result()
 
-    def hold(self, model: GptOss) -> None:
-        """Take a model's arrays in place of those that this engine was made with, which its own may have stood for. Raises ValueError for other ones."""
+    def hold(self, model: GptOss) -> bool:
+        """Take a model's arrays in place of those that this engine was made with, which its own may have stood for; return whether they are alike, as
+        it takes no others: scale bytes decide how experts are arranged, and abstract ones can't be looked at."""
         model.arrange()
         arrays = model.arrays()
-        ours, theirs = ({name: f"{array.dtype}{list(array.shape)}" for name, array in named.items()} for named in (self.weights, arrays))
-        for name in sorted(ours | theirs):
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(f"{name}: {theirs.get(name, 'nothing')} found, expected {ours.get(name, 'nothing')}")
-        self.weights = arrays
+        ours, theirs = ({name: (array.dtype, array.shape) for name, array in named.items()} for named in (self.weights, arrays))
+        if ours == theirs:
+            self.weights = arrays
+        return ours == theirs
 
     def _calls(self, batch: int, length: int, tokens: int, sampling: Sampling):
         """Return [prefill, largest chunk first], empty state, first token, decode for rows of up to `tokens` tokens of prompt over a cache of `length`
