@@ -235,12 +235,12 @@ class Engine:
         cache, ids_B, *tokens = jax.lax.cond(open_B.any(), lambda *carry: jax.lax.fori_loop(0, shape[0], step, carry), lambda *carry: carry, *carry)
         return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0)), tuple(tokens)
 
-    def lower(self, batch: int, length: int) -> dict[str, jax.stages.Lowered]:
-        """Lower what runs, for `batch` rows over a cache of `length` slots, with the sampler that takes most memory. Nothing is allocated or run.
+    def lower(self, batch: int, tokens: int) -> dict[str, jax.stages.Lowered]:
+        """Lower what runs, for `batch` rows of up to `tokens` tokens, with the sampler that takes most memory. Nothing is allocated or run.
 
         The model may hold jax.ShapeDtypeStructs, with shardings of devices that aren't here.
         """
-        (prefill, *_), *_, decode = self._calls(batch, length, length, Sampling(top_k=1))
+        (prefill, *_), *_, decode = self._calls(batch, cache_length(tokens, self.max_context), tokens, Sampling(top_k=1))
         return {name: jitted.lower(*arguments, **static) for name, (jitted, arguments, static) in (("prefill", prefill), ("decode", decode))}
 
     def compile(self, tokens: int, max_new_tokens: int, sampling: Sampling) -> None:
@@ -298,8 +298,15 @@ def usual_steps(platform: str) -> int:
 
 
 def cache_length(tokens: int, max_context: int) -> int:
-    """Return the slots of the cache that rows of up to `tokens` tokens, answer included, get."""
-    return min(_power_of_two(max(tokens, _SMALLEST_CACHE)), max_context)
+    """Return the slots of the cache that rows of up to `tokens` tokens, answer included, get: a multiple of 8, as decode's kernel takes it."""
+    return min(_power_of_two(max(tokens, _SMALLEST_CACHE)), -(-max_context // 8) * 8)
+
+
+def _bucket(tokens: int) -> int:
+    """Return the tokens that so many are computed as: a power of two or, where that is many, a multiple of a quarter of the one below."""
+    whole = _power_of_two(tokens)
+    step = whole // 8 if whole > _POWERS_OF_TWO else whole
+    return -(-tokens // step) * step
 
 
 def _power_of_two(count: int) -> int:
