@@ -215,7 +215,7 @@ def test_generate_says_what_it_will_take_and_refuses_what_does_not_fit(capfd, mo
     assert len(said) == 1 and said[0].startswith("[memory: weights 0.") and "free on this host]" in said[0]
 
 
-def test_the_share_of_a_gpu_is_stated_once_and_leaves_the_users_own_alone(monkeypatch):
+def test_the_share_of_a_gpu_is_the_same_in_both_places_that_state_it_and_the_users_own_is_left_alone(monkeypatch):
     assert float(command.GPU_FRACTION) == devices.GPU_FRACTION
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
