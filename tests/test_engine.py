@@ -85,6 +85,13 @@ def test_rows_share_a_chunk(model):
     assert shapes == [(1, 128), (4, 32), (32, 16)]
 
 
+def test_a_long_prompt_is_computed_as_hardly_more_tokens_than_it_has(model):
+    engine = Engine(model, prefill_chunk=8192)
+    found = {tokens: engine.lower(1, tokens)["prefill"].args_info[0][2].shape[1] for tokens in (600, 1024, 1025, 4096, 4097, 7169)}
+    assert found == {600: 1024, 1024: 1024, 1025: 1280, 4096: 4096, 4097: 5120, 7169: 8192}
+    assert engine._chunks(1, 10_000) == [8192, 2048] and engine._chunks(4, 5000) == [2048, 2048, 1024]
+
+
 def test_tokens_are_the_same_when_a_dispatch_takes_several_steps(engine, oracle, monkeypatch):
     """One row stops early at a stop id, others at their room; log-probabilities and finish reasons included."""
     prompts = [oracle["g16.prompt"].tolist(), [1, 2, 3], oracle["g150.prompt"].tolist()]

@@ -23,6 +23,7 @@ from gptoss_jax.model.cache import abstract_cache
 
 _SMALLEST_CHUNK = 16
 _SMALLEST_CACHE = 256
+_POWERS_OF_TWO = 1024  # tokens, up to which there is no chunk in between: what is computed in vain costs less than another program
 _PREFILL_CHUNK = {"cpu": 512}  # tokens, elsewhere 8,192: with twice the rows, fewer of the rows in experts' tiles are empty
 _STEPS = {"cpu": 1}  # a dispatch, elsewhere 8: a dispatch of 504 arrays costs the host 0.14 ms; 8 tokens still read as a stream
 
@@ -178,7 +179,7 @@ class Engine:
     def _chunks(self, batch: int, tokens: int) -> list[int]:
         """Return how many tokens of each row are computed at once, chunk by chunk, where the longest prompt has `tokens`."""
         most = max(_SMALLEST_CHUNK, self.prefill_chunk // batch)
-        return [max(_SMALLEST_CHUNK, min(_power_of_two(tokens - start), most)) for start in range(0, tokens, most)]
+        return [max(_SMALLEST_CHUNK, min(_bucket(tokens - start), most)) for start in range(0, tokens, most)]
 
     def _place(self, *trees):
         if self.mesh is None:
