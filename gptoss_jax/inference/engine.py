@@ -1,8 +1,9 @@
 """Generate and stream for many prompts at once.
 
-Two compiled functions do the work, prefill of a chunk and decode of a token, each compiled once per bucket: batch and chunk are powers of
-two, so is the cache's length. Decoding samples on the device, its cache is donated, and one dispatch takes several steps, or none if every row has
-ended; the host dispatches the next before it reads the tokens of the one before, so the device never waits for it.
+Four compiled functions do the work: an empty cache, prefill of a chunk, the first token and a dispatch of decode steps, each compiled once per
+bucket: batch and cache length are powers of two, so is a chunk, of which long ones may also end at a quarter between two. Decoding samples on the
+device, its cache is donated, and one dispatch takes several steps, or none if every row has ended; the host dispatches the next before it reads the
+tokens of the one before, so the device never waits for it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from gptoss_jax.model import GptOss, make_cache
 from gptoss_jax.model.cache import abstract_cache
 
 _SMALLEST_CHUNK = 16
-_SMALLEST_CACHE = 256
 _POWERS_OF_TWO = 1024  # tokens, up to which there is no chunk in between: what is computed in vain costs less than another program
+_SMALLEST_CACHE = 256
 _PREFILL_CHUNK = {"cpu": 512}  # tokens, elsewhere 8,192: with twice the rows, fewer of the rows in experts' tiles are empty
 _STEPS = {"cpu": 1}  # a dispatch, elsewhere 8: a dispatch of 504 arrays costs the host 0.14 ms; 8 tokens still read as a stream
 
