@@ -78,10 +78,11 @@ def _steps(args: argparse.Namespace) -> None:
         raise command.UsageError(f"--context is {min(args.context)}, expected more than the {before} tokens that --steps {args.steps} decodes until then")
     memory_plan.announce(config, max(args.batch), min(max(args.context) + 1, config.max_position_embeddings), dtype=args.dtype, write=_tell)
     limits = _limits(out, args.dtype)
+    experts = config.num_experts_per_tok
+    ran_at = [{case.op: measure.chosen_implementation(case) for case in measure.cases(config, batch, min(args.context), args.dtype, experts=experts)}
+              for batch in args.batch]  # before there is a model in memory
     model = _model(args, config)
-    for batch in args.batch:
-        small = measure.cases(config, batch, min(args.context), args.dtype, experts=config.num_experts_per_tok)
-        ran = {case.op: measure.chosen_implementation(case) for case in small}
+    for batch, ran in zip(args.batch, ran_at):
         out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
         for context in args.context:
             run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
