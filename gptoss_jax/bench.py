@@ -120,24 +120,36 @@ def _load(args: argparse.Namespace) -> None:
 
 
 def _kernels(args: argparse.Namespace) -> None:
+    """Check and time the ops for each batch and context, the largest of which have to fit."""
     config, out = _opened(args)
+    from gptoss_jax import devices
     from gptoss_jax.inference import measure
 
+    few = min(8, config.num_local_experts)  # of what is compared: the reference decodes all
+    batch, context = max(args.batch), max(args.context)
+    memory, where = devices.free_here()
+    devices.Plan(memory, {f"arrays of {batch} x {context:,} tokens": measure.case_bytes(config, batch, context, args.dtype),
+                          "small ones to compare": measure.case_bytes(config, min(batch, 4), context, args.dtype, experts=few)}).announce(where, _tell)
     limits = _limits(out, args.dtype)
+
+    def rows(batch: int, context: int):  # whose arrays are gone when it ends
+        compared = measure.cases(config, min(batch, 4), context, args.dtype, experts=few)
+        for case, small in zip(measure.cases(config, batch, context, args.dtype), compared):
+            auto = measure.chosen_implementation(case)
+            for implementation in case.implementations:
+                facts = {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "auto": auto == implementation}
+                if reason := measure.unmet(small, implementation):
+                    yield facts | {"not_here": reason}
+                    continue
+                facts["error"] = measure.compare(small, implementation)
+                if implementation != "reference":
+                    facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)()
+                yield facts
+
     for batch in args.batch:
         for context in args.context:
-            few = measure.cases(config, min(batch, 4), context, args.dtype, experts=min(8, config.num_local_experts))  # the reference decodes all
-            for case, small in zip(measure.cases(config, batch, context, args.dtype), few):
-                auto = measure.chosen_implementation(case)
-                for implementation in case.implementations:
-                    facts = {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "auto": auto == implementation}
-                    if reason := measure.unmet(small, implementation):
-                        out.add(facts | {"not_here": reason})
-                        continue
-                    facts["error"] = measure.compare(small, implementation)
-                    if implementation != "reference":
-                        facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)()
-                    out.add(facts)
+            for row in rows(batch, context):
+                out.add(row)
     out.show(("op", "op", str), ("size", "size", str), ("by", "implementation", str), ("auto", "auto", lambda is_auto: "*" if is_auto else ""),
              ("error", "error", "{:.1e}".format), ("us", "seconds", _micro), ("lowest", "lowest", _micro), ("highest", "highest", _micro),
              ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR, ("", "not_here", str))

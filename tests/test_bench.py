@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,11 @@ def test_a_wrong_kernel_is_told_and_one_that_cannot_run_says_why():
     assert "expected 'auto' or one of" in measure.unmet(case, "no_such")
 
 
+def test_the_arrays_of_cases_are_counted_before_there_are_any():
+    arrays = {id(array): array for case in measure.cases(SMALL, 2, 64, "float32") for array in jax.tree.leaves((case.carry, case.arrays))}
+    assert measure.case_bytes(SMALL, 2, 64, "float32") == sum(array.nbytes for array in arrays.values())
+
+
 def test_a_kernel_is_timed_with_its_bytes(monkeypatch):
     case = next(case for case in measure.cases(SMALL, 1, 64) if case.op == "expert_matmul")
     row = measure.kernel(case, "xla", LIMITS, repetitions=2, seconds=0.005)()
@@ -136,6 +142,28 @@ def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
     rows = [json.loads(line) for line in quick.read_text().splitlines()]
     assert [row["what"] for row in rows] == ["ceilings", "prefill"] and rows[1]["context"] == 20 and rows[1]["jax"] == jax.__version__
     assert set(rows[1]["implementations"]) == {"expert_mlp", "expert_matmul", "attention", "decode_attention", "decode_matmul", "dense_matmul", "cache_write"}
+
+
+def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypatch):
+    cases, random_weights, made, left = measure.cases, measure.random_weights, [], []
+
+    def spied(*args, **options):
+        left.append(sum(array() is not None for array in made) if options.get("experts") else 0)  # else those to compare are there, too
+        found = cases(*args, **options)
+        made.extend(weakref.ref(array) for array in jax.tree.leaves(found) if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer))
+        return found
+
+    def weights(*args, **options):
+        left.append(sum(array() is not None for array in made))
+        return random_weights(*args, **options)
+
+    for name, replacement in (("cases", spied), ("random_weights", weights), ("chosen_implementation", lambda case: "xla"),
+                              ("unmet", lambda *_: "more"), ("prefill", lambda *_, **__: dict)):
+        monkeypatch.setattr(measure, name, replacement)
+    for mode, calls in (("kernels", 6), ("prefill", 3)):
+        assert run(capsys, mode, "--random-weights", "small", "--batch", "1", "2", "--context", "20")[0] == 0
+        assert left == [0] * calls and made
+        left.clear()
 
 
 def test_load_is_timed(capsys, quick):
@@ -176,11 +204,12 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, quick, argv, said):
     assert code == 2 and said in err and len(err.splitlines()) == 1
 
 
-def test_what_does_not_fit_is_refused_with_the_table(capsys, quick, monkeypatch):
+@pytest.mark.parametrize("mode", ["decode", "kernels"])
+def test_what_does_not_fit_is_refused_with_the_table(capsys, quick, monkeypatch, mode):
     from gptoss_jax import devices
 
     monkeypatch.setattr(devices, "usable_bytes", lambda device=None: 1000)
-    code, _, err = run(capsys, "decode", "--random-weights", "small")
+    code, _, err = run(capsys, mode, "--random-weights", "small")
     assert code == 2 and "  left" in err and "more than the 0.00 MB free on this host" in err
 
 
