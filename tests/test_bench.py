@@ -244,6 +244,18 @@ def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(gpu, tmp_p
     assert [row["what"] for row in rows[:-1]] == list("abcdef")
 
 
+def test_the_gpu_script_shows_what_this_run_found_and_a_kernel_of_nan_is_wrong(gpu, tmp_path, monkeypatch, capsys):
+    found = {"section": "kernels", "model": "tiny", "what": "check", "op": "attention", "size": "1 x 64 keys", "implementation": "xla"}
+    out = tmp_path / "rows.jsonl"
+    out.write_text(json.dumps(found | {"error": 0.5}) + "\n")
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), "--models", "tiny"])
+    monkeypatch.setattr(gpu, "run_lane", lambda sections, share, *_: [gpu.write(out, found | {"error": error}) for error in (float("nan"), 0.01)] and 0)
+    monkeypatch.setattr(gpu, "lanes", lambda *_: [(0.5, [])])
+    monkeypatch.setattr("sys.path", sys.path[:])
+    assert gpu.main() == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line] == ["WRONG: tiny attention 1 x 64 keys by xla: nan"] * 2
+
+
 LANE = """
 import os, sys, time
 out, section = sys.argv[1], sys.argv[sys.argv.index("--section") + 1]
