@@ -128,8 +128,8 @@ def _kernels(args: argparse.Namespace) -> None:
     few = min(8, config.num_local_experts)  # of what is compared: the reference decodes all
     batch, context = max(args.batch), max(args.context)
     memory, where = devices.free_here()
-    devices.Plan(memory, {f"arrays of {batch} x {context:,} tokens": measure.case_bytes(config, batch, context, args.dtype),
-                          "small ones to compare": measure.case_bytes(config, min(batch, 4), context, args.dtype, experts=few)}).announce(where, _tell)
+    whole, small = (measure.case_bytes(config, *size) for size in ((batch, context, args.dtype), (min(batch, 4), context, args.dtype, few)))
+    devices.Plan(memory, {f"arrays of {batch} x {context:,} tokens": whole, "small ones to compare": small}).announce(where, _tell)
     limits = _limits(out, args.dtype)
 
     def rows(batch: int, context: int):  # whose arrays are gone when it ends

@@ -75,7 +75,8 @@ def test_generate_compiles_again_for_scale_bytes_that_cannot_be_arranged(as_on_a
     config = CONFIG.replace(vocab_size=checkpoint.load("tiny").config.vocab_size, max_position_embeddings=512)
     weights = measure.random_weights(config)
     name = "model.layers.0.mlp.experts.down_proj_scales"
-    checkpoint.save_huggingface(tmp_path / "saved", config, weights | {name: weights[name].at[3, 5, 1].set(129)}, sidecars_from=checkpoint.resolve("tiny"))
+    weights[name] = weights[name].at[3, 5, 1].set(129)
+    checkpoint.save_huggingface(tmp_path / "saved", config, weights, sidecars_from=checkpoint.resolve("tiny"))
     assert generate.main(["What is 17 + 25?", "--checkpoint", str(tmp_path / "saved"), "--max-new-tokens", "3", "--raw"]) == 0
     out, err = capfd.readouterr()
     assert out and "3 out" in err

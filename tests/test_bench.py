@@ -150,7 +150,8 @@ def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypa
     def spied(*args, **options):
         left.append(sum(array() is not None for array in made) if options.get("experts") else 0)  # else those to compare are there, too
         found = cases(*args, **options)
-        made.extend(weakref.ref(array) for array in jax.tree.leaves(found) if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer))
+        arrays = [array for array in jax.tree.leaves(found) if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)]
+        made.extend(map(weakref.ref, arrays))
         return found
 
     def weights(*args, **options):
@@ -249,7 +250,7 @@ def test_the_gpu_script_shows_what_this_run_found_and_a_kernel_of_nan_is_wrong(g
     out = tmp_path / "rows.jsonl"
     out.write_text(json.dumps(found | {"error": 0.5}) + "\n")
     monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), "--models", "tiny"])
-    monkeypatch.setattr(gpu, "run_lane", lambda sections, share, *_: [gpu.write(out, found | {"error": error}) for error in (float("nan"), 0.01)] and 0)
+    monkeypatch.setattr(gpu, "run_lane", lambda *_: sum(gpu.write(out, found | {"error": error}) or 0 for error in (float("nan"), 0.01)))
     monkeypatch.setattr(gpu, "lanes", lambda *_: [(0.5, [])])
     monkeypatch.setattr("sys.path", sys.path[:])
     assert gpu.main() == 0

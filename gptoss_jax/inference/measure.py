@@ -263,7 +263,7 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
     return found
 
 
-def case_bytes(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16", *, experts: int | None = None) -> int:
+def case_bytes(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16", experts: int | None = None) -> int:
     """Return the bytes of all arrays of `cases`, of which none is made."""
 
     def arrays():
