@@ -64,7 +64,7 @@ def main() -> int:
     plan = lanes(arguments.models, gpu_memory())
     with concurrent.futures.ThreadPoolExecutor(len(plan)) as pool:
         failed += sum(pool.map(lambda lane: run_lane(lane[1], lane[0], command, arguments.out, end, turns), plan))
-    show(arguments.out)
+    show(read(arguments.out)[earlier:])
     return 1 if failed else 0
 
 
@@ -501,21 +501,21 @@ SECTIONS = {"check": check, "kernels": kernels, "variants": variants, "model": m
             "transformers": transformers_rival}
 
 
-def show(path: pathlib.Path) -> None:
+def show(rows: list[dict]) -> None:
     """Print what was measured, short, last: the end of an output is what is kept of it."""
     missing, found = collections.Counter(), set()
-    for row in read(path):
+    for row in rows:
         if row.get("what") in ("decode", "decode sampled", "prefill") and "tokens_per_second" in row:
             found.add((row["model"], *(row[name] for name in POINT)))
             print(f"{row['model']} {row['what']:14} batch {row['batch']:4} context {row['context']:7,}: {row['tokens_per_second']:12,.1f} tokens/s, "
                   f"{row['floor_fraction']:6.1%} of the floor {row['xla_flags']}".rstrip())
         elif row.get("op") == "hopper" and row["what"] == "check":
             print(f"Hopper kernel of {row['kernel']}: {row['missing'] and 'needs ' + row['missing'] or 'equals the reference'}")
-        elif "error" in row and row["error"] > WRONG:
+        elif "error" in row and not row["error"] <= WRONG:  # NaN is wrong
             print(f"WRONG: {row['model']} {row['op']} {row['size']} by {row['implementation']}: {row['error']:.1e}")
         elif "floor_fraction" in row and (row.get("planned") or row.get("implementation") == "mosaic_gpu"):
             print(f"{row['model']} {row['op']} {row['size']}: {row['seconds'] * 1e6:,.1f} us, {row['floor_fraction']:6.1%} of the floor")
-    for row in read(path):
+    for row in rows:
         if ("skipped" in row or "failed" in row) and (row["model"], *(row.get(name) for name in POINT)) not in found:  # elsewhere
             missing[row["model"], row["section"], row.get("skipped") or row["failed"]] += 1
     for (model, section, why), count in missing.items():

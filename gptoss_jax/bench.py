@@ -78,10 +78,11 @@ def _steps(args: argparse.Namespace) -> None:
         raise command.UsageError(f"--context is {min(args.context)}, expected more than the {before} tokens that --steps {args.steps} decodes until then")
     memory_plan.announce(config, max(args.batch), min(max(args.context) + 1, config.max_position_embeddings), dtype=args.dtype, write=_tell)
     limits = _limits(out, args.dtype)
+    experts = config.num_experts_per_tok
+    ran_at = [{case.op: measure.chosen_implementation(case) for case in measure.cases(config, batch, min(args.context), args.dtype, experts=experts)}
+              for batch in args.batch]  # before there is a model in memory
     model = _model(args, config)
-    for batch in args.batch:
-        small = measure.cases(config, batch, min(args.context), args.dtype, experts=config.num_experts_per_tok)
-        ran = {case.op: measure.chosen_implementation(case) for case in small}
+    for batch, ran in zip(args.batch, ran_at):
         out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
         for context in args.context:
             run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
@@ -119,24 +120,36 @@ def _load(args: argparse.Namespace) -> None:
 
 
 def _kernels(args: argparse.Namespace) -> None:
+    """Check and time the ops for each batch and context, the largest of which have to fit."""
     config, out = _opened(args)
+    from gptoss_jax import devices
     from gptoss_jax.inference import measure
 
+    few = min(8, config.num_local_experts)  # of what is compared: the reference decodes all
+    batch, context = max(args.batch), max(args.context)
+    memory, where = devices.free_here()
+    whole, small = (measure.case_bytes(config, *size) for size in ((batch, context, args.dtype), (min(batch, 4), context, args.dtype, few)))
+    devices.Plan(memory, {f"arrays of {batch} x {context:,} tokens": whole, "small ones to compare": small}).announce(where, _tell)
     limits = _limits(out, args.dtype)
+
+    def rows(batch: int, context: int):  # whose arrays are gone when it ends
+        compared = measure.cases(config, min(batch, 4), context, args.dtype, experts=few)
+        for case, small in zip(measure.cases(config, batch, context, args.dtype), compared):
+            auto = measure.chosen_implementation(case)
+            for implementation in case.implementations:
+                facts = {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "auto": auto == implementation}
+                if reason := measure.unmet(small, implementation):
+                    yield facts | {"not_here": reason}
+                    continue
+                facts["error"] = measure.compare(small, implementation)
+                if implementation != "reference":
+                    facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)()
+                yield facts
+
     for batch in args.batch:
         for context in args.context:
-            few = measure.cases(config, min(batch, 4), context, args.dtype, experts=min(8, config.num_local_experts))  # the reference decodes all
-            for case, small in zip(measure.cases(config, batch, context, args.dtype), few):
-                auto = measure.chosen_implementation(case)
-                for implementation in case.implementations:
-                    facts = {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "auto": auto == implementation}
-                    if reason := measure.unmet(small, implementation):
-                        out.add(facts | {"not_here": reason})
-                        continue
-                    facts["error"] = measure.compare(small, implementation)
-                    if implementation != "reference":
-                        facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)()
-                    out.add(facts)
+            for row in rows(batch, context):
+                out.add(row)
     out.show(("op", "op", str), ("size", "size", str), ("by", "implementation", str), ("auto", "auto", lambda is_auto: "*" if is_auto else ""),
              ("error", "error", "{:.1e}".format), ("us", "seconds", _micro), ("lowest", "lowest", _micro), ("highest", "highest", _micro),
              ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR, ("", "not_here", str))

@@ -189,9 +189,9 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling=None):
         model = checkpoint.load(path, dtype=args.dtype, admit=admit, progress=lambda done, total: status(
             f"loading {args.checkpoint}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {done / 1e6 / (time.perf_counter() - started):,.0f} MB/s"))
         status("compiling")
-        engine = ahead[0].result() if ahead else Engine(model, tokenizer)
-    if ahead:
-        engine.hold(model)
+        engine = ahead[0].result() if ahead else None
+    if engine is None or not engine.hold(model):
+        engine = Engine(model, tokenizer)
     status.clear()
     return engine, tokenizer
 

@@ -91,11 +91,13 @@ def main() -> None:
     else:
         small, deeper = (compiled_steps("gpt-oss-120b", layers) for layers in (2, 4))
         others = (compiled_steps("gpt-oss-120b", layers, 4, ["decode"]) for layers in (2, 4))
-        counts = [kernels(step(steps["decode"].as_text())) for steps in (small, deeper, *others)]
+        texts = [steps["decode"].as_text() for steps in (small, deeper, *others)]
+        counts = [kernels(step(text)) for text in texts]
         one_chunk = compiled_steps("gpt-oss-120b", 2, 1, ["prefill"], 8192)["prefill"]
         gradient = gradient_of_attention()
         samplers = [sampler(Sampling(temperature=0), 1), sampler(Sampling(), 1), *(sampler(Sampling(top_k=1), batch) for batch in (1, 8, 256))]
-        found = {"kernels": counts, "kernels_per_layer": (counts[1].total() - counts[0].total()) / 2,
+        found = {"kernels": counts, "sorts": [re.findall(r"\b(?:sort|scatter)\(", text) for text in texts],
+                 "kernels_per_layer": (counts[1].total() - counts[0].total()) / 2,
                  "kernels_per_layer_of_4_rows": (counts[3].total() - counts[2].total()) / 2,
                  "cache": cost.cache_bytes(PRESETS["gpt-oss-120b"].replace(num_hidden_layers=2, layer_types=()), 1, CONTEXT),
                  "decode": memory(small["decode"]), "prefill": memory(small["prefill"]), "prefill_of_4_layers": memory(deeper["prefill"]),

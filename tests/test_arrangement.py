@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import checkpoint, sharding
+from gptoss_jax import checkpoint, generate, sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference import measure
 from gptoss_jax.inference.engine import Engine
@@ -66,10 +66,22 @@ def test_an_engine_arranges_its_model_and_nothing_is_lost(as_on_a_hopper, tmp_pa
 def test_what_is_compiled_for_an_arranged_model_is_what_runs_when_its_weights_are_there(as_on_a_hopper, caplog):
     engine = Engine(GptOss(CONFIG, cost.abstract_weights(CONFIG, device=jax.devices()[0])))
     engine.compile(20, 4, Sampling(temperature=0))
-    engine.hold(GptOss(CONFIG, measure.random_weights(CONFIG)))
+    assert engine.hold(GptOss(CONFIG, measure.random_weights(CONFIG)))
     with jax.log_compiles():
         (completion,) = engine.generate([[5] * 20], Sampling(temperature=0), max_new_tokens=4)
     assert len(completion.ids) == 4 and "XLA compilation of jit(_" not in caplog.text
+
+
+def test_generate_compiles_again_for_scale_bytes_that_cannot_be_arranged(as_on_a_hopper, tmp_path, capfd):
+    """Which nobody knows when it compiles while the weights are read."""
+    config = CONFIG.replace(vocab_size=checkpoint.load("tiny").config.vocab_size, max_position_embeddings=512)
+    weights = measure.random_weights(config)
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    weights[name] = weights[name].at[3, 5, 1].set(129)
+    checkpoint.save_huggingface(tmp_path / "saved", config, weights, sidecars_from=checkpoint.resolve("tiny"))
+    assert generate.main(["What is 17 + 25?", "--checkpoint", str(tmp_path / "saved"), "--max-new-tokens", "3", "--raw"]) == 0
+    out, err = capfd.readouterr()
+    assert out and "3 out" in err
 
 
 def test_what_the_kernel_cannot_take_stays_as_it_is_and_one_line_says_why(as_on_a_hopper, caplog):

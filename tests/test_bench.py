@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def test_decode_is_timed_at_its_context_and_its_numbers_agree(model, monkeypatch
 
     monkeypatch.setattr(measure._Primed, "_prefill_prompts", spied)
     row = measure.decode(model, 2, 300, LIMITS, steps=4, repetitions=2)()
-    assert len(lengths) == 3 and lengths[0][:3] == (2, 300 - 14, 300) and 0.5 < lengths[0][3] < 1.1  # random, not zeros
+    assert len(lengths) == 3 and lengths[0][:3] == (2, 300 - 14, 304) and 0.5 < lengths[0][3] < 1.1  # random, not zeros
     assert row["read_bytes"] == cost.decode_bytes(SMALL, 2, 300) and row["lowest"] <= row["seconds"] <= row["highest"] < row["first_run_seconds"]
     assert row["tokens_per_second"] == pytest.approx(2 / row["seconds"])
     assert row["floor_fraction"] == pytest.approx(row["read_bytes"] / 1e9 / row["seconds"])
@@ -107,6 +108,11 @@ def test_a_wrong_kernel_is_told_and_one_that_cannot_run_says_why():
     assert "expected 'auto' or one of" in measure.unmet(case, "no_such")
 
 
+def test_the_arrays_of_cases_are_counted_before_there_are_any():
+    arrays = {id(array): array for case in measure.cases(SMALL, 2, 64, "float32") for array in jax.tree.leaves((case.carry, case.arrays))}
+    assert measure.case_bytes(SMALL, 2, 64, "float32") == sum(array.nbytes for array in arrays.values())
+
+
 def test_a_kernel_is_timed_with_its_bytes(monkeypatch):
     case = next(case for case in measure.cases(SMALL, 1, 64) if case.op == "expert_matmul")
     row = measure.kernel(case, "xla", LIMITS, repetitions=2, seconds=0.005)()
@@ -136,6 +142,29 @@ def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
     rows = [json.loads(line) for line in quick.read_text().splitlines()]
     assert [row["what"] for row in rows] == ["ceilings", "prefill"] and rows[1]["context"] == 20 and rows[1]["jax"] == jax.__version__
     assert set(rows[1]["implementations"]) == {"expert_mlp", "expert_matmul", "attention", "decode_attention", "decode_matmul", "dense_matmul", "cache_write"}
+
+
+def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypatch):
+    cases, random_weights, made, left = measure.cases, measure.random_weights, [], []
+
+    def spied(*args, **options):
+        left.append(sum(array() is not None for array in made) if options.get("experts") else 0)  # else those to compare are there, too
+        found = cases(*args, **options)
+        arrays = [array for array in jax.tree.leaves(found) if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)]
+        made.extend(map(weakref.ref, arrays))
+        return found
+
+    def weights(*args, **options):
+        left.append(sum(array() is not None for array in made))
+        return random_weights(*args, **options)
+
+    for name, replacement in (("cases", spied), ("random_weights", weights), ("chosen_implementation", lambda case: "xla"),
+                              ("unmet", lambda *_: "more"), ("prefill", lambda *_, **__: dict)):
+        monkeypatch.setattr(measure, name, replacement)
+    for mode, calls in (("kernels", 6), ("prefill", 3)):
+        assert run(capsys, mode, "--random-weights", "small", "--batch", "1", "2", "--context", "20")[0] == 0
+        assert left == [0] * calls and made
+        left.clear()
 
 
 def test_load_is_timed(capsys, quick):
@@ -176,11 +205,12 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, quick, argv, said):
     assert code == 2 and said in err and len(err.splitlines()) == 1
 
 
-def test_what_does_not_fit_is_refused_with_the_table(capsys, quick, monkeypatch):
+@pytest.mark.parametrize("mode", ["decode", "kernels"])
+def test_what_does_not_fit_is_refused_with_the_table(capsys, quick, monkeypatch, mode):
     from gptoss_jax import devices
 
     monkeypatch.setattr(devices, "usable_bytes", lambda device=None: 1000)
-    code, _, err = run(capsys, "decode", "--random-weights", "small")
+    code, _, err = run(capsys, mode, "--random-weights", "small")
     assert code == 2 and "  left" in err and "more than the 0.00 MB free on this host" in err
 
 
@@ -213,6 +243,18 @@ def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(gpu, tmp_p
     assert [row.get("failed") or row.get("skipped") or row["seconds"] for row in rows] == [
         division, 2, division, 1, gpu.NO_TIME, gpu.NO_TIME, "RuntimeError: out of luck"]
     assert [row["what"] for row in rows[:-1]] == list("abcdef")
+
+
+def test_the_gpu_script_shows_what_this_run_found_and_a_kernel_of_nan_is_wrong(gpu, tmp_path, monkeypatch, capsys):
+    found = {"section": "kernels", "model": "tiny", "what": "check", "op": "attention", "size": "1 x 64 keys", "implementation": "xla"}
+    out = tmp_path / "rows.jsonl"
+    out.write_text(json.dumps(found | {"error": 0.5}) + "\n")
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), "--models", "tiny"])
+    monkeypatch.setattr(gpu, "run_lane", lambda *_: sum(gpu.write(out, found | {"error": error}) or 0 for error in (float("nan"), 0.01)))
+    monkeypatch.setattr(gpu, "lanes", lambda *_: [(0.5, [])])
+    monkeypatch.setattr("sys.path", sys.path[:])
+    assert gpu.main() == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line] == ["WRONG: tiny attention 1 x 64 keys by xla: nan"] * 2
 
 
 LANE = """

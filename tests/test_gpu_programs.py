@@ -31,7 +31,8 @@ def test_a_decode_step_starts_few_kernels_a_layer(programs):
     assert programs["kernels_per_layer"] <= (6.5 if jax.__version_info__ >= (0, 12) else 7) and programs["kernels_per_layer_of_4_rows"] <= 8.5
     for (few, many), in_all in ((programs["kernels"][:2], 20), (programs["kernels"][2:], 28)):
         assert many["mosaic_gpu_v2"] == in_all
-        assert set(many) <= {"copy", "fusion", "mosaic_gpu_v2"}  # no loop, no sort, no scatter
+        assert set(many) <= {"copy", "fusion", "mosaic_gpu_v2"}  # no loop
+    assert programs["sorts"] == [[]] * 4  # nor scatters, in a fusion or alone
 
 
 def test_a_sampled_token_starts_few_kernels(programs):

@@ -12,8 +12,9 @@ from gptoss_jax import command, devices, generate, plan, sharding
 from gptoss_jax.config import FULL, PRESETS, SLIDING, GptOssConfig
 from gptoss_jax.inference import memory_plan
 from gptoss_jax.devices import Plan
+from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.memory_plan import Planner
-from gptoss_jax.model import cost
+from gptoss_jax.model import GptOss, cost
 from gptoss_jax.training import memory_plan as training_plan
 
 SMALL = GptOssConfig(vocab_size=512, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2,
@@ -76,6 +77,13 @@ def test_the_compiled_step_holds_weights_and_cache_and_little_else(planned):
     assert set(planned.temporaries) == {"prefill", "decode"} and all(0 < size < 1e8 for size in planned.temporaries.values())
     assert planned.needed == planned.parts["weights"] + planned.parts["cache"] + planned.padding + max(planned.temporaries.values())
     assert planned.collectives == {"prefill": {}, "decode": {}}
+
+
+def test_a_context_of_any_length_is_planned_with_the_slots_that_decodes_kernel_takes():
+    engine = Engine(GptOss(SMALL, cost.abstract_weights(SMALL, device=jax.devices()[0])), max_context=301)
+    (_, cache, *_), _ = engine.lower(1, 301)["decode"].args_info
+    assert {keys.shape[1] for keys, _ in cache.layers} == {32, 304}
+    assert memory_plan.by_arithmetic(SMALL, 1, 301, memory=0).parts["cache"] == cost.cache_bytes(SMALL, 1, 304)
 
 
 def test_a_mesh_divides_the_weights_and_shows_its_collectives():
@@ -207,7 +215,7 @@ def test_generate_says_what_it_will_take_and_refuses_what_does_not_fit(capfd, mo
     assert len(said) == 1 and said[0].startswith("[memory: weights 0.") and "free on this host]" in said[0]
 
 
-def test_the_share_of_a_gpu_is_stated_once_and_leaves_the_users_own_alone(monkeypatch):
+def test_the_share_of_a_gpu_is_the_same_in_both_places_that_state_it_and_the_users_own_is_left_alone(monkeypatch):
     assert float(command.GPU_FRACTION) == devices.GPU_FRACTION
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")

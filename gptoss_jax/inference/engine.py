@@ -1,8 +1,9 @@
 """Generate and stream for many prompts at once.
 
-Two compiled functions do the work, prefill of a chunk and decode of a token, each compiled once per bucket: batch and chunk are powers of
-two, so is the cache's length. Decoding samples on the device, its cache is donated, and one dispatch takes several steps, or none if every row has
-ended; the host dispatches the next before it reads the tokens of the one before, so the device never waits for it.
+Four compiled functions do the work: an empty cache, prefill of a chunk, the first token and a dispatch of decode steps, each compiled once per
+bucket: batch and cache length are powers of two, so is a chunk, of which long ones may also end at a quarter between two. Decoding samples on the
+device, its cache is donated, and one dispatch takes several steps, or none if every row has ended; the host dispatches the next before it reads the
+tokens of the one before, so the device never waits for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gptoss_jax.model import GptOss, make_cache
 from gptoss_jax.model.cache import abstract_cache
 
 _SMALLEST_CHUNK = 16
+_POWERS_OF_TWO = 1024  # tokens, up to which there is no chunk in between: what is computed in vain costs less than another program
 _SMALLEST_CACHE = 256
 _PREFILL_CHUNK = {"cpu": 512}  # tokens, elsewhere 8,192: with twice the rows, fewer of the rows in experts' tiles are empty
 _STEPS = {"cpu": 1}  # a dispatch, elsewhere 8: a dispatch of 504 arrays costs the host 0.14 ms; 8 tokens still read as a stream
@@ -71,8 +73,8 @@ class Engine:
         if arrange:
             model.arrange()
         self.weights = model.arrays()
-        self._home = self.weights["model.embed_tokens.weight"].sharding
-        platform = jax.default_backend() if self._home is None else next(iter(self._home.device_set)).platform
+        home = self.weights["model.embed_tokens.weight"].sharding
+        platform = jax.default_backend() if home is None else next(iter(home.device_set)).platform
         self.prefill_chunk = _PREFILL_CHUNK.get(platform, 8192) if prefill_chunk is None else prefill_chunk
         if self.prefill_chunk < _SMALLEST_CHUNK or self.prefill_chunk & (self.prefill_chunk - 1):
             raise ValueError(f"prefill_chunk is {prefill_chunk}, expected a power of two of at least {_SMALLEST_CHUNK}")
@@ -80,12 +82,13 @@ class Engine:
         if self.steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch is {steps_per_dispatch}, expected at least 1")
         self.config, self.mesh = config, model.mesh or sharding.ambient_mesh()
+        self._everywhere = home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         self.stop_ids = frozenset(config.eos_token_ids if tokenizer is None else tokenizer.stop_ids)
         self.sampleable = config.vocab_size if tokenizer is None else min(tokenizer.sampleable, config.vocab_size)
         self.dtype = self.weights["model.embed_tokens.weight"].dtype
-        self._empty = jax.jit(self._empty_state, static_argnums=(0, 1), out_shardings=self._home if self.mesh is None else None)
+        self._empty = jax.jit(self._empty_state, static_argnums=(0, 1), out_shardings=home if self.mesh is None else None)
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
-        read = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())  # what the host reads is whole in every process
+        read = None if self.mesh is None else self._everywhere  # what the host reads is whole in every process
         self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)
         self._decode = jax.jit(self._decode_step, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(read, read, None))
         self._decode_many = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(None, read, read))
@@ -177,13 +180,12 @@ class Engine:
     def _chunks(self, batch: int, tokens: int) -> list[int]:
         """Return how many tokens of each row are computed at once, chunk by chunk, where the longest prompt has `tokens`."""
         most = max(_SMALLEST_CHUNK, self.prefill_chunk // batch)
-        return [max(_SMALLEST_CHUNK, min(_power_of_two(tokens - start), most)) for start in range(0, tokens, most)]
+        return [max(_SMALLEST_CHUNK, min(_bucket(tokens - start), most)) for start in range(0, tokens, most)]
 
     def _place(self, *trees):
         if self.mesh is None:
-            return self._home
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else everywhere, trees)
+            return self._everywhere
+        return jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else self._everywhere, trees)
 
     def _model(self, weights) -> GptOss:
         return GptOss(self.config, weights, mesh=self.mesh)
@@ -192,7 +194,7 @@ class Engine:
         """Return (cache, final hidden states [B, D]) of rows that have seen nothing, where a prefill's outputs lie too: compiled once."""
         hidden = jnp.zeros((batch, self.config.hidden_size), self.dtype)
         if self.mesh is not None:
-            hidden = jax.lax.with_sharding_constraint(hidden, NamedSharding(self.mesh, PartitionSpec()))
+            hidden = jax.lax.with_sharding_constraint(hidden, self._everywhere)
         return make_cache(self.config, batch, length, self.dtype, mesh=self.mesh), hidden
 
     def _prefill_step(self, weights, state, tokens_BT, counts_B):
@@ -235,12 +237,12 @@ class Engine:
         cache, ids_B, *tokens = jax.lax.cond(open_B.any(), lambda *carry: jax.lax.fori_loop(0, shape[0], step, carry), lambda *carry: carry, *carry)
         return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0)), tuple(tokens)
 
-    def lower(self, batch: int, length: int) -> dict[str, jax.stages.Lowered]:
-        """Lower what runs, for `batch` rows over a cache of `length` slots, with the sampler that takes most memory. Nothing is allocated or run.
+    def lower(self, batch: int, tokens: int) -> dict[str, jax.stages.Lowered]:
+        """Lower what runs, for `batch` rows of up to `tokens` tokens, with the sampler that takes most memory. Nothing is allocated or run.
 
         The model may hold jax.ShapeDtypeStructs, with shardings of devices that aren't here.
         """
-        (prefill, *_), *_, decode = self._calls(batch, length, length, Sampling(top_k=1))
+        (prefill, *_), *_, decode = self._calls(batch, cache_length(tokens, self.max_context), tokens, Sampling(top_k=1))
         return {name: jitted.lower(*arguments, **static) for name, (jitted, arguments, static) in (("prefill", prefill), ("decode", decode))}
 
     def compile(self, tokens: int, max_new_tokens: int, sampling: Sampling) -> None:
@@ -252,21 +254,20 @@ class Engine:
             for compiled in [pool.submit(jitted.lower(*arguments, **static).compile) for jitted, arguments, static in calls]:
                 compiled.result()
 
-    def hold(self, model: GptOss) -> None:
-        """Take a model's arrays in place of those that this engine was made with, which its own may have stood for. Raises ValueError for other ones."""
+    def hold(self, model: GptOss) -> bool:
+        """Take a model's arrays in place of those that this engine was made with, which its own may have stood for; return whether they are alike, as
+        it takes no others: scale bytes decide how experts are arranged, and abstract ones can't be looked at."""
         model.arrange()
         arrays = model.arrays()
-        ours, theirs = ({name: f"{array.dtype}{list(array.shape)}" for name, array in named.items()} for named in (self.weights, arrays))
-        for name in sorted(ours | theirs):
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(f"{name}: {theirs.get(name, 'nothing')} found, expected {ours.get(name, 'nothing')}")
-        self.weights = arrays
+        ours, theirs = ({name: (array.dtype, array.shape) for name, array in named.items()} for named in (self.weights, arrays))
+        if ours == theirs:
+            self.weights = arrays
+        return ours == theirs
 
     def _calls(self, batch: int, length: int, tokens: int, sampling: Sampling):
         """Return [prefill, largest chunk first], empty state, first token, decode for rows of up to `tokens` tokens of prompt over a cache of `length`
         slots: (function, abstract arguments, static arguments) of each."""
-        abstract = jax.ShapeDtypeStruct
-        everywhere = self._home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        abstract, everywhere = jax.ShapeDtypeStruct, self._everywhere
         cache = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
         hidden = abstract((batch, self.config.hidden_size), self.dtype, sharding=everywhere)
         ids, steps = abstract((batch,), np.int32, sharding=everywhere), abstract((batch,), np.int32)
@@ -299,8 +300,15 @@ def usual_steps(platform: str) -> int:
 
 
 def cache_length(tokens: int, max_context: int) -> int:
-    """Return the slots of the cache that rows of up to `tokens` tokens, answer included, get."""
-    return min(_power_of_two(max(tokens, _SMALLEST_CACHE)), max_context)
+    """Return the slots of the cache that rows of up to `tokens` tokens, answer included, get: a multiple of 8, as decode's kernel takes it."""
+    return min(_power_of_two(max(tokens, _SMALLEST_CACHE)), -(-max_context // 8) * 8)
+
+
+def _bucket(tokens: int) -> int:
+    """Return the tokens that so many are computed as: a power of two or, where that is many, a multiple of a quarter of the one below."""
+    whole = _power_of_two(tokens)
+    step = whole // 8 if whole > _POWERS_OF_TWO else whole
+    return -(-tokens // step) * step
 
 
 def _power_of_two(count: int) -> int:

@@ -106,8 +106,7 @@ class _Primed(Engine):
 
     def _prefill_prompts(self, prompts, length: int):
         batch = len(prompts)
-        everywhere = None if self.mesh is None else jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        abstract = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
+        abstract = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=self._everywhere)
         key = jax.random.key(0, impl="rbg")
         fill = {shape: jax.jit(functools.partial(jax.random.normal, shape=shape, dtype=self.dtype), out_shardings=target.sharding)
                 for target in jax.tree.leaves(abstract.layers) for shape in [target.shape]}
@@ -215,9 +214,9 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
         shape = (E, out, inputs // 32)
         return Mxfp4Weight(_draw("_blocks", (*shape, 16), None, next(keys)), _draw("_scales", shape, None, next(keys)))
 
-    chosen = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(E), (batch, 1)), axis=1)[:, :A], jnp.int32)
-    sizes = jnp.bincount(chosen.ravel(), length=E).astype(jnp.int32)
-    used, item = int((sizes > 0).sum()), jnp.dtype(dtype).itemsize
+    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(E), (batch, 1)), axis=1)[:, :A]
+    sizes, used = jnp.asarray(np.bincount(chosen.ravel(), minlength=E), jnp.int32), len(np.unique(chosen))
+    chosen, item = jnp.asarray(chosen, jnp.int32), jnp.dtype(dtype).itemsize
     gate_up, down = (packed(2 * F, D), normal(E, 2 * F)), (packed(D, F), normal(E, D))
 
     def mlp(how, x, chosen, *weights):
@@ -262,6 +261,16 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
                       lambda how, old, new, slots: cache_write(old, new, slots, implementation=how),
                       normal(batch, context, K, H), (normal(batch, 1, K, H), positions[:, -1:]), 2 * batch * K * H * item, 0))
     return found
+
+
+def case_bytes(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16", experts: int | None = None) -> int:
+    """Return the bytes of all arrays of `cases`, of which none is made."""
+
+    def arrays():
+        shared = jax.tree.leaves([(case.carry, case.arrays) for case in cases(config, batch, context, dtype, experts=experts)])
+        return list({id(array): array for array in shared}.values())
+
+    return cost.shard_bytes(jax.eval_shape(arrays))
 
 
 def _scored_case(config: GptOssConfig, normal: Callable, item: int) -> Case:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from gptoss_jax import devices, sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.devices import Plan, PlanError
-from gptoss_jax.inference.engine import Engine
+from gptoss_jax.inference.engine import Engine, cache_length
 from gptoss_jax.model import GptOss, cost
 
 _CONTEXT_STEP = 1024
@@ -25,7 +25,12 @@ def check_request(config: GptOssConfig, batch: int, context: int) -> None:
 
 def by_arithmetic(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bfloat16", mesh=None, memory: int) -> Plan:
     """Return the plan of weights and cache alone: exact, and temporaries unknown. Raises ShardingError."""
-    return Plan(memory, {"weights": cost.weight_bytes(config, dtype, mesh), "cache": cost.cache_bytes(config, batch, context, dtype, mesh)})
+    return Plan(memory, {"weights": cost.weight_bytes(config, dtype, mesh), "cache": _cache_bytes(config, batch, context, dtype, mesh)})
+
+
+def _cache_bytes(config: GptOssConfig, batch: int, context: int, dtype: str, mesh) -> int:
+    """Return the bytes of the cache that an engine of max_context `context` has when rows are as long."""
+    return cost.cache_bytes(config, batch, cache_length(context, context), dtype, mesh)
 
 
 def announce(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bfloat16", mesh=None, write: Callable[[str], None]) -> None:
@@ -92,7 +97,7 @@ class Planner:
         return None
 
     def _cache(self, batch: int, context: int) -> int:
-        return cost.cache_bytes(self.config, batch, context, self.dtype, self.mesh)
+        return _cache_bytes(self.config, batch, context, self.dtype, self.mesh)
 
     def _compile(self, config: GptOssConfig, batch: int, context: int) -> Plan:
         key = (config, batch, context)
