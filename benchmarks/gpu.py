@@ -56,6 +56,16 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     if arguments.section:
         return run_section(arguments)
+    try:  # before the time runs
+        for name in arguments.models:
+            config_of(name)
+        with arguments.out.open("a+b") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read() != b"\n":
+                file.write(b"\n")  # after half a line of a run that was cut off
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if arguments.seconds <= 0:
+        parser.error(f"--seconds is {arguments.seconds:g}, expected a positive number")
     end, earlier, turns = time.monotonic() + arguments.seconds, len(read(arguments.out)), Turns()
     command = [sys.executable, __file__, "--out", str(arguments.out), "--steps", str(arguments.steps), "--earlier", str(earlier)]
     command += [part for name in ("batches", "contexts", "prompts") for part in (f"--{name}", *map(str, getattr(arguments, name)))]
@@ -165,7 +175,8 @@ def alone():
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Return the rows of a file of results; half a line, where a run was cut off, is none."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def hopper_checked(rows: list[dict]) -> bool:
@@ -220,10 +231,8 @@ def begin(arguments, record):
     """Return (configuration, ceilings), recorded with what the numbers depend on."""
     import jax
 
-    from gptoss_jax import bench
     from gptoss_jax.inference import measure
     from gptoss_jax.kernels import decode_attention, decode_matmul, expert_matmul
-    from gptoss_jax.plan import config_named
 
     for op in (expert_matmul, decode_attention, decode_matmul) if arguments.checked else ():
         op.mosaic_gpu.wrong_here = lambda: None
@@ -234,7 +243,13 @@ def begin(arguments, record):
     commit = git and subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record(what="ceilings", device=device.device_kind, jax=jax.__version__, commit=commit or None, date=time.strftime("%Y-%m-%d"),
            gb_per_second=limits.bandwidth / 1e9, tflop_per_second=limits.matmul / 1e12)
-    return bench.RANDOM.get(arguments.model) or config_named(arguments.model), limits
+    return config_of(arguments.model), limits
+
+
+def config_of(name: str):
+    from gptoss_jax import bench, plan
+
+    return bench.RANDOM.get(name) or plan.config_named(name)
 
 
 def check(arguments, record) -> None:

@@ -103,12 +103,12 @@ def _load(args: argparse.Namespace) -> None:
     out = _Output(args)
     seconds, config = [], None
     for repetition in range(args.repetitions):
-        start = time.perf_counter()
         with _trace(args)() if args.profile else contextlib.nullcontext():
+            start = time.perf_counter()
             model = checkpoint.load(args.checkpoint, dtype=args.dtype, admit=None if repetition else lambda config: memory_plan.announce(
                 config, 1, 256, dtype=args.dtype, write=_tell))
             jax.block_until_ready(model.weights())
-        seconds.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
         config = model.config
         del model
     size = cost.weight_bytes(config, args.dtype)

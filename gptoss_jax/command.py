@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import pathlib
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 GPU_FRACTION = "0.95"  # JAX's own 0.75 would refuse what fits; the rest is for CUDA. As in `devices`
@@ -60,7 +62,10 @@ def use_gpu_memory() -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache directory, so that the next start doesn't compile; JAX's own settings win."""
+    """Keep compiled programs in the user's cache directory, so that the next start doesn't compile; JAX's own settings win.
+
+    JAX warns of a damaged one at every start and never writes it again: all are removed instead, which one line says.
+    """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
@@ -68,6 +73,17 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "gptoss_jax", "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    directory, show = pathlib.Path(jax.config.jax_compilation_cache_dir), warnings.showwarning
+
+    def show_or_remove(message, *others, **named):
+        if not str(message).startswith("Error reading persistent compilation cache entry"):
+            return show(message, *others, **named)
+        if damaged := list(directory.glob("*-cache")):
+            for path in damaged:
+                path.unlink(missing_ok=True)
+            print(f"compiled programs in {directory} are damaged: removed, to be compiled again", file=sys.stderr)
+
+    warnings.showwarning = show_or_remove
 
 
 class Status:

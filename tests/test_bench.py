@@ -245,10 +245,21 @@ def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(gpu, tmp_p
     assert [row["what"] for row in rows[:-1]] == list("abcdef")
 
 
+def test_the_gpu_script_refuses_what_it_cannot_use_before_it_begins(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.path", sys.path[:])
+    monkeypatch.setattr(gpu, "run_lane", pytest.fail)
+    for flags, message in ((["--models", "nope"], "model 'nope'"), (["--models", "tiny", "--seconds", "-5"], "--seconds is -5, expected"),
+                           (["--models", "tiny", "--out", str(tmp_path / "none" / "rows.jsonl")], "No such file")):
+        monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path / "rows.jsonl"), *flags])
+        with pytest.raises(SystemExit, match="2"):
+            gpu.main()
+        assert message in capsys.readouterr().err
+
+
 def test_the_gpu_script_shows_what_this_run_found_and_a_kernel_of_nan_is_wrong(gpu, tmp_path, monkeypatch, capsys):
     found = {"section": "kernels", "model": "tiny", "what": "check", "op": "attention", "size": "1 x 64 keys", "implementation": "xla"}
     out = tmp_path / "rows.jsonl"
-    out.write_text(json.dumps(found | {"error": 0.5}) + "\n")
+    out.write_text(json.dumps(found | {"error": 0.5}) + '\n{"half')
     monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), "--models", "tiny"])
     monkeypatch.setattr(gpu, "run_lane", lambda *_: sum(gpu.write(out, found | {"error": error}) or 0 for error in (float("nan"), 0.01)))
     monkeypatch.setattr(gpu, "lanes", lambda *_: [(0.5, [])])

@@ -5,10 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
+import jax
 import pytest
 
-from gptoss_jax import checkpoint, generate
+from gptoss_jax import checkpoint, command, generate
 
 FUNCTION = {"name": "get_weather", "description": "Gets the current weather.",
             "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
@@ -177,3 +179,18 @@ def test_the_embedded_checkpoint_is_small_and_shaped_like_gpt_oss():
     config = model.config
     assert config.quantized and config.num_local_experts >= 8 and set(config.layer_types) == {"sliding_attention", "full_attention"}
     assert any(name.endswith("down_proj_blocks") for name in model.weights())
+
+
+def test_damaged_compiled_programs_are_removed_and_one_line_says_so(tmp_path, capsys):
+    for name in ("a-cache", "b-cache", "other"):
+        (tmp_path / name).write_text("half")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    with pytest.warns(UserWarning, match="something else") as others:
+        command.enable_compilation_cache()
+        jax.config.update("jax_compilation_cache_dir", before)
+        for name in "ab":
+            warnings.warn(f"Error reading persistent compilation cache entry for 'jit_{name}': zlib.error", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"] and len(others) == 1
+    assert capsys.readouterr().err == f"compiled programs in {tmp_path} are damaged: removed, to be compiled again\n"

@@ -62,11 +62,8 @@ def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
     """Choose tile, step, ring and split for `num_rows` rows over all experts. rows: of each tile, where all have as many."""
     E, outs, ins = weight.scales.shape[:3]
     most = num_rows // rows if rows else None
-    if rows:
-        heights = (rows,)
-    else:
-        rows = min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
-        heights = (*{half for half in (rows // 2 // ALIGNMENT * ALIGNMENT,) if half}, rows)
+    all_as_many, rows = rows is not None, rows or min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
+    heights = (rows,) if all_as_many or rows < 64 else (rows // 2 // ALIGNMENT * ALIGNMENT, rows)  # of less there is little to save
     warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
     units = (most or _most_tiles(num_rows, E, rows)) * (outs // warpgroups)
     gated, few = isinstance(weight, HopperGateUpWeight), units < SMS
