@@ -157,7 +157,7 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
-        **({"interpret": plan.interpret} if plan.interpret else {}))
+        interpret=plan.interpret)
     keys, values = jax.new_ref(keys_BSKH), jax.new_ref(values_BSKH)
     sinks = sinks_KG if G == HEADS else jnp.pad(sinks_KG, ((0, 0), (0, HEADS - G)))
     out = run(qkv_BJ.reshape(B, N + 2 * K, H), bias_J.reshape(N + 2 * K, H), cosine_BR, sine_BR, sinks, positions_B, keys, values)

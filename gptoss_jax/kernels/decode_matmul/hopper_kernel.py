@@ -204,7 +204,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
             *[plgpu.SMEM((E, N), jnp.bfloat16), plgpu.SMEM((E + FACTORS,), jnp.float32), plgpu.Barrier()][: 3 * bool(after)],
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **({"interpret": plan.interpret} if plan.interpret else {}))
+        interpret=plan.interpret)
     y, *found = run(*(arrays[name] for name in given))
     if after:
         return y, *found

@@ -21,7 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from gptoss_jax.kernels.expert_matmul import hopper_ahead
-from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
+from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight
 
 SMS = 132  # of an H100 or H200 (SXM)
 SHARED_BYTES = 232448 - 4096  # of a block, less barriers and what the compiler takes
@@ -296,7 +296,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
             *routing_types,
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **({"interpret": plan.interpret} if plan.interpret else {}))
+        interpret=plan.interpret)
     out, *found = run(*arrays, *ahead)
     out = out[0] if splits == 1 else out
     return (out, *found) if chosen else out

@@ -178,7 +178,7 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
         scratch_types=[plgpu.SMEM((room, columns), jnp.float32), plgpu.SMEM((columns,), bias_E.dtype), plgpu.SMEM((room,), jnp.int32), *smem,
                        plgpu.SMEM((4, *table.shape), jnp.int32), plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=warpgroups)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **({"interpret": interpret} if interpret else {}))
+        interpret=interpret)
     expert, weight, slot, token, *found = run(first, scores_TE, bias_E, real)
     return Routing(expert[:, :T], weight[:, :T], slot[:, :T], None if T <= rows else token, Tiles(*found))
 

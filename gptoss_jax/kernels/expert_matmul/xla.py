@@ -21,9 +21,8 @@ from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight, swiglu
 _LARGEST_TILE = 512
 
 
-@jax.custom_vjp
 def expert_matmul(x_MI, weight, bias_EO, group_sizes_E):
-    """Same signature and result as `reference.expert_matmul`; differentiable in x, bias and a dense weight. Packed weights are constants."""
+    """Same signature and result as `reference.expert_matmul`; its gradients are `backward`'s."""
     tiles = _Tiles(x_MI.shape[0], group_sizes_E)
 
     def body(tile, out):
@@ -33,10 +32,6 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E):
 
     out = _bits(jnp.zeros((x_MI.shape[0], bias_EO.shape[1]), x_MI.dtype))
     return _numbers(jax.lax.fori_loop(0, tiles.count, body, out) if len(out) else out, x_MI.dtype)
-
-
-def _forward_rule(x_MI, weight, bias_EO, group_sizes_E):
-    return expert_matmul(x_MI, weight, bias_EO, group_sizes_E), (x_MI, weight, bias_EO, group_sizes_E)
 
 
 def backward(residuals, g_MO):
@@ -64,9 +59,6 @@ def backward(residuals, g_MO):
     else:
         dweight = dweight.astype(weight.dtype)
     return dx, dweight, dbias.astype(bias_EO.dtype), no_gradient(group_sizes_E)
-
-
-expert_matmul.defvjp(_forward_rule, backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
