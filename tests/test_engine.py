@@ -127,6 +127,20 @@ def test_a_dispatch_is_a_loop_of_known_length_or_nothing_where_every_row_has_end
         Engine(model, steps_per_dispatch=0)
 
 
+def test_a_row_that_has_ended_is_left_out_of_later_dispatches(model, oracle):
+    engine, prompts, (_, arrays) = Engine(model, prefill_chunk=16, steps_per_dispatch=2), [oracle["g16.prompt"].tolist(), [1, 2, 3]], stack([GREEDY] * 2)
+    found = {}
+    for others_open in (True, False):
+        cache, hidden = engine._prefill_prompts(prompts, 256)
+        before = cache.lengths.tolist()
+        ids, _ = engine._first(engine.weights, hidden, arrays, np.zeros(2, np.int32), kind="greedy")
+        cache, _, (ids, _) = engine._decode_many(engine.weights, cache, (ids, np.array([True, others_open])), arrays, np.int32(1),
+                                                 np.full(2, 100, np.int32), kind="greedy")
+        found[others_open] = ids[:, 0].tolist()
+        assert cache.lengths.tolist() == [before[0] + 2, before[1] + 2 * others_open]
+    assert found[True] == found[False] == oracle["g16.new"][1:3].tolist()
+
+
 def test_a_row_computed_past_its_end_and_the_caches_disturbs_no_other(model, oracle):
     """The first row's room ends with the context in a dispatch's third step; the others go on, one up to the same slot."""
     model = GptOss(model.config.replace(max_position_embeddings=192), model.weights())

@@ -207,17 +207,18 @@ class Engine:
     def _first_token(self, weights, hidden_BD, settings, step_B, *, kind):
         return sample(self._model(weights).unembed(hidden_BD), settings, step_B, kind=kind, sampleable=self.sampleable)
 
-    def _decode_step(self, weights, cache, ids_B, settings, step_B, *, kind):
+    def _decode_step(self, weights, cache, ids_B, settings, step_B, open_B=None, *, kind):
         model = self._model(weights)
-        x_BTD, cache = model.hidden_states(ids_B[:, None], cache=cache)
+        x_BTD, cache = model.hidden_states(ids_B[:, None], segment_ids=None if open_B is None else open_B[:, None].astype(jnp.int32), cache=cache)
         ids_B, logprobs_B = sample(model.unembed(x_BTD[:, 0]), settings, step_B, kind=kind, sampleable=self.sampleable)
         return ids_B, logprobs_B, cache
 
     def _decode_steps(self, weights, cache, rows, settings, count, room_B, *, kind):
         """Decode steps_per_dispatch steps, or none where no row is open. count: tokens each row has; a row is open until a stop id or its room.
 
-        A row that ends goes on being computed until the others' dispatch is done: a loop of a number of steps that XLA knows never waits for the
-        host. rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B], logprobs [steps, B])), zeros where it took none.
+        A row that ends goes on being computed until the dispatch is done: a loop of a number of steps that XLA knows never waits for the host.
+        In later ones it goes to no expert and reads no keys. rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B],
+        logprobs [steps, B])), zeros where it took none.
         """
         ids_B, open_B = rows
         stop_ids = jnp.asarray(sorted(self.stop_ids), jnp.int32)
@@ -227,13 +228,14 @@ class Engine:
 
         def step(done, carry):
             cache, ids_B, *tokens = carry
-            ids_B, logprobs_B, cache = self._decode_step(weights, cache, ids_B, settings, jnp.broadcast_to(count + done, ids_B.shape), kind=kind)
+            ids_B, logprobs_B, cache = self._decode_step(weights, cache, ids_B, settings, jnp.broadcast_to(count + done, ids_B.shape), masked_B, kind=kind)
             here = jnp.arange(shape[0])[:, None] == done  # a select: an update of a slice would be a copy on another stream
             return cache, ids_B, *(jnp.where(here, new, old) for new, old in zip((ids_B, logprobs_B), tokens, strict=True))
 
         shape = self.steps_per_dispatch, ids_B.shape[0]
         carry = cache, ids_B, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
         open_B &= goes_on(ids_B) & (count < room_B)
+        masked_B = open_B if len(open_B) > 1 else None  # a lone row is open wherever a step is taken
         cache, ids_B, *tokens = jax.lax.cond(open_B.any(), lambda *carry: jax.lax.fori_loop(0, shape[0], step, carry), lambda *carry: carry, *carry)
         return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0)), tuple(tokens)
 
