@@ -57,11 +57,11 @@ def test_the_layout_is_bit_exact_both_ways_in_numpy_and_jax(kind, weight):
 @needs_new_jax
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_decoding_is_exact_for_every_code_and_scale(kind):
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+    from gptoss_jax.kernels.expert_matmul import hopper_instructions
 
     weight = every_code()
     arranged = hopper_layout.pack(weight, kind)
-    decode = jax.vmap(lambda words, scales: hopper_kernel._decode(words, scales, hopper_kernel.Interpreted))
+    decode = jax.vmap(lambda words, scales: hopper_instructions.decode(words, scales, hopper_instructions.Interpreted))
     decoded = np.asarray(decode(arranged.words[:, 0, 0], arranged.scales[:, 0, 0]).astype(jnp.float32))
     expected = mxfp4.decode(*weight)
     if kind is HopperGateUpWeight:  # wgmma's row 16 w + 8 h + r holds output 16 w + 2 r + h

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.attention.cudnn import LOWEST, PROCESSORS, SHORTEST_SPLIT, merge
-from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS
+from gptoss_jax.kernels.expert_matmul.hopper_instructions import EIGHT_ROWS
 
 HEADS = 8  # wgmma's N: query heads of a key-value head, spare ones included
 WIDTH = 64  # of a head

@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul import hopper_ahead
-from gptoss_jax.kernels.expert_matmul.hopper_kernel import EIGHT_ROWS, MATRIX, SHARED_BYTES, SMS, Interpreted, Mosaic, fragments
+from gptoss_jax.kernels.expert_matmul.hopper_instructions import EIGHT_ROWS, MATRIX, Interpreted, Mosaic, fragments
+from gptoss_jax.kernels.expert_matmul.hopper_kernel import SHARED_BYTES, SMS
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
 GROUP, ROWS = 64, 8  # of inputs, and the most at once

@@ -13,14 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
 
 from gptoss_jax.kernels.expert_matmul import hopper_ahead
+from gptoss_jax.kernels.expert_matmul.hopper_instructions import Interpreted, Mosaic, decode
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight
 
 SMS = 132  # of an H100 or H200 (SXM)
@@ -248,11 +245,11 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                                 ops.finish(but=1)
                                 if group == 0:
                                     plgpu.barrier_arrive(empty.at[before])
-                                decoded = _decode(*loaded[(group + 1) % groups], ops)
+                                decoded = decode(*loaded[(group + 1) % groups], ops)
                             return slot, following, decoded, loaded
 
                         before, slot, loaded = ring
-                        state = before, slot, _decode(*loaded[0], ops), loaded
+                        state = before, slot, decode(*loaded[0], ops), loaded
                         if groups > 1:
                             state = jax.lax.fori_loop(0, length, lambda _, state: step(state), state)
                         else:  # two by two, as registers that a product reads can't be the next one's
@@ -323,122 +320,3 @@ def _store_rows(smem, gmem, first, rows, most):
             plgpu.copy_smem_to_gmem(smem.at[pl.ds(done * ALIGNMENT, size * ALIGNMENT)], gmem.at[pl.ds((first + done) * ALIGNMENT, size * ALIGNMENT)])
 
         done = done + (rows & size)
-
-
-def _decode(words, scales, ops):
-    """Return bfloat16 [64 outputs, 64 inputs] of words uint32 [4, 128] and scales uint32 [32]; hopper_layout describes both."""
-    field, exponent = np.uint32(0x81C081C0), np.uint32(0x7F807F80)
-    pairs = (words & field, words << 6 & field, (words >> 4 | words << 28) & field,
-             words << 2 & np.uint32(0x80C080C0) | words >> 6 & np.uint32(0x01000100))
-    factors = scales & exponent, (scales << 8 | scales >> 24) & exponent
-    return ops.scale(pairs, factors)
-
-
-# Layouts: [4, 128] words, 4 a thread; a vector of one number for each pair of wgmma's rows 8 apart; two; eight rows, both halves of 64
-# columns in the same thread; a matrix of one row for each pair.
-_WORDS = plgpu.Layout.WG_STRIDED((4, 128), vec_size=4)
-COLUMN = plgpu.Layout.TILED(plgpu.Tiling(((32,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
-_TWO = plgpu.Layout.TILED(plgpu.Tiling(((64,), (16,), (2,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
-EIGHT_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-MATRIX = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-class Mosaic:
-    """What runs on the device and can't be interpreted."""
-
-    @staticmethod
-    def scale(pairs, factors):
-        """Take pairs[j] [4, 128] and factors[block] [32], both as two bfloat16 a word, to their products in operand A's layout."""
-        @plgpu.inline_mgpu(arg_types=((_WORDS,) * 4, (COLUMN,) * 2),
-                           return_type=plgpu.ShapeDtypeStruct((GROUP, GROUP), jnp.bfloat16, layout=plgpu.Layout.WGMMA))
-        def scaled(_, pairs, factors):
-            two = ir.VectorType.get((2,), ir.BF16Type.get())
-            halves = [vector.bitcast(two, block.registers.item()) for block in factors]
-            factor = [[vector.shuffle(half, half, [h, h]) for h in range(2)] for half in halves]
-            products = [arith.mulf(vector.bitcast(two, _part(pairs[j].registers.item(), 2 * v + h)), factor[j // 2][h])
-                        for j, v, h in np.ndindex(4, 2, 2)]
-            return fragments(np.array(products, object), plgpu.Layout.WGMMA, (GROUP, GROUP))
-
-        return scaled(pairs, factors)
-
-    @staticmethod
-    def load_bias(ref, gated):
-        return plgpu.load(ref, layout=_TWO if gated else None, optimized=False)
-
-    @staticmethod
-    def halves(product, bias):
-        """Take the product [64, N] and a bias of 64 in order apart: gate, up [32, N], their biases [32]."""
-        rows = product.shape[1]
-        matrix, column = (plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout) for shape, layout in (((32, rows), MATRIX), ((32,), COLUMN)))
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _TWO), return_type=(matrix, matrix, column, column))
-        def apart(_, product, bias):
-            pairs, (two,) = product.registers.reshape(rows // 8, 2), bias.registers.flat
-            biases = (np.array([_part(two, h)], object) for h in range(2))
-            return tuple(fragments(x, layout, shape) for x, layout, shape in
-                         ((pairs[:, 0], MATRIX, (32, rows)), (pairs[:, 1], MATRIX, (32, rows)), *((x, COLUMN, (32,)) for x in biases)))
-
-        return apart(product, bias)
-
-    @staticmethod
-    def multiply(acc, decoded, x):
-        plgpu.wgmma(acc, decoded, x.T)
-
-    @staticmethod
-    def finish(but=0):
-        """Wait for the products that were begun, but for so many of the last."""
-        plgpu.wgmma_wait(but)
-
-    @staticmethod
-    def accumulator(accumulate, _, __, rows):
-        return pl.run_scoped(accumulate, plgpu.ACC((GROUP, rows)))
-
-
-def _part(register, index):
-    """Return one element of a register's vector, as a vector of one."""
-    return vector.extract_strided_slice(ir.VectorType.get((1,), ir.VectorType(register.type).element_type), register, [index], [1], [1])
-
-
-def fragments(registers, layout, shape):
-    layout = layout.to_mgpu()
-    return mgpu.FragmentedArray(_registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None)
-
-
-class Interpreted:
-    """The same by jnp."""
-
-    @staticmethod
-    def load_bias(ref, gated):
-        return ref[...]
-
-    @staticmethod
-    def halves(product, bias):
-        product, bias = product.reshape(4, 2, 8, -1), bias.reshape(32, 2)
-        return product[:, 0].reshape(32, -1), product[:, 1].reshape(32, -1), bias[:, 0], bias[:, 1]
-
-    @staticmethod
-    def scale(pairs, factors):
-        def numbers(words):  # [..., 2] float32; e2m1's bits go through float16, as XLA on CPU flushes denormals
-            return jnp.stack([words & 0xFFFF, words >> 16], axis=-1)
-
-        values = []
-        for j, v, h in np.ndindex(4, 2, 2):
-            bits = numbers(pairs[j].reshape(4, 8, 4, 2, 2)[..., v, h])  # [w, r, q, b]
-            code = jax.lax.bitcast_convert_type((bits & 0x8000 | (bits & 0x1C0) << 3).astype(jnp.uint16), jnp.float16).astype(jnp.float32)
-            exponent = (numbers(factors[j // 2].reshape(4, 8, 1))[..., h, None] >> 7).astype(jnp.int32)  # times 2^14 for float16's, less 126 for e2m1's
-            values.append(code * 2.0**14 * jnp.exp2((exponent - 253).astype(jnp.float32)))
-        return jnp.stack(values).reshape(4, 2, 2, 4, 8, 4, 2).transpose(3, 2, 4, 0, 1, 5, 6).reshape(GROUP, GROUP).astype(jnp.bfloat16)
-
-    @staticmethod
-    def multiply(acc, decoded, x):
-        acc[...] += jnp.dot(decoded.astype(jnp.float32), x[...].T.astype(jnp.float32), precision="highest")
-
-    @staticmethod
-    def finish(but=0):
-        pass
-
-    @staticmethod
-    def accumulator(accumulate, acc_smem, me, rows):
-        acc = acc_smem.at[me, :, pl.ds(0, rows)]
-        acc[...] = jnp.zeros((GROUP, rows), jnp.float32)
-        return accumulate(acc)

@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gptoss_jax.kernels.expert_matmul.hopper_kernel import COLUMN, EIGHT_ROWS, MATRIX, Tiles
+from gptoss_jax.kernels.expert_matmul.hopper_instructions import COLUMN, EIGHT_ROWS, MATRIX
+from gptoss_jax.kernels.expert_matmul.hopper_kernel import Tiles
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT
 
 MOST_TOKENS, MOST_PAIRS, MOST_EXPERTS = 128, 512, 256  # what a block's registers hold, what a key has bits for, and what a TMA copy takes

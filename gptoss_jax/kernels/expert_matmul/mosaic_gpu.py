@@ -134,10 +134,11 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
             slots, rows, token_S, weight_AT = len(row_S), None, row_S, weight_TA.T
             slot_AT = jnp.where(expert_TA < E, slot_M[place_M].reshape(T, A), slots).T
             x_SD = x_TD[order_M[row_S] // A]
-            height = planned(slots * E // all_experts, gate_up, None).rows
+            expected = max(ALIGNMENT, slots * E // all_experts)  # of these rows, if tokens choose evenly
+            height = planned(expected, gate_up, None).rows
             tiles = hopper_kernel.tiles(group_sizes_E, slots, height)
             tiles = tiles._replace(count=(-(-group_sizes_E // height)).sum(keepdims=True))  # nobody's rows aren't read
-        first, second = (planned(slots if rows else slots * E // all_experts, weight, interpret, rows) for weight in (gate_up, down))
+        first, second = (planned(slots if rows else expected, weight, interpret, rows) for weight in (gate_up, down))
         h_SF = matmul(x_SD, gate_up, tiles=tiles, plan=first, slots=slots if token_S is None else None)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second, ahead=ahead_OD).reshape(second.splits, slots, -1)
 
