@@ -79,7 +79,7 @@ def _inference(args: argparse.Namespace):
              "mesh": axes, "batch": batch, "context": context, "dtype": dtype}
     if args.arithmetic:
         return facts, memory_plan.by_arithmetic(config, batch, context, dtype=dtype, mesh=cost.abstract_mesh(**axes),
-                                                memory=devices.kind_named(args.device).memory_bytes)
+                                                memory=devices.memory_of_each(args.device, count))
     _host_devices(args.device, count)
     planner = memory_plan.Planner(config, args.device, axes, dtype=dtype)
     command.Status()(f"compiling {args.model} for {args.device}")
@@ -114,7 +114,7 @@ def _training(args: argparse.Namespace):
     facts = {"model": args.model, "what": f"{what}, {path.name}'s shapes" if stand_in else what, "device": args.device,
              "devices": math.prod(axes.values()), "mesh": axes, "overrides": args.overrides}
     if args.arithmetic:
-        return facts, memory_plan.by_arithmetic(config, devices.kind_named(args.device).memory_bytes)
+        return facts, memory_plan.by_arithmetic(config, devices.memory_of_each(args.device, facts["devices"]))
     command.Status()(f"compiling {args.model} for {args.device}")
     facts["extended"] = args.quick and config.model.num_hidden_layers > memory_plan.DEPTHS[1]
     return facts, memory_plan.compiled(config, args.device, all_layers=not args.quick)

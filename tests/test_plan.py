@@ -137,6 +137,15 @@ def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(c
     assert "context 100 tokens" in capsys.readouterr().out
 
 
+def test_arithmetic_gives_a_device_the_memory_that_the_compiled_plan_does(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "host_memory_bytes", lambda: 10**9)
+    assert Planner(SMALL, "cpu", {"data": 2}).memory == 5 * 10**8
+    assert plan.main(["tiny", "--device", "cpu", "--mesh", "data=2", "--batch", "2", "--arithmetic", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory_bytes"] == 5 * 10**8
+    assert plan.main([LORA_20B, "--device", "cpu", "--mesh", "expert=2", "--train.microbatches=4", "--arithmetic", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["memory_bytes"] == 5 * 10**8
+
+
 @pytest.mark.parametrize("argv, said", [
     (["gpt-oss-12b"], "model 'gpt-oss-12b': no such checkpoint directory or preset"),
     (["gpt-oss-20b", "--device", "h10"], "device 'h10': no such kind, expected one of A100, H100, H200, B200, v5e, v5p, v6e, 7x, cpu; did you mean"),
@@ -155,6 +164,10 @@ def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(c
     (["gpt-oss-20b", "--mesh", "expert=5"], "mesh axes expert 5 don't divide"),
     (["tiny", "--device", "cpu", "--mesh", "data=16"], "device cpu: 8 here, expected 16"),
     (["tiny", "--device", "v5p", "--mesh", "data=3", "--batch", "4"], "3 x v5p: expected a power of two"),
+    (["gpt-oss-120b", "--arithmetic", "--device", "v5p", "--mesh", "data=3"], "3 x v5p: expected a power of two"),
+    (["gpt-oss-120b", "--arithmetic", "--device", "v5e", "--mesh", "data=512"], "512 x v5e: expected at most 256"),
+    (["gpt-oss-120b", "--arithmetic", "--mesh", "data=12"], "12 x H100: expected at most 8, or a multiple of the 8 of a host"),
+    ([LORA_20B, "--arithmetic", "--mesh", "expert=12", "--data.batch_size=96"], "12 x H100: expected at most 8"),
 ])
 def test_unusable_requests_are_one_line_and_exit_code_2(capsys, argv, said):
     assert plan.main(argv) == 2

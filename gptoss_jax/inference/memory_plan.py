@@ -44,8 +44,7 @@ class Planner:
     def __init__(self, config: GptOssConfig, kind: str, axes: Mapping[str, int] = {}, *, dtype: str = "bfloat16"):
         self.config, self.dtype = config, dtype
         count = cost.abstract_mesh(**axes).size
-        kind_found = devices.kind_named(kind)
-        self.memory = kind_found.memory_bytes // (count if kind_found.platform == "cpu" else 1)
+        self.memory = devices.memory_of_each(kind, count)
         cost.weight_bytes(config, dtype, cost.abstract_mesh(**axes))  # finds what doesn't divide, before a compiler is asked for
         self.devices = devices.described(kind, count)
         self.mesh = sharding.make_mesh(**axes, devices=self.devices) if count > 1 else None
