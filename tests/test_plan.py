@@ -125,6 +125,47 @@ def test_the_longest_context_and_largest_batch_fit_and_the_next_ones_hardly_woul
     assert planner.longest_context(2, known, 2048) is None
 
 
+def planned_by(monkeypatch, temporaries, memory, **changed):
+    """Return a planner of SMALL, changed, whose compiled steps take temporaries(batch, context) beside `memory` more bytes than its weights."""
+    config = SMALL.replace(**{"max_position_embeddings": 1 << 17} | changed)
+    planner, weights = Planner(config, "cpu"), cost.weight_bytes(config)
+    planner.memory, planner.compiled = weights + memory, []
+
+    def compiled(config, batch, context):
+        planner.compiled.append((batch, context))
+        parts = {"weights": weights, "cache": cost.cache_bytes(config, batch, context)}
+        return Plan(planner.memory, parts, temporaries={"decode": temporaries(batch, context)})
+
+    monkeypatch.setattr(planner, "_compile", compiled)
+    return planner
+
+
+@pytest.mark.parametrize("temporaries", [lambda batch, context: 10_000 * batch * context, lambda batch, context: batch * context**2,
+                                         lambda batch, context: 10**8 + 10_000 * batch * min(context, 9000) + 100 * batch * context,
+                                         lambda batch, context: 10**8 if context < 5000 else 10**10], ids=["steep", "square", "bent", "jump"])
+def test_where_the_plan_does_not_fit_a_smaller_context_and_batch_are_found(monkeypatch, temporaries):
+    planner = planned_by(monkeypatch, temporaries, 2 * 10**8)
+    assert planner.at(1, 1 << 17).needed > planner.memory and planner.at(2048, 4096).needed > planner.memory
+    longest, largest = planner.longest_context(1, planner.at(1, 1 << 17), 1 << 17), planner.largest_batch(4096, planner.at(2048, 4096), 2048)
+    assert planner.at(1, longest).needed <= planner.memory < planner.at(1, longest + 1024).needed
+    assert planner.at(largest, 4096).needed <= planner.memory < planner.at(2 * largest, 4096).needed
+    assert len(planner.compiled) < 25
+
+
+def test_none_fits_only_where_the_smallest_was_refused(monkeypatch):
+    planner = planned_by(monkeypatch, lambda batch, context: 10**8, 2 * 10**7)
+    assert planner.longest_context(1, planner.at(1, 4096), 4096) is None and (1, 16) in planner.compiled
+    assert planner.largest_batch(4096, planner.at(8, 4096), 8) is None and (1, 4096) in planner.compiled
+
+
+def test_never_less_is_said_to_fit_than_was_just_shown_to(monkeypatch):
+    planner = planned_by(monkeypatch, lambda batch, context: 1000 * batch * context, 2 * 10**6)
+    for batch, context in (1, 1500), (8, 128):
+        planner.memory = planner.at(batch, context).needed
+        assert planner.longest_context(batch, planner.at(batch, context), context) == context
+        assert planner.largest_batch(context, planner.at(batch, context), batch) == batch
+
+
 def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(capsys):
     assert plan.main(["gpt-oss-120b", "--arithmetic", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
