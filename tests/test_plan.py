@@ -178,6 +178,18 @@ def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(c
     assert "context 100 tokens" in capsys.readouterr().out
 
 
+def test_the_cap_of_the_search_is_not_a_finding_and_a_chunk_is_said_to_be_one(monkeypatch, capsys):
+    monkeypatch.setattr(Planner, "_compile", lambda self, config, batch, context: Plan(1 << 60, {"weights": 1, "cache": 1}, temporaries={"decode": 1},
+                                                                                       collectives={"prefill": {}, "decode": {}}))
+    monkeypatch.setattr(devices, "host_memory_bytes", lambda: 1 << 60)
+    assert plan.main(["tiny", "--device", "cpu", "--mesh", "data=2", "--context", "1024", "--batch", "4096"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "batch 4,096, context 1,024 tokens" in lines[0] and "largest batch at 1,024 tokens: 4,096 or more" in lines
+    assert any(line.startswith("longest context at batch 4,096: ") for line in lines)
+    assert "collectives of prefill, a chunk of 65,536 tokens, results on a device: none" in lines  # 16 of each row
+    assert "collectives of decode, results on a device: none" in lines
+
+
 def test_arithmetic_gives_a_device_the_memory_that_the_compiled_plan_does(monkeypatch, capsys):
     monkeypatch.setattr(devices, "host_memory_bytes", lambda: 10**9)
     assert Planner(SMALL, "cpu", {"data": 2}).memory == 5 * 10**8

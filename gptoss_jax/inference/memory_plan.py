@@ -56,6 +56,10 @@ class Planner:
         check_request(self.config, batch, context)
         return self._compile(self.config, batch, context)
 
+    def chunk_tokens(self, batch: int, context: int) -> int:
+        """Return how many tokens of all rows together the plan's prefill computes at once."""
+        return batch * self._engine(self.config, context)._chunks(batch, context)[0]
+
     def longest_context(self, batch: int, known: Plan, context: int) -> int | None:
         """Return the longest context that fits, to 1,024 tokens or, below, a power of two; None for none. known: the plan at (batch, context)."""
         limit = self.config.max_position_embeddings
@@ -106,14 +110,16 @@ class Planner:
     def _cache(self, batch: int, context: int) -> int:
         return cost.cache_bytes(self.config, batch, context, self.dtype, self.mesh)
 
+    def _engine(self, config: GptOssConfig, context: int) -> Engine:
+        weights = cost.abstract_weights(config, self.dtype, self.mesh, self.devices[0])
+        return Engine(GptOss(config, weights, mesh=self.mesh), max_context=context)
+
     def _compile(self, config: GptOssConfig, batch: int, context: int) -> Plan:
         key = (config, batch, context)
         if key not in self._seen:
-            weights = cost.abstract_weights(config, self.dtype, self.mesh, self.devices[0])
-            engine = Engine(GptOss(config, weights, mesh=self.mesh), max_context=context)
             exact = by_arithmetic(config, batch, context, dtype=self.dtype, mesh=self.mesh, memory=self.memory)
             padding, temporaries, collectives = 0, {}, {}
-            for name, lowered in engine.lower(batch, context).items():
+            for name, lowered in self._engine(config, context).lower(batch, context).items():
                 try:
                     step = devices.finish(lowered)
                 except devices.OutOfMemory as error:
