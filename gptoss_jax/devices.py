@@ -54,6 +54,9 @@ class DeviceKind:
     grids: tuple[str, ...] = ()  # of TPU chips, ascending
     devices_per_chip: int = 1
 
+    def devices_in(self, grid: str) -> int:
+        return math.prod(map(int, grid.split("x"))) * self.devices_per_chip
+
 
 def _gpu(name: str, capability: str, memory_bytes: int, *, cores: int, shared: int, fpus: int, l2: int, clock: float, bandwidth: float) -> DeviceKind:
     """Describe a GPU: memory as its driver reports it; the rest steers XLA's choices (openxla/xla `xla/backends/gpu/target_config/specs`)."""
@@ -101,6 +104,18 @@ def kind_named(name: str) -> DeviceKind:
     return dataclasses.replace(kind, memory_bytes=host_memory_bytes()) if kind.platform == "cpu" else kind
 
 
+def memory_of_each(name: str, count: int = 1) -> int:
+    """Return the memory of each of `count` devices of a kind; those of a CPU share the host's. Raises DeviceError for a number that doesn't come."""
+    kind = kind_named(name)
+    if kind.platform == "cuda" and count > _GPUS_PER_HOST and count % _GPUS_PER_HOST:
+        raise DeviceError(f"{count} x {name}: expected at most {_GPUS_PER_HOST}, or a multiple of the {_GPUS_PER_HOST} of a host")
+    if kind.platform == "tpu" and count & (count - 1):
+        raise DeviceError(f"{count} x {name}: expected a power of two, as slices have")
+    if kind.platform == "tpu" and count > (most := kind.devices_in(kind.grids[-1])):
+        raise DeviceError(f"{count} x {name}: expected at most {most}")
+    return kind.memory_bytes // (count if kind.platform == "cpu" else 1)
+
+
 def described(name: str, count: int = 1) -> list[jax.Device]:
     """Return `count` devices of a kind for shardings to name; nothing can be put on them, only compiled for them.
 
@@ -109,27 +124,22 @@ def described(name: str, count: int = 1) -> list[jax.Device]:
     from jax.experimental import topologies  # which commands that compile for what is here don't need
 
     kind = kind_named(name)
+    memory_of_each(name, count)
     if kind.platform == "cpu":
         if len(jax.devices("cpu")) < count:
             raise DeviceError(f"device cpu: {len(jax.devices('cpu'))} here, expected {count}; set jax_num_cpu_devices")
         return jax.devices("cpu")[:count]
     if kind.platform == "cuda":
         _require({"jax-cuda13-plugin": "jax_plugins.xla_cuda13", "jax-cuda13-pjrt": "jax_plugins.xla_cuda13"}, name, jax.__version__)
-        if count > _GPUS_PER_HOST and count % _GPUS_PER_HOST:
-            raise DeviceError(f"{count} x {name}: expected at most {_GPUS_PER_HOST}, or a multiple of the {_GPUS_PER_HOST} of a host")
         shape = f"1x{max(count // _GPUS_PER_HOST, 1)}x{min(count, _GPUS_PER_HOST)}"
         topology = topologies.get_topology_desc(platform="cuda", target_config=kind.target, topology=shape)
         return list(topology.devices)
-    if count & (count - 1):
-        raise DeviceError(f"{count} x {name}: expected a power of two, as slices have")
     _require({"libtpu": "libtpu"}, name, None)
     # Asking the network what TPU this machine is, and a lock that keeps a second process from the TPU, aren't needed to compile.
     for setting in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         os.environ.setdefault(setting, "1")
-    for grid in kind.grids:
-        if math.prod(map(int, grid.split("x"))) * kind.devices_per_chip >= count:
-            return list(topologies.get_topology_desc(f"{kind.target}:{grid}", "tpu").devices)[:count]
-    raise DeviceError(f"{count} x {name}: expected at most {math.prod(map(int, kind.grids[-1].split('x'))) * kind.devices_per_chip}")
+    grid = next(grid for grid in kind.grids if kind.devices_in(grid) >= count)
+    return list(topologies.get_topology_desc(f"{kind.target}:{grid}", "tpu").devices)[:count]
 
 
 def _require(wheels: Mapping[str, str], name: str, version: str | None) -> None:

@@ -75,15 +75,16 @@ def _inference(args: argparse.Namespace):
 
     memory_plan.check_request(config, batch, context)
     count = cost.abstract_mesh(**axes).size
-    facts = {"model": args.model, "what": f"batch {batch}, context {context:,} tokens, {dtype}", "device": args.device, "devices": count,
+    facts = {"model": args.model, "what": f"batch {batch:,}, context {context:,} tokens, {dtype}", "device": args.device, "devices": count,
              "mesh": axes, "batch": batch, "context": context, "dtype": dtype}
     if args.arithmetic:
         return facts, memory_plan.by_arithmetic(config, batch, context, dtype=dtype, mesh=cost.abstract_mesh(**axes),
-                                                memory=devices.kind_named(args.device).memory_bytes)
+                                                memory=devices.memory_of_each(args.device, count))
     _host_devices(args.device, count)
     planner = memory_plan.Planner(config, args.device, axes, dtype=dtype)
     command.Status()(f"compiling {args.model} for {args.device}")
     plan = planner.at(batch, context)
+    facts["prefill_chunk"] = planner.chunk_tokens(batch, context)
     if not args.quick:
         command.Status()("looking for the longest context and the largest batch")
         facts["longest_context"] = planner.longest_context(batch, plan, context)
@@ -114,7 +115,7 @@ def _training(args: argparse.Namespace):
     facts = {"model": args.model, "what": f"{what}, {path.name}'s shapes" if stand_in else what, "device": args.device,
              "devices": math.prod(axes.values()), "mesh": axes, "overrides": args.overrides}
     if args.arithmetic:
-        return facts, memory_plan.by_arithmetic(config, devices.kind_named(args.device).memory_bytes)
+        return facts, memory_plan.by_arithmetic(config, devices.memory_of_each(args.device, facts["devices"]))
     command.Status()(f"compiling {args.model} for {args.device}")
     facts["extended"] = args.quick and config.model.num_hidden_layers > memory_plan.DEPTHS[1]
     return facts, memory_plan.compiled(config, args.device, all_layers=not args.quick)
@@ -158,21 +159,24 @@ def _host_devices(kind: str, count: int) -> None:
 
 def _lines(facts: dict, plan) -> list[str]:
     from gptoss_jax.devices import amount
+    from gptoss_jax.inference.memory_plan import MOST_ROWS
 
-    mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
-    several = f"{facts['devices']} x {facts['device']}: {mesh}" if facts["devices"] > 1 else f"one {facts['device']}"
+    mesh = " x ".join(f"{axis} {size:,}" for axis, size in facts["mesh"].items() if size > 1)
+    several = f"{facts['devices']:,} x {facts['device']}: {mesh}" if facts["devices"] > 1 else f"one {facts['device']}"
     lines = [f"{facts['model']} on {several}; {facts['what']}", "on each device:", *plan.table(),
              "it fits" if plan.left >= 0 else "it does not fit"]
     if not plan.temporaries and plan.left >= 0:
         lines[-1] = f"{' and '.join(plan.parts)} fit; whether temporaries do, too, is found by compiling"
     if "longest_context" in facts:
         longest, largest = facts["longest_context"], facts["largest_batch"]
-        lines += [f"longest context at batch {facts['batch']}: " + (f"{longest:,} tokens" if longest else "none fits"),
-                  f"largest batch at {facts['context']:,} tokens: {largest or 'none fits'}"]
+        lines += [f"longest context at batch {facts['batch']:,}: " + (f"{longest:,} tokens" if longest else "none fits"),
+                  f"largest batch at {facts['context']:,} tokens: "
+                  + (f"{largest:,}{' or more' if largest >= MOST_ROWS else ''}" if largest else "none fits")]
     for step, kinds in plan.collectives.items():
-        found = ", ".join(f"{count} {kind} {amount(size)}" for kind, (count, size) in kinds.items())
+        found = ", ".join(f"{count:,} {kind} {amount(size)}" for kind, (count, size) in kinds.items())
         if facts["devices"] > 1:
-            lines.append(f"collectives of {step}, results on a device: {found or 'none'}")
+            chunk = f", a chunk of {facts['prefill_chunk']:,} tokens" if step == "prefill" else ""
+            lines.append(f"collectives of {step}{chunk}, results on a device: {found or 'none'}")
     how = "computed" if not plan.temporaries else "extended from programs of 4 and 6 layers, compiled" if facts.get("extended") else "compiled"
     return [*lines, f"({how} in {facts['seconds']} s)"]
 

@@ -133,6 +133,47 @@ def test_the_longest_context_and_largest_batch_fit_and_the_next_ones_hardly_woul
     assert planner.longest_context(2, known, 2048) is None
 
 
+def planned_by(monkeypatch, temporaries, memory, **changed):
+    """Return a planner of SMALL, changed, whose compiled steps take temporaries(batch, context) beside `memory` more bytes than its weights."""
+    config = SMALL.replace(**{"max_position_embeddings": 1 << 17} | changed)
+    planner, weights = Planner(config, "cpu"), cost.weight_bytes(config)
+    planner.memory, planner.compiled = weights + memory, []
+
+    def compiled(config, batch, context):
+        planner.compiled.append((batch, context))
+        parts = {"weights": weights, "cache": cost.cache_bytes(config, batch, context)}
+        return Plan(planner.memory, parts, temporaries={"decode": temporaries(batch, context)})
+
+    monkeypatch.setattr(planner, "_compile", compiled)
+    return planner
+
+
+@pytest.mark.parametrize("temporaries", [lambda batch, context: 10_000 * batch * context, lambda batch, context: batch * context**2,
+                                         lambda batch, context: 10**8 + 10_000 * batch * min(context, 9000) + 100 * batch * context,
+                                         lambda batch, context: 10**8 if context < 5000 else 10**10], ids=["steep", "square", "bent", "jump"])
+def test_where_the_plan_does_not_fit_a_smaller_context_and_batch_are_found(monkeypatch, temporaries):
+    planner = planned_by(monkeypatch, temporaries, 2 * 10**8)
+    assert planner.at(1, 1 << 17).needed > planner.memory and planner.at(2048, 4096).needed > planner.memory
+    longest, largest = planner.longest_context(1, planner.at(1, 1 << 17), 1 << 17), planner.largest_batch(4096, planner.at(2048, 4096), 2048)
+    assert planner.at(1, longest).needed <= planner.memory < planner.at(1, longest + 1024).needed
+    assert planner.at(largest, 4096).needed <= planner.memory < planner.at(2 * largest, 4096).needed
+    assert len(planner.compiled) < 25
+
+
+def test_none_fits_only_where_the_smallest_was_refused(monkeypatch):
+    planner = planned_by(monkeypatch, lambda batch, context: 10**8, 2 * 10**7)
+    assert planner.longest_context(1, planner.at(1, 4096), 4096) is None and (1, 16) in planner.compiled
+    assert planner.largest_batch(4096, planner.at(8, 4096), 8) is None and (1, 4096) in planner.compiled
+
+
+def test_never_less_is_said_to_fit_than_was_just_shown_to(monkeypatch):
+    planner = planned_by(monkeypatch, lambda batch, context: 1000 * batch * context, 2 * 10**6)
+    for batch, context in (1, 1500), (8, 128):
+        planner.memory = planner.at(batch, context).needed
+        assert planner.longest_context(batch, planner.at(batch, context), context) == context
+        assert planner.largest_batch(context, planner.at(batch, context), batch) == batch
+
+
 def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(capsys):
     assert plan.main(["gpt-oss-120b", "--arithmetic", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -143,6 +184,27 @@ def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(c
     assert "it does not fit" in out and "unknown: not compiled" in out and "2 x v5e: expert 2" in out
     assert plan.main(["tiny", "--arithmetic", "--device", "cpu", "--context", "100"]) == 0
     assert "context 100 tokens" in capsys.readouterr().out
+
+
+def test_the_cap_of_the_search_is_not_a_finding_and_a_chunk_is_said_to_be_one(monkeypatch, capsys):
+    monkeypatch.setattr(Planner, "_compile", lambda self, config, batch, context: Plan(1 << 60, {"weights": 1, "cache": 1}, temporaries={"decode": 1},
+                                                                                       collectives={"prefill": {}, "decode": {}}))
+    monkeypatch.setattr(devices, "host_memory_bytes", lambda: 1 << 60)
+    assert plan.main(["tiny", "--device", "cpu", "--mesh", "data=2", "--context", "1024", "--batch", "4096"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "batch 4,096, context 1,024 tokens" in lines[0] and "largest batch at 1,024 tokens: 4,096 or more" in lines
+    assert any(line.startswith("longest context at batch 4,096: ") for line in lines)
+    assert "collectives of prefill, a chunk of 65,536 tokens, results on a device: none" in lines  # 16 of each row
+    assert "collectives of decode, results on a device: none" in lines
+
+
+def test_arithmetic_gives_a_device_the_memory_that_the_compiled_plan_does(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "host_memory_bytes", lambda: 10**9)
+    assert Planner(SMALL, "cpu", {"data": 2}).memory == 5 * 10**8
+    assert plan.main(["tiny", "--device", "cpu", "--mesh", "data=2", "--batch", "2", "--arithmetic", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory_bytes"] == 5 * 10**8
+    assert plan.main([LORA_20B, "--device", "cpu", "--mesh", "expert=2", "--train.microbatches=4", "--arithmetic", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["memory_bytes"] == 5 * 10**8
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -163,6 +225,10 @@ def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(c
     (["gpt-oss-20b", "--mesh", "expert=5"], "mesh axes expert 5 don't divide"),
     (["tiny", "--device", "cpu", "--mesh", "data=16"], "device cpu: 8 here, expected 16"),
     (["tiny", "--device", "v5p", "--mesh", "data=3", "--batch", "4"], "3 x v5p: expected a power of two"),
+    (["gpt-oss-120b", "--arithmetic", "--device", "v5p", "--mesh", "data=3"], "3 x v5p: expected a power of two"),
+    (["gpt-oss-120b", "--arithmetic", "--device", "v5e", "--mesh", "data=512"], "512 x v5e: expected at most 256"),
+    (["gpt-oss-120b", "--arithmetic", "--mesh", "data=12"], "12 x H100: expected at most 8, or a multiple of the 8 of a host"),
+    ([LORA_20B, "--arithmetic", "--mesh", "expert=12", "--data.batch_size=96"], "12 x H100: expected at most 8"),
 ])
 def test_unusable_requests_are_one_line_and_exit_code_2(capsys, argv, said):
     assert plan.main(argv) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from gptoss_jax import devices, sharding
@@ -12,7 +13,7 @@ from gptoss_jax.inference.engine import Engine, cache_length
 from gptoss_jax.model import GptOss, cost
 
 _CONTEXT_STEP = 1024
-_TRIES = 4
+MOST_ROWS = 4096  # that are looked at
 
 
 def check_request(config: GptOssConfig, batch: int, context: int) -> None:
@@ -49,8 +50,7 @@ class Planner:
     def __init__(self, config: GptOssConfig, kind: str, axes: Mapping[str, int] = {}, *, dtype: str = "bfloat16"):
         self.config, self.dtype = config, dtype
         count = cost.abstract_mesh(**axes).size
-        kind_found = devices.kind_named(kind)
-        self.memory = kind_found.memory_bytes // (count if kind_found.platform == "cpu" else 1)
+        self.memory = devices.memory_of_each(kind, count)
         cost.weight_bytes(config, dtype, cost.abstract_mesh(**axes))  # finds what doesn't divide, before a compiler is asked for
         self.devices = devices.described(kind, count)
         self.mesh = sharding.make_mesh(**axes, devices=self.devices) if count > 1 else None
@@ -61,20 +61,26 @@ class Planner:
         check_request(self.config, batch, context)
         return self._compile(self.config, batch, context)
 
+    def chunk_tokens(self, batch: int, context: int) -> int:
+        """Return how many tokens of all rows together the plan's prefill computes at once."""
+        return batch * self._engine(self.config, context)._chunks(batch, context)[0]
+
     def longest_context(self, batch: int, known: Plan, context: int) -> int | None:
-        """Return the longest context that fits, to 1,024 tokens, None for none. known: the plan at (batch, context)."""
+        """Return the longest context that fits, to 1,024 tokens or, below, a power of two; None for none. known: the plan at (batch, context)."""
         limit = self.config.max_position_embeddings
-        candidates = [*range(_CONTEXT_STEP, limit, _CONTEXT_STEP), limit]
+        candidates = [length for length in (16, 32, 64, 128, 256, 512, *range(_CONTEXT_STEP, limit, _CONTEXT_STEP)) if length < limit] + [limit]
         return self._largest(candidates, context, known, lambda length: (batch, length))
 
     def largest_batch(self, context: int, known: Plan, batch: int) -> int | None:
         """Return the largest batch that fits, a power of two up to 4,096, None for none. known: the plan at (batch, context)."""
-        return self._largest([1 << power for power in range(13)], batch, known, lambda rows: (rows, context))
+        return self._largest([1 << power for power in range(MOST_ROWS.bit_length())], batch, known, lambda rows: (rows, context))
 
     def _largest(self, candidates: Sequence[int], at: int, known: Plan, point: Callable[[int], tuple[int, int]]) -> int | None:
-        """Guess by arithmetic, compile, guess again with the temporaries found, taken as proportional between refused guesses.
+        """Guess by arithmetic, compile, guess again between what fits and what was refused: temporaries are taken as linear, between the two or
+        through the last two found, whichever is less.
 
-        Compiled is a model with one layer of each kind: temporaries hardly depend on the number of layers, by a constant that `known` tells.
+        What fits at `at` is the least to be returned; None only where the smallest candidate, compiled whole, doesn't fit. Compiled otherwise
+        is a model with one layer of each kind: temporaries hardly depend on the number of layers, by a constant that `known` tells.
         """
         kinds = tuple(dict.fromkeys(self.config.layer_types))
         shallow = self.config.replace(num_hidden_layers=len(kinds), layer_types=kinds)
@@ -82,31 +88,43 @@ class Planner:
         def extra(plan: Plan) -> int:
             return plan.needed - plan.kept
 
-        found, constant = extra(known), extra(known) - extra(self._compile(shallow, *point(at)))
+        def needed(value: int, beside: float) -> float:
+            return known.parts["weights"] + self._cache(*point(value)) + beside
+
         refused = None
-        for _ in range(_TRIES):
-            fitting = [value for value in candidates if (refused is None or value < refused) and known.parts["weights"] + self._cache(*point(value))
-                       + found * (1 if refused is None else value / refused) <= self.memory]
-            if not fitting:
+        if known.needed > self.memory:
+            refused, at = (at, extra(known)), candidates[0]
+            if needed(at, 0) > self.memory or (known := self._compile(self.config, *point(at))).needed > self.memory:
                 return None
-            guess = fitting[-1]
-            found = extra(self._compile(shallow, *point(guess))) + constant
-            if known.parts["weights"] + self._cache(*point(guess)) + found <= self.memory:
-                return guess
-            refused = guess
-        return None
+        fits, constant, halve = (at, extra(known)), extra(known) - extra(self._compile(shallow, *point(at))), False
+        last = refused or (0, extra(known)), fits
+        while True:
+            lines = [last, (fits, refused)] if refused else [last]
+            likely = [value for value in candidates if fits[0] < value < (refused[0] if refused else math.inf) and needed(
+                value, min(y + (value - x) * (y - before) / (x - start) for (start, before), (x, y) in lines)) <= self.memory]
+            if not likely:
+                return fits[0]
+            guess = likely[len(likely) // 2 if halve else -1]  # the largest, but after one that was refused the middle: no creeping down
+            tried = guess, extra(self._compile(shallow, *point(guess))) + constant
+            if halve := needed(*tried) > self.memory:
+                refused = tried
+            else:
+                fits = tried
+            last = last[1], tried
 
     def _cache(self, batch: int, context: int) -> int:
         return _cache_bytes(self.config, batch, context, self.dtype, self.mesh)
 
+    def _engine(self, config: GptOssConfig, context: int) -> Engine:
+        weights = cost.abstract_weights(config, self.dtype, self.mesh, self.devices[0])
+        return Engine(GptOss(config, weights, mesh=self.mesh), max_context=context)
+
     def _compile(self, config: GptOssConfig, batch: int, context: int) -> Plan:
         key = (config, batch, context)
         if key not in self._seen:
-            weights = cost.abstract_weights(config, self.dtype, self.mesh, self.devices[0])
-            engine = Engine(GptOss(config, weights, mesh=self.mesh), max_context=context)
             exact = by_arithmetic(config, batch, context, dtype=self.dtype, mesh=self.mesh, memory=self.memory)
             padding, temporaries, collectives = 0, {}, {}
-            for name, lowered in engine.lower(batch, context).items():
+            for name, lowered in self._engine(config, context).lower(batch, context).items():
                 try:
                     step = devices.finish(lowered)
                 except devices.OutOfMemory as error:
