@@ -60,7 +60,8 @@ def main() -> int:
         for name in arguments.models:
             config_of(name)
         with arguments.out.open("a+b") as file:
-            if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read() != b"\n":
+            file.seek(0)
+            if (found := file.read()) and not found.endswith(b"\n"):
                 file.write(b"\n")  # after half a line of a run that was cut off
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -64,26 +65,27 @@ def use_gpu_memory() -> None:
 def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache directory, so that the next start doesn't compile; JAX's own settings win.
 
-    JAX warns of a damaged one at every start and never writes it again: all are removed instead, which one line says.
+    JAX warns of a damaged one at every start and never writes it again: in our directory all are removed instead, which one line says.
     """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "gptoss_jax", "xla"))
+        directory = pathlib.Path(caches, "gptoss_jax", "xla")
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        warnings.showwarning = functools.partial(_show_or_remove, warnings.showwarning, directory)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    directory, show = pathlib.Path(jax.config.jax_compilation_cache_dir), warnings.showwarning
 
-    def show_or_remove(message, *others, **named):
-        if not str(message).startswith("Error reading persistent compilation cache entry"):
-            return show(message, *others, **named)
-        if damaged := list(directory.glob("*-cache")):
-            for path in damaged:
-                path.unlink(missing_ok=True)
-            print(f"compiled programs in {directory} are damaged: removed, to be compiled again", file=sys.stderr)
 
-    warnings.showwarning = show_or_remove
+def _show_or_remove(show, directory: pathlib.Path, message, *others, **named) -> None:
+    """Show a warning, or where it is of a damaged program in `directory` remove all programs there."""
+    if not str(message).startswith("Error reading persistent compilation cache entry"):
+        show(message, *others, **named)
+    elif programs := list(directory.glob("*-cache")):
+        for path in programs:
+            path.unlink(missing_ok=True)
+        print(f"compiled programs in {directory} are damaged: removed, to be compiled again", file=sys.stderr)
 
 
 class Status:

@@ -181,16 +181,18 @@ def test_the_embedded_checkpoint_is_small_and_shaped_like_gpt_oss():
     assert any(name.endswith("down_proj_blocks") for name in model.weights())
 
 
-def test_damaged_compiled_programs_are_removed_and_one_line_says_so(tmp_path, capsys):
+def test_damaged_compiled_programs_are_removed_and_one_line_says_so(tmp_path, monkeypatch, capsys):
+    (folder := tmp_path / "gptoss_jax" / "xla").mkdir(parents=True)
     for name in ("a-cache", "b-cache", "other"):
-        (tmp_path / name).write_text("half")
+        (folder / name).write_text("half")
     before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
     with pytest.warns(UserWarning, match="something else") as others:
         command.enable_compilation_cache()
         jax.config.update("jax_compilation_cache_dir", before)
         for name in "ab":
             warnings.warn(f"Error reading persistent compilation cache entry for 'jit_{name}': zlib.error", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["other"] and len(others) == 1
-    assert capsys.readouterr().err == f"compiled programs in {tmp_path} are damaged: removed, to be compiled again\n"
+    assert [path.name for path in folder.iterdir()] == ["other"] and len(others) == 1
+    assert capsys.readouterr().err == f"compiled programs in {folder} are damaged: removed, to be compiled again\n"

@@ -59,8 +59,8 @@ def compiled(config: TrainingConfig, kind: str, *, all_layers: bool = True) -> P
     all_layers: otherwise what programs of 4 and of 6 layers take is extended in a straight line. Raises DeviceError, ShardingError.
     """
     axes = dataclasses.asdict(config.mesh)
-    count, found = math.prod(axes.values()), devices.kind_named(kind)
-    exact = by_arithmetic(config, found.memory_bytes // (count if found.platform == "cpu" else 1))  # first: what doesn't divide needs no compiler
+    count = math.prod(axes.values())
+    exact = by_arithmetic(config, devices.memory_of_each(kind, count))  # first: what doesn't divide needs no compiler
     mesh = sharding.make_mesh(**axes, devices=devices.described(kind, count))
     layers = config.model.num_hidden_layers
     if all_layers or layers <= DEPTHS[1]:

@@ -235,28 +235,11 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
 
                 def compute(height, ring):
                     def accumulate(acc):
-                        def step(state):
-                            before, slot, decoded, loaded = state
-                            following = jnp.where(slot + 1 == stages, 0, slot + 1)
-                            for group in range(groups):  # while it is multiplied the next one is decoded, in registers of its own
-                                ops.multiply(acc, decoded, x_smem.at[slot, pl.ds(0, height), pl.ds(group * GROUP, GROUP)])
-                                if group + 1 == groups:
-                                    loaded = load(following)
-                                ops.finish(but=1)
-                                if group == 0:
-                                    plgpu.barrier_arrive(empty.at[before])
-                                decoded = decode(*loaded[(group + 1) % groups], ops)
-                            return slot, following, decoded, loaded
+                        def multiply(decoded, slot, group):
+                            ops.multiply(acc, decoded, x_smem.at[slot, pl.ds(0, height), pl.ds(group * GROUP, GROUP)])
 
-                        before, slot, loaded = ring
-                        state = before, slot, decode(*loaded[0], ops), loaded
-                        if groups > 1:
-                            state = jax.lax.fori_loop(0, length, lambda _, state: step(state), state)
-                        else:  # two by two, as registers that a product reads can't be the next one's
-                            state = jax.lax.fori_loop(0, length // 2, lambda _, state: step(step(state)), state)
-                            state = jax.lax.cond(length % 2 == 1, step, lambda state: state, state)
-                        before, slot, _, loaded = state
-                        return acc[...], (before, slot, loaded)
+                        ring_after = _multiply_steps(length, ring, plan, ops, load, multiply, lambda slot: plgpu.barrier_arrive(empty.at[slot]))
+                        return acc[...], ring_after
 
                     product, ring = ops.accumulator(accumulate, acc_smem, me, height)
                     if chosen and tiles.early:
@@ -297,6 +280,36 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
     out, *found = run(*arrays, *ahead)
     out = out[0] if splits == 1 else out
     return (out, *found) if chosen else out
+
+
+def _multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back):
+    """Take so many steps through the ring: (slot of the step before, this step's, its loaded words and scales), returned as the next unit finds it.
+
+    While a group of inputs is multiplied the next one is decoded, in registers of its own, over the steps' ends too. load(slot) waits for a
+    step's words; multiply(decoded, slot, group) begins a product; give_back(slot) lets the slot be filled again.
+    """
+    def step(state):
+        before, slot, decoded, loaded = state
+        following = jnp.where(slot + 1 == plan.stages, 0, slot + 1)
+        for group in range(plan.groups):
+            multiply(decoded, slot, group)
+            if group + 1 == plan.groups:
+                loaded = load(following)
+            ops.finish(but=1)
+            if group == 0:
+                give_back(before)
+            decoded = decode(*loaded[(group + 1) % plan.groups], ops)
+        return slot, following, decoded, loaded
+
+    before, slot, loaded = ring
+    state = before, slot, decode(*loaded[0], ops), loaded
+    if plan.groups > 1:
+        state = jax.lax.fori_loop(0, length, lambda _, state: step(state), state)
+    else:  # two by two, as registers that a product reads can't be the next one's
+        state = jax.lax.fori_loop(0, length // 2, lambda _, state: step(step(state)), state)
+        state = jax.lax.cond(length % 2 == 1, step, lambda state: state, state)
+    before, slot, _, loaded = state
+    return before, slot, loaded
 
 
 def _across(x, rows):

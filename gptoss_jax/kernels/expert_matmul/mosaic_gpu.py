@@ -123,7 +123,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         if routed:
             rows = hopper_kernel.tile_rows(T * A, all_experts)
             _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router[:4], count=A, experts=E, rows=rows, interpret=interpret)
-            slots = hopper_routing.most_tiles(T * A, E, rows) * rows
+            slots = expected = hopper_routing.most_tiles(T * A, E, rows) * rows
             if token_S is not None:
                 x_SD = x_TD.at[token_S].get(mode="clip")
             else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
@@ -138,7 +138,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
             height = planned(expected, gate_up, None).rows
             tiles = hopper_kernel.tiles(group_sizes_E, slots, height)
             tiles = tiles._replace(count=(-(-group_sizes_E // height)).sum(keepdims=True))  # nobody's rows aren't read
-        first, second = (planned(slots if rows else expected, weight, interpret, rows) for weight in (gate_up, down))
+        first, second = (planned(expected, weight, interpret, rows) for weight in (gate_up, down))
         h_SF = matmul(x_SD, gate_up, tiles=tiles, plan=first, slots=slots if token_S is None else None)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second, ahead=ahead_OD).reshape(second.splits, slots, -1)
 
