@@ -56,6 +56,13 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
 
     def body(qkv, bias, cosine, sine, sinks, positions, keys, values, out, q_smem, key_tiles, value_tiles, weights_smem, out_smem, full):
         row, head, split = (jax.lax.axis_index(name) for name in ("row", "head", "split"))
+        # All that isn't a key or a value is on its way before anything is waited for.
+        of_row = EIGHT_ROWS.reduce(0)
+        projections = [(pl.ds(head * G, HEADS), EIGHT_ROWS), (N + head, of_row), (N + K + head, of_row)]  # rows past G are other heads', for nobody
+        projections = [(_load(qkv.at[row, rows], layout), _load(bias.at[rows], layout)) for rows, layout in projections]
+        angles = [_load(table.at[row], of_row) for table in (cosine, sine)]
+        sink = _load(sinks.at[head], _COLUMNS)
+
         filled = jnp.minimum(positions[row] + 1, S)
         slot = jax.lax.rem(positions[row], S) if ring else positions[row]
         tiles = (filled + (TILE - 1)) // TILE  # of this row, shared out among its splits
@@ -70,24 +77,18 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
         for step in range(stages):
             pl.when(step < count)(functools.partial(copy, jnp.int32(step)))
 
-        def load(ref, layout):
-            return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-
-        def projected(rows, layout):
-            return (load(qkv.at[row, rows], layout) + load(bias.at[rows], layout)).astype(jnp.bfloat16)
-
         def in_rows(x):
             return _down(x, HEADS)
 
-        cos, sin = (in_rows(load(table.at[row], EIGHT_ROWS.reduce(0))) for table in (cosine, sine))
+        cos, sin = (in_rows(angle.astype(jnp.float32)) for angle in angles)
+        q, new_key, new_value = ((x.astype(jnp.float32) + b.astype(jnp.float32)).astype(jnp.bfloat16) for x, b in projections)
 
         def rotate(x):
             first, second = x[:, :R].astype(jnp.float32), x[:, R:].astype(jnp.float32)
             return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1).astype(jnp.bfloat16)
 
-        q_smem[...] = rotate(projected(pl.ds(head * G, HEADS), EIGHT_ROWS))  # rows past G are other heads', computed for nobody
-        new_key, new_value = (in_rows(projected(N + first + head, EIGHT_ROWS.reduce(0))) for first in (0, K))
-        new = rotate(new_key), new_value
+        q_smem[...] = rotate(q)
+        new = rotate(in_rows(new_key)), in_rows(new_value)
         plgpu.commit_smem()
 
         def write_new(stage, at):
@@ -124,7 +125,7 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
             return new_top, total * shrink + weights.sum(axis=0), acc
 
         # The sink is a key of no value, which the first part begins with.
-        sink = jnp.maximum(load(sinks.at[head], _COLUMNS) * _LOG2E, LOWEST)
+        sink = jnp.maximum(sink.astype(jnp.float32) * _LOG2E, LOWEST)
         zeros = plgpu.layout_cast(jnp.zeros((H, HEADS), jnp.float32), plgpu.Layout.WGMMA)
         first = jnp.where(split == 0, jnp.float32(1), jnp.float32(0))
         state = sink * first + LOWEST * (1 - first), jnp.zeros_like(sink) + first, zeros
@@ -163,6 +164,10 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
     out = run(qkv_BJ.reshape(B, N + 2 * K, H), bias_J.reshape(N + 2 * K, H), cosine_BR, sine_BR, sinks, positions_B, keys, values)
     out = out[0, :, :, 0] if splits == 1 else merge([(part[:, :, 0, ..., None], part[:, :, 1]) for part in out], LOWEST).astype(jnp.bfloat16)
     return out[:, :, :G].reshape(B, N * H), keys[...], values[...]
+
+
+def _load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _multiply(a, b):

@@ -103,6 +103,10 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
             slot = jax.lax.rem(step, stages)
             plgpu.copy_gmem_to_smem(inputs["weight"].at[mine, pl.ds(step * width, width)], weight_smem.at[slot], full.at[slot])
 
+        for turn in range(stages // _WARPGROUPS):
+            step = me + turn * _WARPGROUPS
+            pl.when(step < steps)(functools.partial(copy, step))
+
         @pl.when(me == 0)
         def _():
             for name, there, held in (("x", here, rows_smem), ("added", here, sum_smem), ("scale", (pl.ds(block * 0, chunks),), scale_smem)):
@@ -111,13 +115,9 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
             if after:
                 plgpu.copy_gmem_to_smem(inputs["router"].at[:, mine], router_smem, router_loaded)
 
-        # What is added at the end is on its way before the weights are, so as not to be waited for.
+        # What is added at the end is on its way before it is needed.
         late = {name: plgpu.load(inputs[name].at[(0, mine) if name == "residual" else mine], layout=_IN_ALL.reduce(0), optimized=False)
                 for name in ("bias", "residual", "next_scale") if name in inputs}
-
-        for turn in range(stages // _WARPGROUPS):
-            step = me + turn * _WARPGROUPS
-            pl.when(step < steps)(functools.partial(copy, step))
 
         def of_mine(visit, carry=None):
             """Fold `visit(step, carry)` over this warpgroup's steps."""

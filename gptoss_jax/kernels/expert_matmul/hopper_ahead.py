@@ -39,11 +39,11 @@ def _dense(weight):
 def _experts(words, scales, expert_smem):
     """Return how many tiles there are, and what fetches one."""
     E, outs, ins = scales.shape[:3]
-    groups, chosen = min(ins, 8), expert_smem.shape[0]
+    groups, chosen = min(ins, 8), 4
     across = min(-(-ins // groups), MOST_BYTES // (chosen * outs * groups * _WORDS_BYTES))
 
     def fetch_tile(at):
-        expert, here = expert_smem[at % chosen, 0], (pl.ds(at // chosen % outs, 1), pl.ds(at // (chosen * outs) * groups, groups))
+        expert, here = expert_smem[at % chosen], (pl.ds(at // chosen % outs, 1), pl.ds(at // (chosen * outs) * groups, groups))
 
         @pl.when(expert < E)
         def _():

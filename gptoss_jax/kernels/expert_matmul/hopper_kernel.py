@@ -135,7 +135,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
     ops = Interpreted if plan.interpret else Mosaic
     chosen = 0 if isinstance(tiles, Tiles) else slots // N
     table = hopper_routing.chosen_from(tiles) if chosen else [part for part in tiles if part is not None]
-    found_types, routing_types = hopper_routing.choice_types(chosen, table) if chosen else ([], [])
+    found_types, routing_types = hopper_routing.choice_types(chosen, table, wgs + 1) if chosen else ([], [])
     arrays = [*table, x_MI, weight.words, weight.scales, bias_EO]
     ahead = [] if ahead is None else list(ahead) if chosen else [ahead]
 
@@ -144,7 +144,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
         ahead_refs, refs = refs[: len(ahead)], refs[len(ahead) :]
         (out, *found), (x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty, *routing) = refs[: len(out_type)], refs[len(out_type) :]
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        expert_smem, power_smem, _, ready = routing or (None,) * 4
+        expert_smem, factor_smem, sums_smem, summed, ready = routing or (None,) * 5
         count = chosen or (table[3][0] if len(table) > 1 else table[0].shape[0])
 
         def tile_of(tile):
@@ -152,7 +152,7 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
             if not chosen and len(table) > 1:
                 return tuple(ref[jnp.minimum(tile, ref.shape[0] - 1)] for ref in table[:3])
             last = jnp.minimum(tile, count - 1)
-            return expert_smem[last, 0] if chosen else table[0][last], tile * (N // ALIGNMENT), N // ALIGNMENT
+            return expert_smem[last] if chosen else table[0][last], tile * (N // ALIGNMENT), N // ALIGNMENT
 
         def by_height(rows, run, *operands):
             """Return run(height, *operands) of the least height that so many rows, in ALIGNMENTs, fit."""
@@ -217,6 +217,8 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
         @pl.when(me < wgs)
         def _multiply():
             if chosen:
+                if tiles.early:
+                    hopper_routing.sum_parts(table[0], me, sums_smem, summed)
                 plgpu.barrier_wait(ready)
             plgpu.set_max_registers(plan.registers[1], action="increase")
 
@@ -224,14 +226,14 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 plgpu.barrier_wait(full.at[slot])
                 return [(words_smem[slot, me, group], scales_smem[slot, me, group]) for group in range(groups)]
 
-            def compute_unit(i, carry):
-                (expert, first, rows, column, part, _, length), ring = carry
-                following = unit(i + 1)
-
-                # Loaded ahead of the sum, so as not to be waited for. Rows of no expert get no bias, parts of a sum get it once.
-                keep = jnp.where((expert < E) & (part == 0), jnp.float32(1), jnp.float32(0))
+            def load_bias(expert, column):
                 outputs = bias.at[jnp.minimum(expert, E - 1), pl.ds((column * wgs + me) * GROUP, GROUP)]
-                added = ops.load_bias(outputs, gated).astype(jnp.float32) * keep
+                return ops.load_bias(outputs, gated)
+
+            def compute_unit(i, carry):
+                (expert, first, rows, column, part, _, length), raw_bias, ring = carry
+                following = unit(i + 1)
+                following_bias = load_bias(following[0], following[3])
 
                 def compute(height, ring):
                     def accumulate(acc):
@@ -242,8 +244,10 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                         return acc[...], ring_after
 
                     product, ring = ops.accumulator(accumulate, acc_smem, me, height)
+                    # Rows of no expert get no bias, parts of a sum get it once.
+                    added = raw_bias.astype(jnp.float32) * jnp.where((expert < E) & (part == 0), jnp.float32(1), jnp.float32(0))
                     if chosen and tiles.early:
-                        product *= power_smem[chosen + 1, 0]
+                        product *= factor_smem[0, 0]
                     if gated:
                         y = _swiglu(*ops.halves(product, added), limit, alpha).astype(out_dtype)
                     else:
@@ -256,9 +260,12 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 ring = by_height(rows, compute, ring)
                 plgpu.commit_smem()
                 _store_rows(out_smem.at[me], out.at[part, :, pl.ds((column * wgs + me) * each, each)], first, rows, N)
-                return following, ring
+                return following, following_bias, ring
 
-            jax.lax.fori_loop(0, mine, compute_unit, (unit(0), (jnp.int32(stages - 1), jnp.int32(0), load(0))))
+            # What isn't in shared memory is loaded ahead of what is waited for there.
+            begun = unit(0)
+            begun_bias = load_bias(begun[0], begun[3])
+            jax.lax.fori_loop(0, mine, compute_unit, (begun, begun_bias, (jnp.int32(stages - 1), jnp.int32(0), load(0))))
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))

@@ -23,6 +23,7 @@ MOST_TOKENS, MOST_PAIRS, MOST_EXPERTS = 128, 512, 256  # what a block's register
 _TOKENS = 32  # of a warpgroup
 _RANK_BITS = 10
 _LOWEST = np.finfo(np.float32).min
+_SIXTEEN_LANES = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (2, 32), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 _ROW = plgpu.Layout.TILED(plgpu.Tiling(((8,), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(plgpu.Replicated(8), -2), vector_dim=-1)
 
 
@@ -91,12 +92,13 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
         plgpu.barrier_wait(loaded)
         is_real = of_mine(real_smem) != 0
 
-        def put(a, at, power):
+        def put(a, at, power, total):
             here_smem[a, mine] = jnp.where(is_real, among(at, first[0], experts, E), experts)
             expert_smem[a, mine], weight_smem[a, mine] = jnp.minimum(at, E), power
+            return total + power
 
-        x = plgpu.load(scores_smem.at[mine], layout=MATRIX, optimized=False)
-        total = choose(x + in_all_rows(bias_smem), A, put)
+        logits = plgpu.load(scores_smem.at[mine], layout=MATRIX, optimized=False) + in_rows(bias_smem, _TOKENS, MATRIX)
+        total = choose(logits, A, put, plgpu.layout_cast(jnp.zeros(_TOKENS, jnp.float32), COLUMN), MATRIX)
         meet()
 
         # A pair's key is its expert and how many pairs of that come before it; every `rows`-th opens a tile.
@@ -184,25 +186,27 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
     return Routing(expert[:, :T], weight[:, :T], slot[:, :T], None if T <= rows else token, Tiles(*found))
 
 
-def choose(x, count: int, put):
-    """Choose so many columns of each row of x, float32 [32, columns] in layout MATRIX, by descending number, the lower of equals first.
+def choose(x, count: int, put, carry, layout):
+    """Choose so many columns of each row of x, float32 [rows, columns] in a layout, by descending number, the lower of equals first.
 
-    put(index, column int32 [32], exp(its number less the largest)) takes each; the column is `columns` or more in a row with a NaN.
-    Returns the sum of the powers.
+    put(index, column int32 [rows], exp(its number less the largest), carry) takes each and returns what it is to get with the next one, which for
+    the last is the result; the column is `columns` or more in a row with a NaN.
     """
-    column, columns = _iota(x.shape[1], 1), x.shape[1]
+    shape, columns = x.shape, x.shape[1]
+    column = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, 1), layout)
     x = jnp.where(x < _LOWEST, _LOWEST, x)
     largest = x.max(axis=1)
 
-    def once(index, carry):
-        x, total = carry
-        top = x.max(axis=1)
-        at = jnp.where(x == _across(top, columns), column, columns).min(axis=1)  # none for NaN
-        power = jnp.exp(top - largest)
-        put(index, at, power)
-        return jnp.where(column == _across(at, columns), -jnp.inf, x), total + power
+    def across(y):
+        return plgpu.layout_cast(jax.lax.broadcast_in_dim(y, shape, (0,)), layout)
 
-    return jax.lax.fori_loop(0, count, once, (x, plgpu.layout_cast(jnp.zeros(_TOKENS, jnp.float32), COLUMN)))[1]
+    def once(index, state):
+        x, carry = state
+        top = x.max(axis=1)
+        at = jnp.where(x == across(top), column, columns).min(axis=1)  # none for NaN
+        return jnp.where(column == across(at), -jnp.inf, x), put(index, at, jnp.exp(top - largest), carry)
+
+    return jax.lax.fori_loop(0, count, once, (x, carry))[1]
 
 
 def chosen_from(router):
@@ -210,41 +214,69 @@ def chosen_from(router):
     return [router.early.parts if router.early else router.scores, router.bias, router.first]
 
 
-def choice_types(count: int, table):
+def choice_types(count: int, table, warpgroups: int):
     """Return (types of what `choose_for_one` gives of `count` choices from `chosen_from`'s table, types of the shared memory that it takes)."""
     found = [jax.ShapeDtypeStruct((count,), dtype) for dtype in (jnp.int32, jnp.float32)]
-    return found, [plgpu.SMEM((count, _TOKENS), jnp.int32), plgpu.SMEM((count + 2, _TOKENS), jnp.float32),
-                   plgpu.SMEM((table[0].shape[1],), jnp.float32), plgpu.Barrier()]
+    rows = _lone(table[1].shape[0], count)[0]
+    return found, [plgpu.SMEM((rows,), jnp.int32), plgpu.SMEM((2, rows), jnp.float32), plgpu.SMEM((warpgroups, table[0].shape[1]), jnp.float32),
+                   plgpu.Barrier(num_arrivals=warpgroups), plgpu.Barrier()]
 
 
-def choose_for_one(scores, bias, first, experts: int, expert, weight, expert_smem, power_smem, sums_smem, ready, writes):
+def _lone(experts: int, count: int):
+    """Return in how many rows, of a choice each, and in what layout a lone token's logits are held: of few a thread where they can be shared out so."""
+    rows, layout = (8, _SIXTEEN_LANES) if experts % 32 == 0 else (_TOKENS, MATRIX)
+    return -(-count // rows) * rows, layout
+
+
+def sum_parts(parts, me, sums_smem, summed):
+    """Sum this warpgroup's share of the rows of parts of scores into its row of sums_smem, and arrive at the barrier."""
+    (count, _), warpgroups, total = parts.shape, sums_smem.shape[0], None
+    for begin in range(0, count, 8 * warpgroups):
+        row = begin + me * 8
+        part = plgpu.load(parts.at[pl.ds(jnp.minimum(row, count - 8), 8)], layout=EIGHT_ROWS, optimized=False)
+        if begin + 8 * warpgroups > count:  # some warpgroups have none left
+            part = jnp.where(plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=EIGHT_ROWS) < count - row, part, 0.0)
+        total = part if total is None else total + part
+    sums_smem[me] = total.sum(axis=0)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(summed)
+
+
+def choose_for_one(scores, bias, first, experts: int, expert, weight, expert_smem, factor_smem, sums_smem, summed, ready, writes):
     """Choose a single token's experts in one of a kernel's warpgroups, of the `experts` from `first` on that are here.
 
-    scores: float32 [1, all experts], or parts as in EarlyScores. expert_smem int32 [count, 32] gets them, all columns alike, before the barrier
-    `ready`, and power_smem [count + 1] the factor of the token's norm; expert and weight [count] do where `writes`.
+    scores: float32 [1, all experts], or parts as in EarlyScores, which every other warpgroup sums its share of by `sum_parts`. Before the barrier
+    `ready`, expert_smem int32 gets the experts, by descending logit, and factor_smem [0] the factor of the token's norm, all alike; expert and
+    weight [count] are written where `writes`.
     """
     count, E = expert.shape[0], bias.shape[0]
-    biases, start = in_all_rows(bias), first[0]  # on their way before the scores are, so as not to be waited for
-
-    def put(index, at, power):
-        expert_smem[index], power_smem[index] = among(at, start, experts, E), power
-
+    rows, layout = _lone(E, count)
+    biases, start = in_rows(bias, rows, layout), first[0]  # on their way before the scores are, so as not to be waited for
     if scores.shape[1] == E:
-        logits = in_all_rows(scores.at[0])
+        logits = in_rows(scores.at[0], rows, layout)
     else:
-        eights = [plgpu.load(scores.at[pl.ds(row, 8)], layout=EIGHT_ROWS, optimized=False) for row in range(0, scores.shape[0], 8)]
-        sums_smem[...] = functools.reduce(jnp.add, eights).sum(axis=0)
-        factor = jax.lax.rsqrt(sums_smem[E])
-        power_smem[count + 1] = plgpu.layout_cast(jnp.full(_TOKENS, factor), COLUMN)
-        logits = in_all_rows(sums_smem.at[pl.ds(0, E)]) * factor
-    power_smem[count] = choose(logits + biases, count, put)
+        shares = range(sums_smem.shape[0])
+        sum_parts(scores, shares[-1], sums_smem, summed)
+        plgpu.barrier_wait(summed)
+        factor = jax.lax.rsqrt(sum(sums_smem[share, E] for share in shares))
+        factor_smem[0] = plgpu.layout_cast(jnp.full(rows, factor), layout.reduce(1))
+        logits = sum(in_rows(sums_smem.at[share, pl.ds(0, E)], rows, layout) for share in shares) * factor
+    row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, (rows,), 0), layout.reduce(1))
+
+    def put(index, at, power, found):
+        chosen, powers, total = found
+        return jnp.where(row == index, at, chosen), jnp.where(row == index, power, powers), total + power
+
+    none = tuple(plgpu.layout_cast(jnp.zeros(rows, dtype), layout.reduce(1)) for dtype in (jnp.int32, jnp.float32, jnp.float32))
+    chosen, powers, total = choose(logits + biases, count, put, none, layout)
+    expert_smem[...], factor_smem[1] = among(chosen, start, experts, E), powers / total
     plgpu.commit_smem()
     plgpu.barrier_arrive(ready)
 
     @pl.when(writes)
     def _():
         for index in range(count):
-            expert[index], weight[index] = expert_smem[index, 0], power_smem[index, 0] / power_smem[count, 0]
+            expert[index], weight[index] = expert_smem[index], factor_smem[1, index]
 
 
 def among(expert, first, experts: int, all_experts: int):
@@ -253,9 +285,10 @@ def among(expert, first, experts: int, all_experts: int):
     return jnp.where((expert < all_experts) & (here >= 0) & (here < experts), here, experts)
 
 
-def in_all_rows(ref):
-    """Return a row of numbers as float32 [32, columns], 32 times, in layout MATRIX."""
-    return _down(plgpu.load(ref, layout=_ROW, optimized=False).astype(jnp.float32))
+def in_rows(ref, rows: int, layout):
+    """Return an array of numbers as so many rows in a layout, float32."""
+    row = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(row, (rows, row.shape[0]), (1,)), layout)
 
 
 def _iota(columns, dim):
