@@ -338,14 +338,13 @@ def product_variants(arguments, record, config, limits) -> None:
         added, *_, weight = case.arrays
         planned, of_eight = (hopper_kernel.plan(rows, *weight.shape, added is not None) for rows in (1, 8))
         plans = {planned, planned._replace(stages=4), of_eight, of_eight._replace(groups=1, stages=12)}
-        for plan, ahead in [(planned, False), *((plan, True) for plan in plans)]:
+        for plan in plans:
 
-            def multiply(*arrays, plan=plan, ahead=ahead):
-                return hopper_kernel.matmul(*arrays[:-1], arrays[-1] if ahead else None, plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
+            def multiply(*arrays, plan=plan):
+                return hopper_kernel.matmul(*arrays, plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
 
             run = case._replace(run=lambda _, *arrays, multiply=multiply: measure.products(multiply, *arrays))
-            row = {"what": "variant", "size": case.size, "rows": plan.rows, "groups": plan.groups, "stages": plan.stages, "ahead": ahead,
-                   "planned": plan == planned}
+            row = {"what": "variant", "size": case.size, "rows": plan.rows, "groups": plan.groups, "stages": plan.stages, "planned": plan == planned}
             points.append((row, functools.partial(measure.kernel, run, "", limits, repetitions=3, seconds=0.02)))
     measured(arguments, record, points)
 

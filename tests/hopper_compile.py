@@ -28,7 +28,7 @@ DEVICE = """gpu_device_info {{
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0" }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}" """
 DEVICES = {"NVIDIA H100 80GB HBM3": (3350000000000, 85520809984), "NVIDIA H200": (4800000000000, 151397597184)}
-# device, rows (at multiples of 8), experts, outputs, inputs, gate and up, whether a token's experts are chosen by parts of their scores
+# device, rows (at multiples of 8), experts, outputs, inputs, gate and up, whether all tiles take a single token
 CASES = [
     ("NVIDIA H200", 32, 128, 5760, 2880, True, True), ("NVIDIA H200", 32, 128, 2880, 2880, False, False),  # decode, batch 1
     ("NVIDIA H100 80GB HBM3", 32, 32, 5760, 2880, True, True), ("NVIDIA H200", 128, 128, 5760, 2880, True, False),
@@ -36,8 +36,9 @@ CASES = [
 ]
 # device, rows, slots, ring; for each 8 key-value heads of 8 queries
 DECODE_CASES = [("NVIDIA H200", 1, 131_072, False), ("NVIDIA H200", 1, 128, True), ("NVIDIA H100 80GB HBM3", 64, 8192, False)]
-# device, tokens, experts: routing of four experts a token
-ROUTINGS = [("NVIDIA H200", 1, 128), ("NVIDIA H100 80GB HBM3", 4, 32), ("NVIDIA H200", 17, 32), ("NVIDIA H100 80GB HBM3", 128, 128)]
+# device, tokens, experts, parts of scores: routing of four experts a token; the experts of a single one
+ROUTINGS = [("NVIDIA H200", 1, 128, 120), ("NVIDIA H200", 1, 32, 1), ("NVIDIA H100 80GB HBM3", 4, 32, 0), ("NVIDIA H200", 17, 32, 0),
+            ("NVIDIA H100 80GB HBM3", 128, 128, 0)]
 # device, rows, outputs, inputs, whether they are summed and normed, whether only normed: q, k and v; the attention's output; both routers; the
 # output and, of as many experts, the router
 PRODUCTS = [("NVIDIA H200", 1, 5120, 2880, False, True, 0), ("NVIDIA H100 80GB HBM3", 8, 2880, 4096, False, False, 0),
@@ -81,29 +82,25 @@ def described(device):
     return functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(topology.devices[0]))
 
 
-def compile_experts(shape, rows, experts, outputs, inputs, gated, chosen):
+def compile_experts(shape, rows, experts, outputs, inputs, gated, lone):
     import jax
     import jax.numpy as jnp
 
-    from gptoss_jax.kernels.expert_matmul import EarlyScores, HopperGateUpWeight, HopperWeight, Router, hopper_kernel
-    from gptoss_jax.kernels.expert_matmul.reference import FACTORS
+    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_kernel
 
     def weight(kind, outputs, inputs):
         groups = (experts, outputs // 64, inputs // 64)
         return kind(shape((*groups, 4, 128), jnp.uint32), shape((*groups, 32), jnp.uint32))
 
     own = weight(HopperGateUpWeight if gated else HopperWeight, outputs, inputs)
-    plan, x = hopper_kernel.plan(rows, own, 8 if chosen else None), shape((1 if chosen else rows, inputs), jnp.bfloat16)
-    if chosen:
-        early = EarlyScores(x, shape((120, experts + FACTORS), jnp.float32))
-        router = Router(shape((1, experts), jnp.float32), shape((experts,), jnp.bfloat16), None, shape((1,), jnp.int32), early)
+    plan, x = hopper_kernel.plan(rows, own, 8 if lone else None), shape((1 if lone else rows, inputs), jnp.bfloat16)
 
-    def run(x, own, bias, tiles, ahead):
-        tiles = tiles if chosen else hopper_kernel.tiles(tiles, rows, plan.rows)
-        return hopper_kernel.matmul(x, own, bias, tiles, plan, ahead=ahead, slots=rows if chosen else None, limit=7.0, alpha=1.702)
+    def run(x, own, bias, tiles, factor):
+        tiles = hopper_kernel.Tiles(tiles) if lone else hopper_kernel.tiles(tiles, rows, plan.rows)
+        return hopper_kernel.matmul(x, own, bias, tiles, plan, factor=factor, slots=rows if lone else None, limit=7.0, alpha=1.702)
 
-    jax.jit(run).lower(x, own, shape((experts, outputs), jnp.bfloat16), router if chosen else shape((experts,), jnp.int32),
-                       weight(HopperWeight, inputs, outputs // 2) if chosen else shape((5120, 2880), jnp.bfloat16)).compile()
+    jax.jit(run).lower(x, own, shape((experts, outputs), jnp.bfloat16), shape((rows // 8 if lone else experts,), jnp.int32),
+                       shape((1,), jnp.float32) if lone else None).compile()
     return {"op": "experts", "all_rows": rows, "gated": gated, **plan._asdict()}
 
 
@@ -124,16 +121,23 @@ def compile_decode(shape, rows, slots, ring):
             "alias": memory.alias_size_in_bytes, "temp": memory.temp_size_in_bytes}
 
 
-def compile_routing(shape, tokens, experts):
+def compile_routing(shape, tokens, experts, parts):
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from gptoss_jax.kernels.expert_matmul import hopper_routing
+    from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
-    jax.jit(lambda *arrays: hopper_routing.route(*arrays, None, np.zeros(1, np.int32), count=4, experts=experts, rows=8)).lower(
-        shape((tokens, experts), jnp.float32), shape((experts,), jnp.bfloat16)).compile()
-    return {"op": "routing", "tokens": tokens, "experts": experts}
+    def run(scores, bias):
+        first = np.zeros(1, np.int32)
+        if parts:
+            return hopper_routing.choose_for_one(scores, bias, first, count=4, experts=experts)
+        return hopper_routing.route(scores, bias, None, first, count=4, experts=experts, rows=8)
+
+    scores = (parts, experts + FACTORS) if parts > 1 else (tokens, experts)
+    jax.jit(run).lower(shape(scores, jnp.float32), shape((experts,), jnp.bfloat16)).compile()
+    return {"op": "routing", "tokens": tokens, "experts": experts, "parts": parts}
 
 
 def compile_product(shape, rows, outputs, inputs, summed, normed, experts):
@@ -146,7 +150,7 @@ def compile_product(shape, rows, outputs, inputs, summed, normed, experts):
     after = tuple(shape(dims, jnp.bfloat16) for dims in ((1, outputs), (outputs,), (experts, outputs))) if experts else None
     scale, bias = shape((inputs,), jnp.bfloat16) if normed else None, None if normed else shape((outputs,), jnp.bfloat16)
     jax.jit(lambda after, *arrays: hopper_kernel.matmul(*arrays, plan, epsilon=1e-5, dtype=jnp.float32 if normed else jnp.bfloat16, after=after)).lower(
-        after, x, x if summed else None, scale, shape((outputs, inputs), jnp.bfloat16), bias, shape((2880, 4096), jnp.bfloat16)).compile()
+        after, x, x if summed else None, scale, shape((outputs, inputs), jnp.bfloat16), bias).compile()
     return {"op": "product", "normed": normed, "blocks": outputs // plan.outputs, **plan._asdict()}
 
 

@@ -133,7 +133,6 @@ class Machine:
         self.named: dict[int, list[Warp]] = {}
         self.warps = [Warp(index) for index in range(launch.threads // LANES)]
         self.counts: dict[str, int] = {}
-        self.fetched: list[tuple[int, np.ndarray]] = []  # to the L2 cache: an argument, its elements
 
     @np.errstate(all="ignore")
     def run(self) -> None:
@@ -483,15 +482,11 @@ class Machine:
         loads = next(part for part in parts if part.startswith(("global", "shared"))) != "global"  # the target comes first
         for lane in np.flatnonzero(mask):
             if "tensor" in parts:
-                prefetches = parts[3] == "prefetch"
-                tensor_at, shared_at = (operands[0], None) if prefetches else (operands[1], operands[0]) if loads else operands[:2]
+                tensor_at, shared_at = (operands[1], operands[0]) if loads else operands[:2]
                 descriptor, coordinates = re.match(r"\[(\S+),\s*\{(.*)\}\s*\]", tensor_at).groups()
                 tensor = self.launch.tensors[int(self._get(warp, descriptor, np.uint64)[lane]) - _DESCRIPTORS]
                 start = [int(self._get(warp, part.strip(), np.int32)[lane]) for part in coordinates.split(",")][::-1]
-                copy = _Box(self, tensor, start, 0 if prefetches else int(self._address(warp, shared_at)[lane]))
-                if prefetches:
-                    self.fetched.append((tensor.argument, copy.outer))
-                    continue
+                copy = _Box(self, tensor, start, int(self._address(warp, shared_at)[lane]))
             else:
                 target, source = (int(self._address(warp, operand)[lane]) for operand in operands[:2])
                 copy = _Bytes(self, target, source, int(self._get(warp, operands[2], np.uint32)[lane]))
@@ -625,18 +620,12 @@ class _Bytes:
 
 
 def run(ptx: str, log: str, arguments: list[np.ndarray], *, late: bool) -> dict[str, int]:
-    """Run all blocks of a kernel, one after the other, on its arguments, outputs last, which are written. Returns how often each operation ran
-    and, as "fetched", how many elements were fetched to the L2 cache, none of them twice."""
+    """Run all blocks of a kernel, one after the other, on its arguments, outputs last, which are written. Returns how often each operation ran."""
     program, launch = Program(ptx), read_host(log)
-    counts, fetched = {"fetched": 0}, {}
+    counts: dict[str, int] = {}
     for z, y, x in np.ndindex(*launch.blocks[::-1]):
         machine = Machine(program, launch, arguments, (x, y, z), late=late)
         machine.run()
         for name, count in machine.counts.items():
             counts[name] = counts.get(name, 0) + count
-        for argument, elements in machine.fetched:
-            times = fetched.setdefault(argument, np.zeros(arguments[argument].size, int))
-            np.add.at(times, elements, 1)
-            assert times.max() == 1, f"part of argument {argument} is fetched twice"
-            counts["fetched"] += len(elements)
     return counts

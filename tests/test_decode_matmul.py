@@ -21,10 +21,10 @@ needs_new_jax = pytest.mark.skipif(jax.__version_info__ < expert_kernel.OLDEST_J
 # rows, inputs, outputs, what comes before and after, steps of so many groups, stages: None as planned
 CASES = {
     "a row summed and normed, fewer steps than warpgroups": (1, 192, 64, ("added", "scale"), None, None),
-    "a row summed and normed, stages used again, inputs that end within a step": (1, 1216, 24, ("added", "scale", "ahead"), None, 4),
+    "a row summed and normed, stages used again, inputs that end within a step": (1, 1216, 24, ("added", "scale"), None, 4),
     "a row, only a bias": (1, 320, 24, ("bias",), None, None),
     "odd rows normed, with a bias, inputs that end within a step": (3, 320, 40, ("scale", "bias"), None, None),
-    "eight rows, only a bias, stages used again": (8, 704, 136, ("bias", "ahead"), 1, 4),
+    "eight rows, only a bias, stages used again": (8, 704, 136, ("bias",), 1, 4),
     "eight rows summed and normed, stages used again": (8, 640, 24, ("added", "scale"), 2, 4),
     "eight rows, nothing else, one group": (8, 64, 8, (), None, None),
 }
@@ -38,7 +38,7 @@ SCORED = {
 
 def arguments(rows, inputs, outputs, parts, dtype=jnp.bfloat16, seed=0):
     random = np.random.default_rng(seed)
-    shapes = {"x": (rows, inputs), "added": (rows, inputs), "scale": (inputs,), "weight": (outputs, inputs), "bias": (outputs,), "ahead": (72, 320)}
+    shapes = {"x": (rows, inputs), "added": (rows, inputs), "scale": (inputs,), "weight": (outputs, inputs), "bias": (outputs,)}
     return [jnp.asarray(random.standard_normal(shape), dtype) if name in ("x", "weight", *parts) else None for name, shape in shapes.items()]
 
 
@@ -61,7 +61,7 @@ def run_scored(inputs, outputs, each, experts, bias, interpret=None):
 
     x, weight, bias_O, *after = arrays = scored_arguments(inputs, outputs, experts, bias)
     plan = hopper_kernel.plan(1, outputs, inputs, experts=experts)._replace(outputs=each, stages=4, interpret=interpret)
-    return arrays, hopper_kernel.matmul(x, None, None, weight, bias_O, None, plan, epsilon=1e-5, dtype=jnp.dtype(jnp.bfloat16), after=after)
+    return arrays, hopper_kernel.matmul(x, None, None, weight, bias_O, plan, epsilon=1e-5, dtype=jnp.dtype(jnp.bfloat16), after=after)
 
 
 def check_scored(arrays, found, blocks):
@@ -198,18 +198,20 @@ def test_named_it_says_what_is_missing():
                                         (wide[0], wide[3], {}, r"inputs in multiples of 64.*\(found 72 and 8\)"),
                                         (jnp.ones((1, 16640), jnp.bfloat16), jnp.ones((8, 16640), jnp.bfloat16), {}, r"few enough.*\(found 16640 and 8\)"),
                                         (x[:, :64], jnp.ones((8, 128), jnp.bfloat16), {}, r"x of shape \(\d+, 128\) \(found \(\d+, 64\)\)"),
-                                        (x, weight, {"bias_O": jnp.ones(7, jnp.bfloat16)}, r"bias of shape \(\d+,\) \(found \(7,\)\)"),
-                                        (x, weight, {"ahead_OD": jnp.ones((8, 12), jnp.bfloat16)}, r"a next weight in rows of multiples of 8")):
+                                        (x, weight, {"bias_O": jnp.ones(7, jnp.bfloat16)}, r"bias of shape \(\d+,\) \(found \(7,\)\)")):
         with needs(match=f"decode_matmul implementation 'mosaic_gpu' needs .*{message}"):
             decode_matmul(x, weight, implementation="mosaic_gpu", **options)
     for outputs, experts, found in ((64, 40, "40 and 64"), (64, 256, "256 and 64"), (72, 32, "32 and 72")):  # nine blocks
         with needs(match=rf"needs up to 224 experts in multiples of 32 and outputs in multiples of 8 blocks, few enough \(found {found}\)"):
             decode_matmul_scored(*scored_arguments(64, outputs, experts, True), implementation="mosaic_gpu")
+    *others, router = scored_arguments(64, 64, 32, True)
+    with needs(match=r"needs a residual, a scale and a router in bfloat16 \(found bfloat16, bfloat16 and float32\)"):
+        decode_matmul_scored(*others, router.astype(jnp.float32), implementation="mosaic_gpu")
 
 
 @needs_new_jax
 def test_a_program_that_may_run_the_kernel_has_the_gradients_of_the_several_ops():
-    x, added, scale, weight, bias, _ = arguments(2, 64, 8, ("added", "scale", "bias"))
+    x, added, scale, weight, bias = arguments(2, 64, 8, ("added", "scale", "bias"))
 
     def loss(for_hopper, *trained):
         x, added, scale, weight, bias = trained

@@ -114,10 +114,9 @@ def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
     router = Router(jnp.asarray(scores), jnp.zeros(E), None, jnp.zeros(1, jnp.int32))
     with on_machine(late=late) as ran:
         found = mosaic_gpu.expert_mlp(jnp.asarray(x), expert, weight, arranged[0], jnp.asarray(biases[0]), arranged[1], jnp.asarray(biases[1]), router,
-                                      jnp.ones((72, 320), jnp.bfloat16), **constants)
+                                      **constants)
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
-    assert len(ran) == (2 if tokens == 1 else 3)  # a single token is routed by the first product
-    assert [counts["fetched"] for counts in ran[-2:]] == [4 * (D // 64) * (512 + 32) if tokens == 1 else 0, 72 * 320]  # its experts; a dense weight
+    assert len(ran) == 3
 
 
 @needs_compiler
@@ -176,7 +175,6 @@ def test_decode_products(case, late):
     with on_machine(late=late) as ran:
         found = hopper_kernel.matmul(*arrays, planned(*sizes, groups, stages), epsilon=1e-5, dtype=jnp.dtype(dtype))
     check_product(found, arrays, dtype)
-    assert ran[0]["fetched"] == (0 if arrays[5] is None else arrays[5].size)
     assert any(name.startswith("wgmma.mma_async") for name in ran[0])
 
 
@@ -195,7 +193,7 @@ def test_decode_products_with_scores(case, late):
 @needs_compiler
 @asynchronous
 def test_a_single_rows_decode_step(late, monkeypatch):
-    """Five kernels a layer, each fed by the one before: what the several ops of another device make of it, but for roundings at other places."""
+    """Six kernels a layer, each fed by the one before: what the several ops of another device make of it, but for roundings at other places."""
     from hopper_machine import on_machine
 
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
@@ -214,5 +212,5 @@ def test_a_single_rows_decode_step(late, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **kernels: kernels.get("cuda", default)(*arrays))
     with on_machine(late=late) as ran:
         found, _ = joined(jnp.full((1, 1), 11), cache=cache)
-    assert len(ran) == 10
+    assert len(ran) == 12
     np.testing.assert_allclose(found, expected, atol=2**-5 * float(expected.std()))

@@ -194,8 +194,7 @@ def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, route
         here = np.where((chosen >= 2) & (chosen < 6) & real[:, None], chosen - 2, 4).astype(np.int32)
         arguments = arguments[0], jnp.asarray(here), weights, *arguments[3:]
         router = op.Router(jnp.asarray(scores), bias, jnp.asarray(real) if tokens > 1 else None, jnp.full(1, 2, jnp.int32), early)
-    ahead = jnp.ones((72, 320), jnp.bfloat16) if tokens == 1 else None
-    out = mosaic_gpu.expert_mlp(*arranged(arguments), router, ahead, limit=7.0, alpha=1.702, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    out = mosaic_gpu.expert_mlp(*arranged(arguments), router, limit=7.0, alpha=1.702, interpret=plgpu.InterpretGPUParams(detect_races=True))
     expected = op.expert_mlp(arguments[0].astype(jnp.float32), *arguments[1:], limit=7.0, alpha=1.702, implementation="reference")
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, rtol=2**-6, atol=2**-6 * float(jnp.abs(expected).max()))  # h and y of each expert are rounded

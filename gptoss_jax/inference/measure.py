@@ -278,7 +278,7 @@ def _scored_case(config: GptOssConfig, normal: Callable, item: int) -> Case:
     D, E, inputs = config.hidden_size, config.num_local_experts, config.num_attention_heads * config.head_dim
 
     def run(how, x, bias, residual, scale, router, *weights):
-        def multiply(x, _, scale, weight, bias, __):
+        def multiply(x, _, scale, weight, bias):
             summed, early = decode_matmul.decode_matmul_scored(x, weight, bias, residual, scale, router, epsilon=config.rms_norm_eps, implementation=how)
             return summed, early, None
 
@@ -289,14 +289,14 @@ def _scored_case(config: GptOssConfig, normal: Callable, item: int) -> Case:
                 8 * D * (inputs + E))
 
 
-def _decode_matmul(how, x, added, scale, weight, bias, ahead, *, epsilon):
-    return decode_matmul.decode_matmul(x, weight, bias, added_TD=added, scale_D=scale, ahead_OD=ahead, epsilon=epsilon, implementation=how)
+def _decode_matmul(how, x, added, scale, weight, bias, *, epsilon):
+    return decode_matmul.decode_matmul(x, weight, bias, added_TD=added, scale_D=scale, epsilon=epsilon, implementation=how)
 
 
 def products(multiply: Callable, x, added, scale, bias, *weights):
-    """Call multiply(x, added, scale, weight, bias, the next weight) for several weights, which no cache keeps, each call fed from the one before."""
-    for weight, ahead in zip(weights, weights[1:] + weights[:1]):
-        y, _, _ = multiply(x, added, scale, weight, bias, ahead)
+    """Call multiply(x, added, scale, weight, bias) for several weights, which no cache keeps, each call fed from the one before."""
+    for weight in weights:
+        y, _, _ = multiply(x, added, scale, weight, bias)
         x += (y.ravel()[0] * 0).astype(x.dtype)
     return y
 

@@ -43,10 +43,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x):
         return rms_norm(x, self.weight[...], self.epsilon)
 
-    def before(self, linear: Linear, x_BD, added_BD=None, *, ahead_OD=None, for_hopper: bool):
-        """Return (linear(norm of x + added) in float32 without its bias; the sum; the norm), of a token each: in one kernel where that can run.
-
-        ahead: the weight that is read next.
-        """
-        return decode_matmul(x_BD, linear.weight[...], added_TD=added_BD, scale_D=self.weight[...], ahead_OD=ahead_OD, epsilon=self.epsilon,
-                             dtype=jnp.float32, for_hopper=for_hopper)
+    def before(self, linear: Linear, x_BD, added_BD=None, *, for_hopper: bool):
+        """Return (linear(norm of x + added) in float32 without its bias; the sum; the norm), of a token each: in one kernel where that can run."""
+        return decode_matmul(x_BD, linear.weight[...], added_TD=added_BD, scale_D=self.weight[...], epsilon=self.epsilon, dtype=jnp.float32,
+                             for_hopper=for_hopper)

@@ -100,22 +100,21 @@ class MoE(nnx.Module):
             return logits, *by_sorting(logits)
         return logits, *jax.lax.platform_dependent(logits, cuda=by_rank, default=by_sorting)
 
-    def __call__(self, x_BTD, scores_BTE, indices_BTA, weights_BTA, real_BT, mesh, transport="gather", lean=False, ahead_OD=None, early=None):
+    def __call__(self, x_BTD, scores_BTE, indices_BTA, weights_BTA, real_BT, mesh, transport="gather", lean=False, early=None):
         """Return the weighted sum of the chosen experts' outputs, [B, T, D], of what `route` took and returned. Tokens that aren't real go to no expert.
 
         transport: how tokens get to experts on other devices, "gather" or "all_to_all". lean: keep nothing for the backward pass.
-        ahead: a dense weight that is read next. early: what x and scores of a single token are made of, on one device.
+        early: what x and scores of a single token are made of, on one device.
         """
         experts = (self.experts.linear("gate_up_proj"), self.experts.linear("down_proj"))
         if real_BT is not None:
             indices_BTA = jnp.where(real_BT[..., None], indices_BTA, self.config.num_local_experts)
         if mesh is None or mesh.size == 1:
             router = Router(scores_BTE, self.router.bias[...], real_BT, np.zeros(1, np.int32), early)
-            return self._local(x_BTD, indices_BTA, weights_BTA, *experts, lean, router, ahead_OD).astype(x_BTD.dtype)
+            return self._local(x_BTD, indices_BTA, weights_BTA, *experts, lean, router).astype(x_BTD.dtype)
         return self._sharded(x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, *experts, mesh=mesh, transport=transport, lean=lean)
 
-    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, lean: bool, router: Router | None = None,
-               ahead_OD=None):
+    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, lean: bool, router: Router | None = None):
         """Compute the experts whose matrices are here, float32 [B, T, D]; an index of E or more is somebody else's and adds nothing.
 
         router: what the indices come from, with scores [B, T, experts] and real [B, T]; None where they aren't a token's own.
@@ -129,7 +128,7 @@ class MoE(nnx.Module):
             out_TD = lean_mlp(*rows, *map(tuple, stored), limit, alpha)
         elif gate_up.lora_A is None:
             router = router and router._replace(scores=router.scores.reshape(B * T, -1), real=None if router.real is None else router.real.reshape(B * T))
-            out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha, router=router, ahead_OD=ahead_OD)
+            out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha, router=router)
         else:
             out_TD = grouping.by_expert(*rows, gate_up.bias.shape[0],
                                         lambda x_MD, group_sizes_E: down(swiglu(gate_up(x_MD, group_sizes_E), limit, alpha), group_sizes_E))

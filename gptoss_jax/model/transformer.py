@@ -62,8 +62,7 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(weights, f"{prefix}.post_attention_layernorm", config.rms_norm_eps)
         self.mlp = MoE(config, index, weights)
 
-    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, keep: Capture, transport: str = "gather", lean: bool = False,
-                 ahead_OD=None):
+    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, keep: Capture, transport: str = "gather", lean: bool = False):
         with jax.named_scope("attention"):
             if cache is not None and x_BTD.shape[1] == 1 and self._decodes_in_few_kernels():
                 x_BTD, normed, scores, early, cache = self._decode(x_BTD[:, 0], rope, cache, chunk, keep)
@@ -78,13 +77,9 @@ class Layer(nnx.Module):
             logits, indices, weights = self.mlp.route(scores)
             keep("router_logits", logits)
             out = self.mlp(keep("mlp_norm", normed), scores, keep("router_indices", indices), keep("router_weights", weights), real, mesh, transport, lean,
-                           ahead_OD, early)
+                           early)
             x_BTD = x_BTD + keep("mlp_out", out)
         return keep("hidden", sharding.constrain(x_BTD, ("batch", "tokens", None), mesh)), cache
-
-    def joined_projections(self):
-        """Return q, k and v's weight if they are joined, as on a single GPU: what a decode step reads first of this layer."""
-        return getattr(self.self_attn, QKV).weight[...] if hasattr(self.self_attn, QKV) else None
 
     def _decodes_in_few_kernels(self) -> bool:
         """Return whether projections are joined, as on a single GPU, and those after them have no adapters, for which there is no kernel."""
@@ -94,8 +89,7 @@ class Layer(nnx.Module):
         """Do all before the experts for one token a row. Returns (x after attention, its norm, the router's scores, all [B, 1, ...]; the latter two's
         EarlyScores or None; the new cache)."""
         for_hopper = self.self_attn.for_hopper
-        qkv_BJ, _, normed_BD = self.input_layernorm.before(getattr(self.self_attn, QKV), x_BD, ahead_OD=self.self_attn.o_proj.weight[...],
-                                                               for_hopper=for_hopper)
+        qkv_BJ, _, normed_BD = self.input_layernorm.before(getattr(self.self_attn, QKV), x_BD, for_hopper=for_hopper)
         keep("attn_norm", normed_BD[:, None])
         attended_BI, cache = self.self_attn.decode(qkv_BJ, rope, cache, chunk, x_BD.dtype)
         output, norm, router, early = self.self_attn.o_proj, self.post_attention_layernorm, self.mlp.router, None
@@ -185,9 +179,7 @@ class GptOss(nnx.Module):
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
             with jax.named_scope(f"layer{index}"):
                 layer_cache = None if cache is None else cache.layers[index]
-                # The last layer's is of no use, but keeps it like the others: traced and compiled once.
-                ahead = self.layers[(index + 1) % len(self.layers)].joined_projections() if cache is not None and tokens.shape[1] == 1 else None
-                x, layer_cache, values = run(layer, x, rope, (positions, segment_ids, real), layer_cache, chunk, ahead)
+                x, layer_cache, values = run(layer, x, rope, (positions, segment_ids, real), layer_cache, chunk)
                 layer_caches.append(layer_cache)
                 capture.values |= values
         if cache is not None:
@@ -231,12 +223,12 @@ class GptOss(nnx.Module):
 _roll = jax.vmap(functools.partial(jnp.roll, axis=0))  # each row's tokens by its own shift
 
 
-def _run(layer: Layer, x, rope, tags, cache, chunk, ahead_OD, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, lean: bool, prepare=None):
+def _run(layer: Layer, x, rope, tags, cache, chunk, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, lean: bool, prepare=None):
     """Return (x after the layer, its new cache, what `patterns` ask for): results, so that they can leave a rematerialised function."""
     keep = Capture(patterns, prefix)
     if prepare is not None:
         x, layer = _prepared(x, layer, f"model.{prefix}", prepare)
-    x, cache = layer(x, rope, *tags, cache, chunk, mesh, keep, transport, lean, ahead_OD)
+    x, cache = layer(x, rope, *tags, cache, chunk, mesh, keep, transport, lean)
     return x, cache, keep.values
 
 

@@ -15,19 +15,17 @@ IMPLEMENTATIONS = ("xla", "cpu", "mosaic_gpu")
 __all__ = ["IMPLEMENTATIONS", "decode_matmul", "decode_matmul_scored", "rms_norm"]
 
 
-def decode_matmul(x_TD, weight_OD, bias_O=None, *, added_TD=None, scale_D=None, ahead_OD=None, epsilon: float = 0.0, dtype=None,
-                  for_hopper: bool = False, implementation: str = "auto"):
+def decode_matmul(x_TD, weight_OD, bias_O=None, *, added_TD=None, scale_D=None, epsilon: float = 0.0, dtype=None, for_hopper: bool = False, implementation: str = "auto"):
     """Same result as `reference.decode_matmul`; dtype: of the product, default x's. Raises ValueError for something to add where nothing is normed.
 
-    ahead: a weight [O', D'] that is read next, which a kernel may fetch to its GPU's cache on the way. for_hopper: a promise that a program for
-    another GPU than the ones here is for a Hopper. implementation: one of IMPLEMENTATIONS, which raises where it can't run: "mosaic_gpu" does
-    all in one kernel, the others are `dense_matmul`'s, after a separate sum and norm; or "auto": "mosaic_gpu" where it can run, otherwise what
-    is best of the others.
+    for_hopper: a promise that a program for another GPU than the ones here is for a Hopper. implementation: one of IMPLEMENTATIONS, which raises
+    where it can't run: "mosaic_gpu" does all in one kernel, the others are `dense_matmul`'s, after a separate sum and norm; or "auto":
+    "mosaic_gpu" where it can run, otherwise what is best of the others.
     """
     _check(implementation)
     if added_TD is not None and scale_D is None:
         raise ValueError("decode_matmul: added_TD without scale_D found, expected a sum only where it is normed")
-    arrays, constants = (x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD), {"epsilon": epsilon, "dtype": jnp.dtype(dtype or x_TD.dtype)}
+    arrays, constants = (x_TD, added_TD, scale_D, weight_OD, bias_O), {"epsilon": epsilon, "dtype": jnp.dtype(dtype or x_TD.dtype)}
     return one_kernel_or_several(
         "decode_matmul", implementation, mosaic_gpu.unmet(*arrays, constants["dtype"]), mosaic_gpu.device_unmet, for_hopper,
         functools.partial(mosaic_gpu.run, **constants), functools.partial(reference.decode_matmul, **constants, implementation=implementation), *arrays)

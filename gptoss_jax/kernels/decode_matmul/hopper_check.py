@@ -28,7 +28,7 @@ def _compare(rows, inputs, outputs, summed, normed, interpret):
 
     x, added, scale = numbers(rows, inputs), numbers(rows, inputs) if summed else None, numbers(inputs) if normed else None
     weight = numbers(outputs, inputs)
-    arguments = x, added, scale, weight, None if normed else numbers(outputs), weight
+    arguments = x, added, scale, weight, None if normed else numbers(outputs)
     constants = {"epsilon": 1e-5, "dtype": jnp.float32 if normed else jnp.bfloat16}
     expected = now(functools.partial(reference.decode_matmul, **constants, implementation="xla"), *arguments)
     found = now(functools.partial(mosaic_gpu.run, interpret=interpret, **constants), *arguments)

@@ -19,7 +19,6 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gptoss_jax.kernels.expert_matmul import hopper_ahead
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import EIGHT_ROWS, MATRIX, Interpreted, Mosaic, fragments
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import SHARED_BYTES, SMS
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS
@@ -65,8 +64,8 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False, experts: i
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "dtype", "plan"))  # so that a kernel is made once for all layers
-def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, epsilon: float, dtype, after=None):
-    """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale, bias and ahead may be None; at most `plan.rows` rows.
+def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype, after=None):
+    """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale and bias may be None; at most `plan.rows` rows.
 
     after: (residual [1, O], scale [O], router [E, O]) for a lone row that isn't normed: then see `reference.decode_matmul_scored`.
     """
@@ -75,7 +74,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
     steps = -(-D // width)
     chunks, lone = steps * groups, R == 1
     ops = Interpreted if plan.interpret else Mosaic
-    arrays = {"x": x_TD, "added": added_TD, "scale": scale_D, "weight": weight_OD, "bias": bias_O, "ahead": ahead_OD}
+    arrays = {"x": x_TD, "added": added_TD, "scale": scale_D, "weight": weight_OD, "bias": bias_O}
     for name in ("x", "added", "scale") if lone else ("scale",):
         arrays[name] = None if arrays[name] is None else arrays[name].reshape(D // GROUP, GROUP)
     arrays |= zip(("residual", "next_scale", "router"), after or ())
@@ -103,10 +102,6 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
             slot = jax.lax.rem(step, stages)
             plgpu.copy_gmem_to_smem(inputs["weight"].at[mine, pl.ds(step * width, width)], weight_smem.at[slot], full.at[slot])
 
-        for turn in range(stages // _WARPGROUPS):
-            step = me + turn * _WARPGROUPS
-            pl.when(step < steps)(functools.partial(copy, step))
-
         @pl.when(me == 0)
         def _():
             for name, there, held in (("x", here, rows_smem), ("added", here, sum_smem), ("scale", (pl.ds(block * 0, chunks),), scale_smem)):
@@ -115,9 +110,13 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
             if after:
                 plgpu.copy_gmem_to_smem(inputs["router"].at[:, mine], router_smem, router_loaded)
 
-        # What is added at the end is on its way before it is needed.
+        # What is added at the end is on its way before the weights are, so as not to be waited for.
         late = {name: plgpu.load(inputs[name].at[(0, mine) if name == "residual" else mine], layout=_IN_ALL.reduce(0), optimized=False)
                 for name in ("bias", "residual", "next_scale") if name in inputs}
+
+        for turn in range(stages // _WARPGROUPS):
+            step = me + turn * _WARPGROUPS
+            pl.when(step < steps)(functools.partial(copy, step))
 
         def of_mine(visit, carry=None):
             """Fold `visit(step, carry)` over this warpgroup's steps."""
@@ -154,8 +153,6 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan: Plan, *, 
             return acc[...]
 
         part_smem[me] = _once(ops.accumulator(accumulate, acc_smem, me, N), plan)
-        if "ahead" in inputs:
-            hopper_ahead.fetch([inputs["ahead"]], block * _WARPGROUPS + me, O // N * _WARPGROUPS)
         if norming:
             plgpu.commit_smem()  # the rows, which the first warpgroup sends out
         meet()

@@ -14,11 +14,11 @@ from gptoss_jax.kernels.expert_matmul import mosaic_gpu
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS, EarlyScores
 
 
-def unmet(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, dtype) -> str | None:
+def unmet(x_TD, added_TD, scale_D, weight_OD, bias_O, dtype) -> str | None:
     """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `device_unmet`."""
     if requirement := mosaic_gpu.jax_unmet():
         return requirement
-    found = {str(array.dtype) for array in (x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD) if array is not None}
+    found = {str(array.dtype) for array in (x_TD, added_TD, scale_D, weight_OD, bias_O) if array is not None}
     if found != {"bfloat16"} or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"arrays in bfloat16, a result in that or float32 (found {', '.join(sorted(found))}, {jnp.dtype(dtype)})"
     from gptoss_jax.kernels.decode_matmul import hopper_kernel
@@ -27,8 +27,6 @@ def unmet(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, dtype) -> str | 
     rows = x_TD.shape[0], inputs
     if requirement := _other_shape(("x", x_TD, rows), ("added", added_TD, rows), ("scale", scale_D, (inputs,)), ("bias", bias_O, (outputs,))):
         return requirement
-    if ahead_OD is not None and ahead_OD.shape[1] % 8:
-        return f"a next weight in rows of multiples of 8 (found {ahead_OD.shape})"
     if not 1 <= x_TD.shape[0] <= hopper_kernel.ROWS:  # of 16, XLA's products were up to twice as fast on an H200
         return f"1 to {hopper_kernel.ROWS} rows (found {x_TD.shape[0]})"
     if hopper_kernel.plan(x_TD.shape[0], *weight_OD.shape, added_TD is not None):
@@ -49,22 +47,22 @@ def wrong_here() -> str | None:
     return hopper_check.disagreement()
 
 
-def run(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, *, epsilon: float, dtype, interpret=None):
+def run(x_TD, added_TD, scale_D, weight_OD, bias_O, *, epsilon: float, dtype, interpret=None):
     """Do what `reference.decode_matmul` defines, for arguments that meet `unmet`, without a look at the device. interpret: plgpu.InterpretGPUParams."""
     from gptoss_jax.kernels.decode_matmul import hopper_kernel
 
     plan = hopper_kernel.plan(x_TD.shape[0], *weight_OD.shape, added_TD is not None)._replace(interpret=interpret)
-    return hopper_kernel.matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD, plan, epsilon=epsilon, dtype=jnp.dtype(dtype))
+    return hopper_kernel.matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan, epsilon=epsilon, dtype=jnp.dtype(dtype))
 
 
 def unmet_scored(x_TD, weight_OD, bias_O, residual_TO, scale_O, router_EO) -> str | None:
     """Return what `unmet` does, of `reference.decode_matmul_scored`."""
-    if requirement := unmet(x_TD, None, None, weight_OD, bias_O, router_EO, x_TD.dtype):
+    if requirement := unmet(x_TD, None, None, weight_OD, bias_O, x_TD.dtype):
         return requirement
     if x_TD.shape[0] != 1:
         return f"one row (found {x_TD.shape[0]})"
-    if not residual_TO.dtype == scale_O.dtype == jnp.bfloat16:
-        return f"a residual and a scale in bfloat16 (found {residual_TO.dtype} and {scale_O.dtype})"
+    if not residual_TO.dtype == scale_O.dtype == router_EO.dtype == jnp.bfloat16:
+        return f"a residual, a scale and a router in bfloat16 (found {residual_TO.dtype}, {scale_O.dtype} and {router_EO.dtype})"
     E, outputs, plan = router_EO.shape[0], weight_OD.shape[0], _plan_scored(weight_OD, router_EO)
     if requirement := _other_shape(("residual", residual_TO, (1, outputs)), ("scale", scale_O, (outputs,)), ("router", router_EO, (E, outputs))):
         return requirement
@@ -87,7 +85,7 @@ def run_scored(x_TD, weight_OD, bias_O, residual_TO, scale_O, router_EO, *, epsi
     """Do what `reference.decode_matmul_scored` defines, for arguments that meet `unmet_scored`, without a look at the device."""
     from gptoss_jax.kernels.decode_matmul import hopper_kernel
 
-    summed_TO, *early = hopper_kernel.matmul(x_TD, None, None, weight_OD, bias_O, None, _plan_scored(weight_OD, router_EO)._replace(interpret=interpret),
+    summed_TO, *early = hopper_kernel.matmul(x_TD, None, None, weight_OD, bias_O, _plan_scored(weight_OD, router_EO)._replace(interpret=interpret),
                                              epsilon=epsilon, dtype=jnp.dtype(x_TD.dtype), after=(residual_TO, scale_O, router_EO))
     return summed_TO, EarlyScores(*early)
 

@@ -16,11 +16,11 @@ def rms_norm(x, scale_D, epsilon: float):
     return (wide * scale_D.astype(jnp.float32)).astype(x.dtype)
 
 
-def decode_matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, ahead_OD=None, *, epsilon: float, dtype, implementation: str = "auto"):
+def decode_matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, *, epsilon: float, dtype, implementation: str = "auto"):
     """Return (product float32 or bfloat16 [T, O], what was normed [T, D], what was multiplied [T, D]).
 
     Normed is x, or x + added, rounded to x's dtype, if `added` isn't None; multiplied is its `rms_norm`, or x itself if `scale` is None. The
-    product has a bias unless that is None. ahead: a weight read next, of which only time can tell. implementation: of `dense_matmul`.
+    product has a bias unless that is None. implementation: of `dense_matmul`.
     """
     summed_TD = x_TD if added_TD is None else x_TD + added_TD
     rows_TD = summed_TD if scale_D is None else rms_norm(summed_TD, scale_D, epsilon)

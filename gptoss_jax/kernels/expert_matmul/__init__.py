@@ -51,13 +51,13 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, implementation: str =
 
 
 def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, *, limit: float, alpha: float, router: Router | None = None,
-               ahead_OD=None, implementation: str = "auto"):
+               implementation: str = "auto"):
     """Return each token's weighted sum over its experts' down(swiglu(gate_up(x))), float32 [T, D]; differentiable in all but packed weights.
 
     expert: int32 [T, A]; an expert of E or more is somebody else's and adds nothing. gate_up: [E, 2F, D], gate and up interleaved, and down
     [E, D, F] with their biases as `expert_matmul` takes them, or arranged as HopperGateUpWeight and HopperWeight: then "auto" is "mosaic_gpu",
     with h rounded once, where the program runs on a GPU. router: what `expert` and `weight` were chosen from, for a kernel that chooses itself.
-    ahead: a dense weight [O, D'] that is read next, which a kernel may fetch to its GPU's cache on the way. implementation: as of `expert_matmul`.
+    implementation: as of `expert_matmul`.
     """
     _check("expert_mlp", implementation)
     arguments = x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias
@@ -66,9 +66,9 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         mosaic_gpu.require("expert_mlp", x_TD, gate_up, gate_up_bias)
         if not arranged:
             raise ValueError("expert_mlp implementation 'mosaic_gpu' needs a HopperGateUpWeight and a HopperWeight")
-        return _mlp_on_hopper(*arguments, router, ahead_OD, limit, alpha)
+        return _mlp_on_hopper(*arguments, router, limit, alpha)
     if implementation == "auto" and arranged and _takes(x_TD, gate_up, gate_up_bias):
-        return _mlp_on_hopper(*arguments, router, ahead_OD, limit, alpha)
+        return _mlp_on_hopper(*arguments, router, limit, alpha)
     return _mlp(*arguments, limit, alpha, implementation)
 
 
@@ -80,7 +80,7 @@ def _mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, lim
     return grouping.by_expert(x_TD, expert_TA, weight_TA, gate_up_bias.shape[0], apply)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _mlp_on_hopper(*arguments):
     *arrays, limit, alpha = arguments
     here = functools.partial(mosaic_gpu.expert_mlp, limit=limit, alpha=alpha)
@@ -88,17 +88,17 @@ def _mlp_on_hopper(*arguments):
 
 
 def _mlp_backward(limit, alpha, arrays, g_TD):
-    x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, *others = arrays
+    x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, router = arrays
 
     def run(x_TD, weight_TA, gate_up_bias, down_bias):
         return _mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, limit, alpha)
 
     dx, dweight, dgate_up_bias, ddown_bias = jax.vjp(run, x_TD, weight_TA, gate_up_bias, down_bias)[1](g_TD)
-    nothing = jax.tree.map(lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else xla.no_gradient(x), others)
-    return dx, xla.no_gradient(expert_TA), dweight, xla.no_gradient(gate_up), dgate_up_bias, xla.no_gradient(down), ddown_bias, *nothing
+    nothing = jax.tree.map(lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else xla.no_gradient(x), router)
+    return dx, xla.no_gradient(expert_TA), dweight, xla.no_gradient(gate_up), dgate_up_bias, xla.no_gradient(down), ddown_bias, nothing
 
 
-_mlp_on_hopper.defvjp(lambda *arguments: (_mlp_on_hopper(*arguments), arguments[:9]), _mlp_backward)
+_mlp_on_hopper.defvjp(lambda *arguments: (_mlp_on_hopper(*arguments), arguments[:8]), _mlp_backward)
 
 
 def _check(op, implementation):

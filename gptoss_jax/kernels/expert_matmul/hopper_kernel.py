@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gptoss_jax.kernels.expert_matmul import hopper_ahead
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import Interpreted, Mosaic, decode
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight
 
@@ -111,20 +110,14 @@ def ends(sizes_E):
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha"))  # so that a kernel is made once for all layers
-def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
+def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, factor=None, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT or a multiple.
-    tiles: Tiles; or a Router that knows no unreal tokens, for the one row of x, a multiple of 8 experts (32 with EarlyScores), and a tile for each of the
-    slots // plan.rows that are chosen: each block chooses for itself, and two arrays come after the result, expert int32 and weight float32 [tiles],
-    by descending score; expert E is not here, or of a NaN. With EarlyScores, whose rows x then is, the products get their factor.
-    ahead: what the next kernel reads, fetched to the L2 cache on the way: a dense weight [outputs, inputs]; with a Router, a HopperWeight of
-    the same experts.
+    factor: float32 [1], what x lacks: the products get it, before the bias.
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
     HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
-    from gptoss_jax.kernels.expert_matmul import hopper_routing  # which takes layouts from here
-
     gated = isinstance(weight, HopperGateUpWeight)
     M = slots or x_MI.shape[0]
     E, outs, ins = weight.scales.shape[:3]
@@ -133,26 +126,20 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
     out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = Interpreted if plan.interpret else Mosaic
-    chosen = 0 if isinstance(tiles, Tiles) else slots // N
-    table = hopper_routing.chosen_from(tiles) if chosen else [part for part in tiles if part is not None]
-    found_types, routing_types = hopper_routing.choice_types(chosen, table, wgs + 1) if chosen else ([], [])
-    arrays = [*table, x_MI, weight.words, weight.scales, bias_EO]
-    ahead = [] if ahead is None else list(ahead) if chosen else [ahead]
+    table = [part for part in tiles if part is not None]
+    scaled = [] if factor is None else [factor]
 
     def body(*refs):
-        (*table, x, words, scales, bias), refs = refs[: len(arrays)], refs[len(arrays) :]
-        ahead_refs, refs = refs[: len(ahead)], refs[len(ahead) :]
-        (out, *found), (x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty, *routing) = refs[: len(out_type)], refs[len(out_type) :]
+        table_refs, (x, words, scales, bias, *rest) = refs[: len(table)], refs[len(table) :]
+        factor_refs, (out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty) = rest[: len(scaled)], rest[len(scaled) :]
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        expert_smem, factor_smem, sums_smem, summed, ready = routing or (None,) * 5
-        count = chosen or (table[3][0] if len(table) > 1 else table[0].shape[0])
+        experts, *places = table_refs
+        count = places[2][0] if places else experts.shape[0]
 
         def tile_of(tile):
             """Return (expert, first row, rows), the last two in ALIGNMENTs."""
-            if not chosen and len(table) > 1:
-                return tuple(ref[jnp.minimum(tile, ref.shape[0] - 1)] for ref in table[:3])
-            last = jnp.minimum(tile, count - 1)
-            return expert_smem[last] if chosen else table[0][last], tile * (N // ALIGNMENT), N // ALIGNMENT
+            tile = jnp.minimum(tile, experts.shape[0] - 1)
+            return experts[tile], *((ref[tile] for ref in places[:2]) if places else (tile * (N // ALIGNMENT), N // ALIGNMENT))
 
         def by_height(rows, run, *operands):
             """Return run(height, *operands) of the least height that so many rows, in ALIGNMENTs, fit."""
@@ -172,8 +159,6 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
 
         @pl.when(me == wgs)
         def _copy():
-            if chosen:
-                hopper_routing.choose_for_one(*table, E, *found, *routing, block == 0)
             plgpu.set_max_registers(plan.registers[0], action="decrease")
 
             def free(step):
@@ -210,16 +195,10 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
             last = free(done)
             for _ in range(3):  # nothing comes in the step that is looked for while the last one is multiplied
                 plgpu.barrier_arrive(full.at[last])
-            if ahead:
-                hopper_ahead.fetch(ahead_refs, block, plan.blocks, expert_smem if chosen else None)
             jax.lax.fori_loop(done + 1, done + stages - 1, lambda step, _: free(step), 0)  # a barrier isn't left while others arrive
 
         @pl.when(me < wgs)
         def _multiply():
-            if chosen:
-                if tiles.early:
-                    hopper_routing.sum_parts(table[0], me, sums_smem, summed)
-                plgpu.barrier_wait(ready)
             plgpu.set_max_registers(plan.registers[1], action="increase")
 
             def load(slot):
@@ -246,8 +225,8 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                     product, ring = ops.accumulator(accumulate, acc_smem, me, height)
                     # Rows of no expert get no bias, parts of a sum get it once.
                     added = raw_bias.astype(jnp.float32) * jnp.where((expert < E) & (part == 0), jnp.float32(1), jnp.float32(0))
-                    if chosen and tiles.early:
-                        product *= factor_smem[0, 0]
+                    if scaled:
+                        product *= loaded_factor
                     if gated:
                         y = _swiglu(*ops.halves(product, added), limit, alpha).astype(out_dtype)
                     else:
@@ -263,15 +242,15 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
                 return following, following_bias, ring
 
             # What isn't in shared memory is loaded ahead of what is waited for there.
+            loaded_factor = factor_refs[0][0] if scaled else None
             begun = unit(0)
             begun_bias = load_bias(begun[0], begun[3])
             jax.lax.fori_loop(0, mine, compute_unit, (begun, begun_bias, (jnp.int32(stages - 1), jnp.int32(0), load(0))))
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    out_type = [jax.ShapeDtypeStruct((splits, M, outs * each), out_dtype), *found_types]
     run = plgpu.kernel(
-        body, out_type=out_type, grid=(plan.blocks,), grid_names=("block",), num_threads=wgs + 1, thread_name="warpgroup",
+        body, out_type=jax.ShapeDtypeStruct((splits, M, outs * each), out_dtype), grid=(plan.blocks,), grid_names=("block",), num_threads=wgs + 1, thread_name="warpgroup",
         scratch_types=[
             plgpu.SMEM((stages, N, groups * GROUP), jnp.bfloat16, transforms=swizzle),
             plgpu.SMEM((stages, wgs, groups, 4, 128), jnp.uint32),
@@ -280,13 +259,11 @@ def matmul(x_MI, weight, bias_EO, tiles, plan: Plan, *, ahead=None, slots: int |
             plgpu.SMEM((wgs, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-            *routing_types,
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plan.interpret)
-    out, *found = run(*arrays, *ahead)
-    out = out[0] if splits == 1 else out
-    return (out, *found) if chosen else out
+    out = run(*table, x_MI, weight.words, weight.scales, bias_EO, *scaled)
+    return out[0] if splits == 1 else out
 
 
 def _multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back):

@@ -21,6 +21,7 @@ from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT
 
 MOST_TOKENS, MOST_PAIRS, MOST_EXPERTS = 128, 512, 256  # what a block's registers hold, what a key has bits for, and what a TMA copy takes
 _TOKENS = 32  # of a warpgroup
+_SHARES = 4  # warpgroups that sum a single token's parts of scores
 _RANK_BITS = 10
 _LOWEST = np.finfo(np.float32).min
 _SIXTEEN_LANES = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (2, 32), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -209,74 +210,68 @@ def choose(x, count: int, put, carry, layout):
     return jax.lax.fori_loop(0, count, once, (x, carry))[1]
 
 
-def chosen_from(router):
-    """Return the arrays of a Router that `choose_for_one` reads."""
-    return [router.early.parts if router.early else router.scores, router.bias, router.first]
+@functools.partial(jax.jit, static_argnames=("count", "experts", "interpret"))  # so that a kernel is made once for all layers
+def choose_for_one(scores, bias_E, first, *, count: int, experts: int, interpret=None):
+    """Choose `count` experts of a single token by a kernel of one block, of a multiple of 8 in all (32 with parts).
+
+    scores: float32 [1, E], or the parts of EarlyScores, a multiple of 8, which four warpgroups sum. first: int32 [1], of the `experts` that are here.
+    Returns int32 [count] by descending logit, `experts` for one that isn't here and of a NaN; their weights float32 [count]; the factor of the
+    token's norm, float32 [1], which is 1 for scores. The lower of equals comes first; -inf counts as the lowest number.
+    """
+    E, parts = bias_E.shape[0], scores.shape[1] > bias_E.shape[0]
+    # A row for each choice, and a layout with few columns a thread where they can be shared out so.
+    rows, layout = (8, _SIXTEEN_LANES) if E % 32 == 0 else (_TOKENS, MATRIX)
+    rows = -(-count // rows) * rows
+    shares = range(_SHARES if parts else 1)
+
+    def body(scores, bias, first, expert, weight, factor_out, expert_smem, weight_smem, sums_smem, summed):
+        me = jax.lax.axis_index("warpgroup")
+        biases, start = in_rows(bias, rows, layout), first[0]  # on their way before the scores are, so as not to be waited for
+        if parts:
+            sums_smem[me] = _sum_of_share(scores, me)
+            plgpu.barrier_arrive(summed)
+
+        @pl.when(me == 0)
+        def _():
+            if parts:
+                plgpu.barrier_wait(summed)
+                factor = jax.lax.rsqrt(sum(sums_smem[share, E] for share in shares))
+                logits = sum(in_rows(sums_smem.at[share, pl.ds(0, E)], rows, layout) for share in shares) * factor
+            else:
+                factor, logits = jnp.float32(1), in_rows(scores.at[0], rows, layout)
+            row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, (rows,), 0), layout.reduce(1))
+
+            def put(index, at, power, found):
+                chosen, powers, total = found
+                return jnp.where(row == index, at, chosen), jnp.where(row == index, power, powers), total + power
+
+            none = tuple(plgpu.layout_cast(jnp.zeros(rows, dtype), layout.reduce(1)) for dtype in (jnp.int32, jnp.float32, jnp.float32))
+            chosen, powers, total = choose(logits + biases, count, put, none, layout)
+            expert_smem[...], weight_smem[...] = among(chosen, start, experts, E), powers / total
+            for index in range(count):
+                expert[index], weight[index] = expert_smem[index], weight_smem[index]
+            factor_out[0] = factor
+
+    run = plgpu.kernel(
+        body, out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((count,), jnp.int32), ((count,), jnp.float32), ((1,), jnp.float32))],
+        grid=(1,), grid_names=("block",), num_threads=len(shares), thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((rows,), jnp.int32), plgpu.SMEM((rows,), jnp.float32), plgpu.SMEM((len(shares), scores.shape[1]), jnp.float32),
+                       plgpu.Barrier(num_arrivals=len(shares))],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret)
+    return run(scores, bias_E, first)
 
 
-def choice_types(count: int, table, warpgroups: int):
-    """Return (types of what `choose_for_one` gives of `count` choices from `chosen_from`'s table, types of the shared memory that it takes)."""
-    found = [jax.ShapeDtypeStruct((count,), dtype) for dtype in (jnp.int32, jnp.float32)]
-    rows = _lone(table[1].shape[0], count)[0]
-    return found, [plgpu.SMEM((rows,), jnp.int32), plgpu.SMEM((2, rows), jnp.float32), plgpu.SMEM((warpgroups, table[0].shape[1]), jnp.float32),
-                   plgpu.Barrier(num_arrivals=warpgroups), plgpu.Barrier()]
-
-
-def _lone(experts: int, count: int):
-    """Return in how many rows, of a choice each, and in what layout a lone token's logits are held: of few a thread where they can be shared out so."""
-    rows, layout = (8, _SIXTEEN_LANES) if experts % 32 == 0 else (_TOKENS, MATRIX)
-    return -(-count // rows) * rows, layout
-
-
-def sum_parts(parts, me, sums_smem, summed):
-    """Sum this warpgroup's share of the rows of parts of scores into its row of sums_smem, and arrive at the barrier."""
-    (count, _), warpgroups, total = parts.shape, sums_smem.shape[0], None
-    for begin in range(0, count, 8 * warpgroups):
+def _sum_of_share(parts, me):
+    """Return the sum of this warpgroup's share of the rows: every _SHARES-th eight, all on their way at once."""
+    count, total = parts.shape[0], None
+    for begin in range(0, count, 8 * _SHARES):
         row = begin + me * 8
         part = plgpu.load(parts.at[pl.ds(jnp.minimum(row, count - 8), 8)], layout=EIGHT_ROWS, optimized=False)
-        if begin + 8 * warpgroups > count:  # some warpgroups have none left
+        if begin + 8 * _SHARES > count:  # some warpgroups have none left
             part = jnp.where(plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=EIGHT_ROWS) < count - row, part, 0.0)
         total = part if total is None else total + part
-    sums_smem[me] = total.sum(axis=0)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(summed)
-
-
-def choose_for_one(scores, bias, first, experts: int, expert, weight, expert_smem, factor_smem, sums_smem, summed, ready, writes):
-    """Choose a single token's experts in one of a kernel's warpgroups, of the `experts` from `first` on that are here.
-
-    scores: float32 [1, all experts], or parts as in EarlyScores, which every other warpgroup sums its share of by `sum_parts`. Before the barrier
-    `ready`, expert_smem int32 gets the experts, by descending logit, and factor_smem [0] the factor of the token's norm, all alike; expert and
-    weight [count] are written where `writes`.
-    """
-    count, E = expert.shape[0], bias.shape[0]
-    rows, layout = _lone(E, count)
-    biases, start = in_rows(bias, rows, layout), first[0]  # on their way before the scores are, so as not to be waited for
-    if scores.shape[1] == E:
-        logits = in_rows(scores.at[0], rows, layout)
-    else:
-        shares = range(sums_smem.shape[0])
-        sum_parts(scores, shares[-1], sums_smem, summed)
-        plgpu.barrier_wait(summed)
-        factor = jax.lax.rsqrt(sum(sums_smem[share, E] for share in shares))
-        factor_smem[0] = plgpu.layout_cast(jnp.full(rows, factor), layout.reduce(1))
-        logits = sum(in_rows(sums_smem.at[share, pl.ds(0, E)], rows, layout) for share in shares) * factor
-    row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, (rows,), 0), layout.reduce(1))
-
-    def put(index, at, power, found):
-        chosen, powers, total = found
-        return jnp.where(row == index, at, chosen), jnp.where(row == index, power, powers), total + power
-
-    none = tuple(plgpu.layout_cast(jnp.zeros(rows, dtype), layout.reduce(1)) for dtype in (jnp.int32, jnp.float32, jnp.float32))
-    chosen, powers, total = choose(logits + biases, count, put, none, layout)
-    expert_smem[...], factor_smem[1] = among(chosen, start, experts, E), powers / total
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(ready)
-
-    @pl.when(writes)
-    def _():
-        for index in range(count):
-            expert[index], weight[index] = expert_smem[index], factor_smem[1, index]
+    return total.sum(axis=0)
 
 
 def among(expert, first, experts: int, all_experts: int):

@@ -102,7 +102,7 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, interpret=None, **constants)
     return out[slot_M]
 
 
-def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, router, ahead_OD, limit, alpha, interpret=None):
+def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, router, limit, alpha, interpret=None):
     """Same result as `expert_mlp` of this package, for bfloat16 rows, a HopperGateUpWeight and a HopperWeight; no look at the device.
 
     Few tokens are routed here, by one kernel, if `router` says from what; the rows of others are sorted by expert.
@@ -116,9 +116,11 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     if routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0:
         rows, slots = ALIGNMENT, A * ALIGNMENT
         first, second = (planned(slots, weight, interpret, rows) for weight in (gate_up, down))
-        h_SF, expert_A, weight_A = matmul(router.early.rows if router.early else x_TD, gate_up, tiles=router, plan=first, slots=slots, ahead=down)
+        x_1D, scores = router.early or (x_TD, router.scores)
+        expert_A, weight_A, factor = hopper_routing.choose_for_one(scores, router.bias, router.first, count=A, experts=E, interpret=interpret)
         weight_AT, slot_AT = weight_A[:, None], np.arange(A, dtype=np.int32)[:, None] * rows
         tiles = hopper_kernel.Tiles(expert_A)
+        h_SF = matmul(x_1D, gate_up, tiles=tiles, plan=first, slots=slots, factor=factor if router.early else None)
     else:
         if routed:
             rows = hopper_kernel.tile_rows(T * A, all_experts)
@@ -140,7 +142,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
             tiles = tiles._replace(count=(-(-group_sizes_E // height)).sum(keepdims=True))  # nobody's rows aren't read
         first, second = (planned(expected, weight, interpret, rows) for weight in (gate_up, down))
         h_SF = matmul(x_SD, gate_up, tiles=tiles, plan=first, slots=slots if token_S is None else None)
-    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second, ahead=ahead_OD).reshape(second.splits, slots, -1)
+    y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second).reshape(second.splits, slots, -1)
 
     def rows_of(slot_T):  # zeros for somebody else's
         return y.at[:, slot_T].get(mode="fill", fill_value=0).astype(jnp.float32).sum(axis=0)
