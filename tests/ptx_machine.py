@@ -136,7 +136,7 @@ class Machine:
 
     @np.errstate(all="ignore")
     def run(self) -> None:
-        """Run to the end. Raises Deadlock."""
+        """Run to the end. Raises Deadlock; AssertionError if a copy to shared memory is on its way after that."""
         end = len(self.program.steps)
         while running := [warp for warp in self.warps if warp.pc.min() < end]:
             moved = False
@@ -146,6 +146,7 @@ class Machine:
                 if not self.loads:
                     raise Deadlock(f"block {self.block}: warps at {[(warp.index, self.program.steps[warp.pc.min()][2]) for warp in running]}")
                 self.loads.pop(0)()
+        assert not self.loads, f"block {self.block}: {len(self.loads)} copies are left on their way"
 
     def _turn(self, warp: Warp, end: int) -> bool:
         """Run a warp until it waits for somebody; return whether anything happened."""

@@ -217,7 +217,7 @@ class Engine:
         """Decode steps_per_dispatch steps, or none where no row is open. count: tokens each row has; a row is open until a stop id or its room.
 
         A row that ends goes on being computed until the dispatch is done: a loop of a number of steps that XLA knows never waits for the host.
-        In later ones it goes to no expert and reads no keys. rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B],
+        In later ones it goes to no expert and reads no keys, or one tile. rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B],
         logprobs [steps, B])), zeros where it took none.
         """
         ids_B, open_B = rows

@@ -56,7 +56,14 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
 
     def body(qkv, bias, cosine, sine, sinks, positions, keys, values, out, q_smem, key_tiles, value_tiles, weights_smem, out_smem, full):
         row, head, split = (jax.lax.axis_index(name) for name in ("row", "head", "split"))
-        # All that isn't a key or a value is on its way before anything is waited for.
+
+        def copy(tile, stage):
+            for cache, held in ((keys, key_tiles), (values, value_tiles)):
+                plgpu.copy_gmem_to_smem(cache.at[row, pl.ds(tile * TILE, TILE), head], held.at[stage], full.at[stage])
+
+        # On its way before the position, or anything else, is waited for: the first tile, which all but nobody's position has, and what isn't a key or value.
+        if splits == 1:
+            copy(row * 0, 0)
         of_row = EIGHT_ROWS.reduce(0)
         projections = [(pl.ds(head * G, HEADS), EIGHT_ROWS), (N + head, of_row), (N + K + head, of_row)]  # rows past G are other heads', for nobody
         projections = [(_load(qkv.at[row, rows], layout), _load(bias.at[rows], layout)) for rows, layout in projections]
@@ -69,13 +76,8 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
         begin = split * tiles // splits
         count = (split + 1) * tiles // splits - begin
 
-        def copy(step):
-            stage, there = jax.lax.rem(step, stages), pl.ds((begin + step) * TILE, TILE)
-            for cache, held in ((keys, key_tiles), (values, value_tiles)):
-                plgpu.copy_gmem_to_smem(cache.at[row, there, head], held.at[stage], full.at[stage])
-
-        for step in range(stages):
-            pl.when(step < count)(functools.partial(copy, jnp.int32(step)))
+        for step in range(splits == 1, stages):
+            pl.when(step < count)(functools.partial(copy, begin + step, step))
 
         def in_rows(x):
             return _down(x, HEADS)
@@ -120,7 +122,7 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
             @pl.when(step + stages < count)
             def _():
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                copy(step + stages)
+                copy(begin + step + stages, stage)
 
             return new_top, total * shrink + weights.sum(axis=0), acc
 
@@ -130,6 +132,8 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
         first = jnp.where(split == 0, jnp.float32(1), jnp.float32(0))
         state = sink * first + LOWEST * (1 - first), jnp.zeros_like(sink) + first, zeros
         top, total, acc = jax.lax.fori_loop(0, count, attend_tile, state)
+        if splits == 1:
+            pl.when(count == 0)(functools.partial(plgpu.barrier_wait, full.at[0]))  # a copy isn't left on its way
         y = acc / _down(jnp.maximum(total, 2.0**-100), H)
         if splits == 1:
             out_smem.at[0].T[...] = y.astype(jnp.bfloat16)
