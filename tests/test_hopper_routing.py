@@ -51,6 +51,36 @@ def test_routing_equals_sorting_and_gives_each_row_a_slot_in_a_tile_of_its_exper
     assert (tiles.rows[:count] == rows // 8).all()
 
 
+# experts, experts here and the first of them, choices, parts of the scores or 0 for the scores, what is special
+LONE = [(24, (24, 0), 4, 0, "ties"), (128, (128, 0), 4, 0, "-inf"), (128, (64, 32), 4, 120, ""), (32, (16, 8), 9, 8, "ties"), (32, (32, 0), 4, 40, "nan")]
+
+
+@pytest.mark.parametrize("experts,here,count,parts,special", LONE)
+def test_a_single_tokens_experts_are_chosen_by_its_scores_or_their_parts(experts, here, count, parts, special):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from gptoss_jax.kernels.expert_matmul import hopper_routing
+    from gptoss_jax.kernels.expert_matmul.reference import FACTORS
+
+    random, (local, first) = np.random.default_rng(experts + parts), here
+    sums = random.integers(-8, 8, (max(parts, 1), experts)).astype(np.float32)  # exact in any order
+    sums[0, : experts - 2] = -np.inf if special == "-inf" else np.where(special == "ties", 1 - sums[1:, : experts - 2].sum(axis=0), sums[0, : experts - 2])
+    sums[-1, 5] = np.nan if special == "nan" else sums[-1, 5]
+    bias = random.integers(-3, 4, experts) / np.float32(2)
+    given = np.concatenate([sums, np.full((parts, FACTORS), 4 / parts)], axis=1, dtype=np.float32) if parts else sums
+    expert, weight, factor = map(np.asarray, hopper_routing.choose_for_one(
+        jnp.asarray(given), jnp.asarray(bias, jnp.bfloat16), jnp.full(1, first, jnp.int32), count=count, experts=local,
+        interpret=plgpu.InterpretGPUParams(detect_races=True)))
+    logits = sums.sum(axis=0) * (0.5 if parts else 1) + bias
+    chosen = np.argsort(-logits, stable=True)[:count]
+    np.testing.assert_allclose(factor, 0.5 if parts else 1, rtol=1e-6)
+    if special == "nan":
+        assert (expert == local).all() and np.isnan(weight).all()
+        return
+    np.testing.assert_array_equal(expert, np.where((chosen >= first) & (chosen < first + local), chosen - first, local))
+    np.testing.assert_allclose(weight, jax.nn.softmax(np.maximum(logits[chosen], np.finfo(np.float32).min)), rtol=1e-5)
+
+
 def test_what_the_kernel_has_no_room_for_is_left_to_others():
     from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_routing
 

@@ -15,7 +15,8 @@ IMPLEMENTATIONS = ("xla", "cpu", "mosaic_gpu")
 __all__ = ["IMPLEMENTATIONS", "decode_matmul", "decode_matmul_scored", "rms_norm"]
 
 
-def decode_matmul(x_TD, weight_OD, bias_O=None, *, added_TD=None, scale_D=None, epsilon: float = 0.0, dtype=None, for_hopper: bool = False, implementation: str = "auto"):
+def decode_matmul(x_TD, weight_OD, bias_O=None, *, added_TD=None, scale_D=None, epsilon: float = 0.0, dtype=None, for_hopper: bool = False,
+                  implementation: str = "auto"):
     """Same result as `reference.decode_matmul`; dtype: of the product, default x's. Raises ValueError for something to add where nothing is normed.
 
     for_hopper: a promise that a program for another GPU than the ones here is for a Hopper. implementation: one of IMPLEMENTATIONS, which raises
