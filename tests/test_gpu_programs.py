@@ -63,7 +63,7 @@ def test_a_prompt_of_one_chunk_attends_to_nothing_else(programs):
     """20 operations fewer of two layers than there were when it attended to an empty past, 78 of 98."""
     found = programs["one_chunk_kernels"]
     assert found["__cudnn$fmhaSoftmax"] == 2 and set(found) == {"fusion", "__cudnn$fmhaSoftmax", "mosaic_gpu_v2"} and sum(found.values()) <= 82
-    assert programs["one_chunk"]["temp"] < 600e6
+    assert programs["one_chunk"]["temp"] < 750e6
     assert programs["one_chunk"]["alias"] >= 2 * (128 + 8192) * 512 * 2  # keys and values of a ring and of a full layer, in place
 
 

@@ -341,6 +341,20 @@ def test_weights_are_read_and_replaced_by_their_checkpoint_name(model):
         model.replace({"model.layers.1.self_attn.sinks": jnp.zeros(5)})
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_of_each_rows_last_token_only_the_states_are_the_same(model, cached):
+    """With a cache, whose keys and values are the same too, a row may have no token at all: its state means nothing."""
+    lengths, tokens = (9, 23, 1, 0) if cached else (9, 23, 1), tokens_of(4, 23)
+    segments = (jnp.arange(23) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
+    given = dict(segment_ids=segments, cache=make_cache(CONFIG, len(lengths), 32, "float32") if cached else None)
+    run = jax.jit(lambda last: model.hidden_states(tokens[: len(lengths)], **given, last=last), static_argnums=0)
+    (every, cache), (last, same) = run(False), run(True)
+    assert last.shape == (len(lengths), 1, CONFIG.hidden_size)
+    for row, length in enumerate(lengths[:3]):
+        np.testing.assert_allclose(last[row, 0], every[row, length - 1], rtol=1e-5, atol=1e-5 * float(every.std()))
+    jax.tree.map(np.testing.assert_array_equal, cache, same)
+
+
 def test_wrong_inputs_are_named(model):
     with pytest.raises(ValueError, match=r"tokens: int32\[5\] found, expected integers \[batch, tokens\]"):
         model(jnp.zeros(5, jnp.int32))

@@ -59,11 +59,11 @@ def test_decode_reads_what_hand_arithmetic_says():
     assert every_expert == fixed + 36 * 128 * experts
 
 
-def test_prefill_counts_the_keys_each_query_sees():
+def test_prefill_counts_the_keys_each_query_sees_and_of_the_last_layer_one_token():
     config = SMALL.replace(sliding_window=3)
     per_token = 96 * (2 * 128 + 2 * 64 + 8) + 2 * 3 * 96 * 64
-    seen = (1 + 2 + 3 + 3 + 3) + (1 + 2 + 3 + 4 + 5)
-    assert cost.prefill_flops(config, 2, 5) == 2 * 2 * (5 * 2 * per_token + 2 * 128 * seen + 512 * 96)
+    seen = (1 + 2 + 3 + 3 + 3) + 5
+    assert cost.prefill_flops(config, 2, 5) == 2 * 2 * ((5 + 1) * per_token + 4 * 96 * 2 * 64 + 2 * 128 * seen + 512 * 96)
 
 
 @pytest.fixture(scope="module")

@@ -200,9 +200,8 @@ class Engine:
     def _prefill_step(self, weights, state, tokens_BT, counts_B):
         cache, hidden_BD = state
         real_BT = jnp.arange(tokens_BT.shape[1]) < counts_B[:, None]
-        x_BTD, cache = self._model(weights).hidden_states(tokens_BT, segment_ids=real_BT.astype(jnp.int32), cache=cache)
-        last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
-        return cache, jnp.where((counts_B > 0)[:, None], last_BD, hidden_BD)
+        last_B1D, cache = self._model(weights).hidden_states(tokens_BT, segment_ids=real_BT.astype(jnp.int32), cache=cache, last=True)
+        return cache, jnp.where((counts_B > 0)[:, None], last_B1D[:, 0], hidden_BD)
 
     def _first_token(self, weights, hidden_BD, settings, step_B, *, kind):
         return sample(self._model(weights).unembed(hidden_BD), settings, step_B, kind=kind, sampleable=self.sampleable)

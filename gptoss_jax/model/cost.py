@@ -55,7 +55,8 @@ def decode_bytes(config: GptOssConfig, batch: int, context: int, dtype: str = "b
 
 
 def prefill_flops(config: GptOssConfig, batch: int, tokens: int) -> int:
-    """Return the floating-point operations of prefilling: matrix products with weights, scores and values; the unembedding of one token a row."""
+    """Return the floating-point operations of prefilling: matrix products with weights, scores and values; the unembedding of one token a row, to which
+    the last layer's keys and values of all tokens are enough."""
     c = config
     width, query, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     layer = width * (2 * query + 2 * kv + c.num_local_experts) + c.num_experts_per_tok * 3 * width * c.intermediate_size
@@ -63,8 +64,10 @@ def prefill_flops(config: GptOssConfig, batch: int, tokens: int) -> int:
     def pairs(window: int) -> int:  # of a query and a key it sees
         return tokens * window - window * (window - 1) // 2 if tokens > window else tokens * (tokens + 1) // 2
 
-    seen = sum(pairs(c.sliding_window if kind == SLIDING else tokens) for kind in c.layer_types)
-    return 2 * batch * (tokens * c.num_hidden_layers * layer + 2 * query * seen + c.vocab_size * width)
+    *windows, last = (c.sliding_window if kind == SLIDING else tokens for kind in c.layer_types)
+    seen, written = sum(map(pairs, windows)) + min(last, tokens), 2 * width * kv
+    products = (tokens * len(windows) + 1) * layer + (tokens - 1) * written
+    return 2 * batch * (products + 2 * query * seen + c.vocab_size * width)
 
 
 def shard_bytes(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:

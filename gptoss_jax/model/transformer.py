@@ -62,7 +62,8 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(weights, f"{prefix}.post_attention_layernorm", config.rms_norm_eps)
         self.mlp = MoE(config, index, weights)
 
-    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, mesh, keep: Capture, transport: str = "gather", lean: bool = False):
+    def __call__(self, x_BTD, rope, positions, segments, real, cache, chunk, last_B, mesh, keep: Capture, transport: str = "gather", lean: bool = False):
+        """Return (x after the layer [B, T, D], or [B, 1, D] of the token that `last_B` gives of each row; the new cache or None)."""
         with jax.named_scope("attention"):
             if cache is not None and x_BTD.shape[1] == 1 and self._decodes_in_few_kernels():
                 x_BTD, normed, scores, early, cache = self._decode(x_BTD[:, 0], rope, cache, chunk, keep)
@@ -70,6 +71,8 @@ class Layer(nnx.Module):
                 early = None
                 out, cache = self.self_attn(keep("attn_norm", self.input_layernorm(x_BTD)), rope, positions, segments, cache, chunk, mesh)
                 x_BTD = x_BTD + keep("attn_out", out)
+                if last_B is not None:
+                    x_BTD, real = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1), None  # of a row without any, somebody's
                 normed = self.post_attention_layernorm(x_BTD)
                 scores = self.mlp.router(normed, jnp.float32, mesh=mesh, biased=False)
             keep("after_attn", x_BTD)
@@ -140,9 +143,10 @@ class GptOss(nnx.Module):
         return outputs if len(outputs) > 1 else outputs[0]
 
     def hidden_states(self, tokens, *, positions=None, segment_ids=None, cache=None, capture: Capture | None = None, dtype=None,
-                      prepare: Callable[[str, jax.Array], jax.Array] | None = None, remat: str = "none", expert_transport: str = "gather"):
+                      prepare: Callable[[str, jax.Array], jax.Array] | None = None, remat: str = "none", expert_transport: str = "gather", last: bool = False):
         """Return (what `unembed` takes, [B, T, D]; the new cache or None), for callers that need logits of few positions only.
 
+        last: of each row's last real token only, [B, 1, D], for which the last layer computes no more than keys, values and attention of the others.
         dtype: of activations, by default the embedding's. For training: prepare(name, weight) gives each weight of a layer as it is used,
         where it is used; remat is one of REMAT_POLICIES: what is kept for the backward pass, the rest being computed again;
         expert_transport: see `MoE`.
@@ -166,6 +170,8 @@ class GptOss(nnx.Module):
             positions = _positions(tokens.shape, segment_ids, lengths_B)
         if cache is not None:
             chunk = cache_lib.locate(jnp.ones(tokens.shape, bool) if real is None else real, positions, empty)
+        T = tokens.shape[1]
+        last_B = None if not last or T == 1 else jnp.full(len(tokens), T - 1) if real is None else T - 1 - jnp.argmax(real[:, ::-1], axis=1)
         rope = rope_tables(self.config, positions)
         x = capture("embed", self.embed_tokens.weight[...][tokens].astype(dtype or self.embed_tokens.weight[...].dtype))
         x = sharding.constrain(x, ("batch", "tokens", None), mesh)
@@ -179,7 +185,8 @@ class GptOss(nnx.Module):
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
             with jax.named_scope(f"layer{index}"):
                 layer_cache = None if cache is None else cache.layers[index]
-                x, layer_cache, values = run(layer, x, rope, (positions, segment_ids, real), layer_cache, chunk)
+                ends = last_B if index + 1 == len(self.layers) else None
+                x, layer_cache, values = run(layer, x, rope, (positions, segment_ids, real), layer_cache, chunk, ends)
                 layer_caches.append(layer_cache)
                 capture.values |= values
         if cache is not None:
@@ -223,12 +230,12 @@ class GptOss(nnx.Module):
 _roll = jax.vmap(functools.partial(jnp.roll, axis=0))  # each row's tokens by its own shift
 
 
-def _run(layer: Layer, x, rope, tags, cache, chunk, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, lean: bool, prepare=None):
+def _run(layer: Layer, x, rope, tags, cache, chunk, last_B, *, prefix: str, patterns: tuple[str, ...], mesh, transport: str, lean: bool, prepare=None):
     """Return (x after the layer, its new cache, what `patterns` ask for): results, so that they can leave a rematerialised function."""
     keep = Capture(patterns, prefix)
     if prepare is not None:
         x, layer = _prepared(x, layer, f"model.{prefix}", prepare)
-    x, cache = layer(x, rope, *tags, cache, chunk, mesh, keep, transport, lean)
+    x, cache = layer(x, rope, *tags, cache, chunk, last_B, mesh, keep, transport, lean)
     return x, cache, keep.values
 
 
