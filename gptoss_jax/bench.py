@@ -82,15 +82,17 @@ def _steps(args: argparse.Namespace) -> None:
     ran_at = [{case.op: measure.chosen_implementation(case) for case in measure.cases(config, batch, min(args.context), args.dtype, experts=experts)}
               for batch in args.batch]  # before there is a model in memory
     model = _model(args, config)
-    for batch, ran in zip(args.batch, ran_at):
-        out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
-        for context in args.context:
-            run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
-            row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args))()
-            out.add(row | {"implementations": ran} | _peak(jax))
-    out.show(("batch", "batch", str), ("context", "context", "{:,}".format), *_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format),
-             ("GB read", "read_bytes", lambda size: f"{size / 1e9:.3f}"), ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR,
-             ("first run s", "first_run_seconds", "{:.1f}".format))
+    try:
+        for batch, ran in zip(args.batch, ran_at):
+            out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
+            for context in args.context:
+                run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
+                row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args))()
+                out.add(row | {"implementations": ran} | _peak(jax))
+    finally:  # what there is after an interrupt, too
+        out.show(("batch", "batch", str), ("context", "context", "{:,}".format), *_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format),
+                 ("GB read", "read_bytes", lambda size: f"{size / 1e9:.3f}"), ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR,
+                 ("first run s", "first_run_seconds", "{:.1f}".format))
 
 
 def _load(args: argparse.Namespace) -> None:
@@ -146,13 +148,15 @@ def _kernels(args: argparse.Namespace) -> None:
                     facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)()
                 yield facts
 
-    for batch in args.batch:
-        for context in args.context:
-            for row in rows(batch, context):
-                out.add(row)
-    out.show(("op", "op", str), ("size", "size", str), ("by", "implementation", str), ("auto", "auto", lambda is_auto: "*" if is_auto else ""),
-             ("error", "error", "{:.1e}".format), ("us", "seconds", _micro), ("lowest", "lowest", _micro), ("highest", "highest", _micro),
-             ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR, ("", "not_here", str))
+    try:
+        for batch in args.batch:
+            for context in args.context:
+                for row in rows(batch, context):
+                    out.add(row)
+    finally:
+        out.show(("op", "op", str), ("size", "size", str), ("by", "implementation", str), ("auto", "auto", lambda is_auto: "*" if is_auto else ""),
+                 ("error", "error", "{:.1e}".format), ("us", "seconds", _micro), ("lowest", "lowest", _micro), ("highest", "highest", _micro),
+                 ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR, ("", "not_here", str))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -238,7 +242,7 @@ _FLOOR = ("of the floor", "floor_fraction", "{:.1%}".format)
 
 
 class _Output:
-    """Measurements: each appended to --json as soon as it is there, all of them as a table at the end."""
+    """Measurements: each appended to --json as soon as it is there, all of them as a table at the end, whatever ends it."""
 
     def __init__(self, args: argparse.Namespace):
         import jax
@@ -268,7 +272,8 @@ class _Output:
     def show(self, *columns) -> None:
         from gptoss_jax.inference.measure import table
 
-        self.note("\n".join(table(self.rows, columns)))
+        if self.rows:
+            self.note("\n".join(table(self.rows, columns)))
 
 
 def _opened(args: argparse.Namespace) -> tuple[GptOssConfig, _Output]:

@@ -144,6 +144,24 @@ def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
     assert set(rows[1]["implementations"]) == {"expert_mlp", "expert_matmul", "attention", "decode_attention", "decode_matmul", "dense_matmul", "cache_write"}
 
 
+@pytest.mark.parametrize("mode, body, first, shown", [
+    ("decode", "decode", lambda: {"batch": 1, "context": 20, "seconds": 0.25}, "1 20 250.00"),
+    ("kernels", "compare", 0.125, "expert_mlp 1 tokens reference 1.2e-01"),
+])
+def test_an_interrupt_shows_what_there_is_and_says_so(capsys, quick, monkeypatch, mode, body, first, shown):
+    found = iter([first])
+
+    def interrupted(*_, **__):
+        for value in found:
+            return value
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, body, interrupted)
+    monkeypatch.setattr(measure, "chosen_implementation", lambda case: "xla")
+    code, out, err = run(capsys, mode, "--random-weights", "small", "--context", "60", "70")
+    assert code == 130 and shown in " ".join(out.split()) and err.endswith("gptoss_jax.bench: interrupted\n")
+
+
 def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypatch):
     cases, random_weights, made, left = measure.cases, measure.random_weights, [], []
 
