@@ -99,7 +99,8 @@ def _load(args: argparse.Namespace) -> None:
     import jax
 
     from gptoss_jax import checkpoint
-    from gptoss_jax.inference import memory_plan
+    from gptoss_jax.checkpoint.opening import open_checkpoint
+    from gptoss_jax.inference import measure, memory_plan
     from gptoss_jax.model import cost
 
     out = _Output(args)
@@ -113,12 +114,13 @@ def _load(args: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - start)
         config = model.config
         del model
-    size = cost.weight_bytes(config, args.dtype)
-    row = {"what": "load", "seconds": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds), "first_run_seconds": seconds[0],
-           "weights_bytes": size, "gb_per_second": size / statistics.median(seconds) / 1e9}
-    out.add(row | _peak(jax))
-    out.show(*_TIMES, ("first s", "first_run_seconds", "{:.2f}".format), ("GB/s", "gb_per_second", "{:.2f}".format),
+    size, median, peak = cost.weight_bytes(config, args.dtype), statistics.median(seconds), _peak(jax)
+    floor = measure.read_seconds(open_checkpoint(checkpoint.resolve(args.checkpoint)).files)
+    out.add({"what": "load", "seconds": median, "lowest": min(seconds), "highest": max(seconds), "first_run_seconds": seconds[0], "weights_bytes": size,
+             "gb_per_second": size / median / 1e9, "floor_seconds": floor, "floor_fraction": floor / median} | peak)
+    out.show(*_TIMES, ("first s", "first_run_seconds", "{:.2f}".format), ("GB/s", "gb_per_second", "{:.2f}".format), _FLOOR,
              ("host peak MB", "host_peak_bytes", lambda size: f"{size / 1e6:,.0f}"))
+    out.note(f"floor: {_milli(floor)} ms, a plain read of the same files, from the page cache where they fit, into memory used again")
 
 
 def _kernels(args: argparse.Namespace) -> None:
@@ -192,17 +194,23 @@ def _train(args: argparse.Namespace) -> None:
         jax.block_until_ready(metrics)
         return (time.perf_counter() - start) / args.steps
 
-    row = measure.ready(once, args.repetitions, _trace(args), tokens=batch.tokens.size)()
-    flops = row["tokens_per_second"] * speed.flops_per_token(config.model, state.trained, config.data.row_tokens)
+    tokens, again, train = batch.tokens.size, config.train.remat == "layer", config.train
+    model_flops, step_flops = (tokens * speed.flops_per_token(config.model, state.trained, config.data.row_tokens, again=twice) for twice in (False, again))
+    row = measure.ready(once, args.repetitions, _trace(args), tokens=tokens)()
+    count = 1 if mesh is None or jax.default_backend() == "cpu" else mesh.size  # devices of a CPU share what it reaches
     if peak := speed.peak_flops(jax.devices()[0]):
-        row["model_flops_utilisation"] = flops / peak / (1 if mesh is None else mesh.size)
-    row |= {"what": "train", "config": args.config, "mode": config.train.mode, "overrides": args.overrides, "compile_seconds": compile_seconds,
+        row["model_flops_utilisation"] = model_flops / row["seconds"] / peak / count
+    row |= {"what": "train", "config": args.config, "mode": train.mode, "overrides": args.overrides, "compile_seconds": compile_seconds,
             "compiled_peak_bytes": compiled.memory.peak_bytes} | _peak(jax)
-    out.add(row)
+    state = frozen = batch = None  # ceilings take memory, too: after the peak has been read, in place of what is trained
+    floor = step_flops / (_limits(out, train.compute_dtype).matmul * count)
+    out.add(row | {"flops": step_flops, "floor_seconds": floor, "floor_fraction": floor / row["seconds"]})
     reached = "device" if "device_peak_bytes" in row else "host"
-    out.show(*_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format), *[("MFU", "model_flops_utilisation", "{:.1%}".format)] * bool(peak),
+    out.show(*_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format), _FLOOR, *[("MFU", "model_flops_utilisation", "{:.1%}".format)] * bool(peak),
              ("compile s", "compile_seconds", "{:.1f}".format), ("compiled peak GB", "compiled_peak_bytes", _giga),
              (f"{reached} peak GB", f"{reached}_peak_bytes", _giga))
+    out.note(f"floor: {_milli(floor)} ms, {step_flops / 1e12:.3g} TFLOP a step as fast as that product: forward, backward to activations and what is "
+             f"trained{', and the layers forward again (remat layer)' * again}; of experts, those that tokens are routed to")
 
 
 def _random_batch(config):
