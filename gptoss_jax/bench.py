@@ -156,9 +156,12 @@ def _kernels(args: argparse.Namespace) -> None:
                 for row in rows(batch, context):
                     out.add(row)
     finally:
+        reasons = list(dict.fromkeys(row["not_here"] for row in out.rows if "not_here" in row))
         out.show(("op", "op", str), ("size", "size", str), ("by", "implementation", str), ("auto", "auto", lambda is_auto: "*" if is_auto else ""),
                  ("error", "error", "{:.1e}".format), ("us", "seconds", _micro), ("lowest", "lowest", _micro), ("highest", "highest", _micro),
-                 ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR, ("", "not_here", str))
+                 ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR, ("not here", "not_here", lambda reason: f"[{reasons.index(reason) + 1}]"))
+        for number, reason in enumerate(reasons, 1):
+            out.note(f"[{number}] {reason}")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -209,7 +212,7 @@ def _train(args: argparse.Namespace) -> None:
     out.show(*_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format), _FLOOR, *[("MFU", "model_flops_utilisation", "{:.1%}".format)] * bool(peak),
              ("compile s", "compile_seconds", "{:.1f}".format), ("compiled peak GB", "compiled_peak_bytes", _giga),
              (f"{reached} peak GB", f"{reached}_peak_bytes", _giga))
-    out.note(f"floor: {_milli(floor)} ms, {step_flops / 1e12:.3g} TFLOP a step as fast as that product: forward, backward to activations and what is "
+    out.note(f"floor: {_milli(floor)} ms, {step_flops / 1e12:.3g} TFLOP a step at the rate above: forward, backward to activations and what is "
              f"trained{', and the layers forward again (remat layer)' * again}; of experts, those that tokens are routed to")
 
 

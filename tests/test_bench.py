@@ -187,6 +187,19 @@ def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypa
         left.clear()
 
 
+def test_why_an_implementation_cannot_run_is_told_once_below_the_table(capsys, quick, monkeypatch):
+    why = {"reference": "it is too slow", "xla": "it is not there", "cpu": "it is too slow"}
+    monkeypatch.setattr(measure, "chosen_implementation", lambda case: "xla")
+    monkeypatch.setattr(measure, "unmet", lambda case, implementation: why.get(implementation, "it is a GPU's"))
+    code, out, _ = run(capsys, "kernels", "--random-weights", "small", "--context", "20", "--json", str(quick))
+    table, told = out.splitlines()[2:-3], out.splitlines()[-3:]
+    numbers = {line.split()[-1] for line in table[1:]}
+    assert code == 0 and table[0].endswith("not here") and numbers == {"[1]", "[2]", "[3]"}
+    assert sorted(line[4:] for line in told) == ["it is a GPU's", "it is not there", "it is too slow"] and [line[:4] for line in told] == ["[1] ", "[2] ", "[3] "]
+    rows = [json.loads(line) for line in quick.read_text().splitlines()[1:]]
+    assert [f"{line.split()[-1]} {row['not_here']}" in told for line, row in zip(table[1:], rows, strict=True)] == [True] * len(rows)
+
+
 def test_load_is_timed(capsys, quick):
     code, out, _ = run(capsys, "load", "--checkpoint", "tiny", "--repetitions", "1", "--json", str(quick))
     row = json.loads(quick.read_text())
