@@ -212,8 +212,8 @@ def _train(args: argparse.Namespace) -> None:
     out.show(*_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format), _FLOOR, *[("MFU", "model_flops_utilisation", "{:.1%}".format)] * bool(peak),
              ("compile s", "compile_seconds", "{:.1f}".format), ("compiled peak GB", "compiled_peak_bytes", _giga),
              (f"{reached} peak GB", f"{reached}_peak_bytes", _giga))
-    out.note(f"floor: {_milli(floor)} ms, {step_flops / 1e12:.3g} TFLOP a step at the rate above: forward, backward to activations and what is "
-             f"trained{', and the layers forward again (remat layer)' * again}; of experts, those that tokens are routed to")
+    out.note(f"floor: {_milli(floor)} ms, {step_flops / 1e12:.3g} TFLOP a step at the rate above{f' times {count}' * (count > 1)}: forward, backward to "
+             f"activations and what is trained{', and the layers forward again (remat layer)' * again}; of experts, those that tokens are routed to")
 
 
 def _random_batch(config):
