@@ -82,22 +82,25 @@ def _steps(args: argparse.Namespace) -> None:
     ran_at = [{case.op: measure.chosen_implementation(case) for case in measure.cases(config, batch, min(args.context), args.dtype, experts=experts)}
               for batch in args.batch]  # before there is a model in memory
     model = _model(args, config)
-    for batch, ran in zip(args.batch, ran_at):
-        out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
-        for context in args.context:
-            run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
-            row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args))()
-            out.add(row | {"implementations": ran} | _peak(jax))
-    out.show(("batch", "batch", str), ("context", "context", "{:,}".format), *_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format),
-             ("GB read", "read_bytes", lambda size: f"{size / 1e9:.3f}"), ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR,
-             ("first run s", "first_run_seconds", "{:.1f}".format))
+    try:
+        for batch, ran in zip(args.batch, ran_at):
+            out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
+            for context in args.context:
+                run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
+                row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args))()
+                out.add(row | {"implementations": ran} | _peak(jax))
+    finally:  # what there is after an interrupt, too
+        out.show(("batch", "batch", str), ("context", "context", "{:,}".format), *_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format),
+                 ("GB read", "read_bytes", lambda size: f"{size / 1e9:.3f}"), ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR,
+                 ("first run s", "first_run_seconds", "{:.1f}".format))
 
 
 def _load(args: argparse.Namespace) -> None:
     import jax
 
     from gptoss_jax import checkpoint
-    from gptoss_jax.inference import memory_plan
+    from gptoss_jax.checkpoint.opening import open_checkpoint
+    from gptoss_jax.inference import measure, memory_plan
     from gptoss_jax.model import cost
 
     out = _Output(args)
@@ -111,12 +114,13 @@ def _load(args: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - start)
         config = model.config
         del model
-    size = cost.weight_bytes(config, args.dtype)
-    row = {"what": "load", "seconds": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds), "first_run_seconds": seconds[0],
-           "weights_bytes": size, "gb_per_second": size / statistics.median(seconds) / 1e9}
-    out.add(row | _peak(jax))
-    out.show(*_TIMES, ("first s", "first_run_seconds", "{:.2f}".format), ("GB/s", "gb_per_second", "{:.2f}".format),
+    size, median, peak = cost.weight_bytes(config, args.dtype), statistics.median(seconds), _peak(jax)
+    floor = measure.read_seconds(open_checkpoint(checkpoint.resolve(args.checkpoint)).files)
+    out.add({"what": "load", "seconds": median, "lowest": min(seconds), "highest": max(seconds), "first_run_seconds": seconds[0], "weights_bytes": size,
+             "gb_per_second": size / median / 1e9, "floor_seconds": floor, "floor_fraction": floor / median} | peak)
+    out.show(*_TIMES, ("first s", "first_run_seconds", "{:.2f}".format), ("GB/s", "gb_per_second", "{:.2f}".format), _FLOOR,
              ("host peak MB", "host_peak_bytes", lambda size: f"{size / 1e6:,.0f}"))
+    out.note(f"floor: {_milli(floor)} ms, a plain read of the same files, from the page cache where they fit, into memory used again")
 
 
 def _kernels(args: argparse.Namespace) -> None:
@@ -146,13 +150,18 @@ def _kernels(args: argparse.Namespace) -> None:
                     facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)()
                 yield facts
 
-    for batch in args.batch:
-        for context in args.context:
-            for row in rows(batch, context):
-                out.add(row)
-    out.show(("op", "op", str), ("size", "size", str), ("by", "implementation", str), ("auto", "auto", lambda is_auto: "*" if is_auto else ""),
-             ("error", "error", "{:.1e}".format), ("us", "seconds", _micro), ("lowest", "lowest", _micro), ("highest", "highest", _micro),
-             ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR, ("", "not_here", str))
+    try:
+        for batch in args.batch:
+            for context in args.context:
+                for row in rows(batch, context):
+                    out.add(row)
+    finally:
+        reasons = list(dict.fromkeys(row["not_here"] for row in out.rows if "not_here" in row))
+        out.show(("op", "op", str), ("size", "size", str), ("by", "implementation", str), ("auto", "auto", lambda is_auto: "*" if is_auto else ""),
+                 ("error", "error", "{:.1e}".format), ("us", "seconds", _micro), ("lowest", "lowest", _micro), ("highest", "highest", _micro),
+                 ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR, ("not here", "not_here", lambda reason: f"[{reasons.index(reason) + 1}]"))
+        for number, reason in enumerate(reasons, 1):
+            out.note(f"[{number}] {reason}")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -188,17 +197,23 @@ def _train(args: argparse.Namespace) -> None:
         jax.block_until_ready(metrics)
         return (time.perf_counter() - start) / args.steps
 
-    row = measure.ready(once, args.repetitions, _trace(args), tokens=batch.tokens.size)()
-    flops = row["tokens_per_second"] * speed.flops_per_token(config.model, state.trained, config.data.row_tokens)
+    tokens, again, train = batch.tokens.size, config.train.remat == "layer", config.train
+    model_flops, step_flops = (tokens * speed.flops_per_token(config.model, state.trained, config.data.row_tokens, again=twice) for twice in (False, again))
+    row = measure.ready(once, args.repetitions, _trace(args), tokens=tokens)()
+    count = 1 if mesh is None or jax.default_backend() == "cpu" else mesh.size  # devices of a CPU share what it reaches
     if peak := speed.peak_flops(jax.devices()[0]):
-        row["model_flops_utilisation"] = flops / peak / (1 if mesh is None else mesh.size)
-    row |= {"what": "train", "config": args.config, "mode": config.train.mode, "overrides": args.overrides, "compile_seconds": compile_seconds,
+        row["model_flops_utilisation"] = model_flops / row["seconds"] / peak / count
+    row |= {"what": "train", "config": args.config, "mode": train.mode, "overrides": args.overrides, "compile_seconds": compile_seconds,
             "compiled_peak_bytes": compiled.memory.peak_bytes} | _peak(jax)
-    out.add(row)
+    state = frozen = batch = None  # ceilings take memory, too: after the peak has been read, in place of what is trained
+    floor = step_flops / (_limits(out, train.compute_dtype).matmul * count)
+    out.add(row | {"flops": step_flops, "floor_seconds": floor, "floor_fraction": floor / row["seconds"]})
     reached = "device" if "device_peak_bytes" in row else "host"
-    out.show(*_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format), *[("MFU", "model_flops_utilisation", "{:.1%}".format)] * bool(peak),
+    out.show(*_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format), _FLOOR, *[("MFU", "model_flops_utilisation", "{:.1%}".format)] * bool(peak),
              ("compile s", "compile_seconds", "{:.1f}".format), ("compiled peak GB", "compiled_peak_bytes", _giga),
              (f"{reached} peak GB", f"{reached}_peak_bytes", _giga))
+    out.note(f"floor: {_milli(floor)} ms, {step_flops / 1e12:.3g} TFLOP a step at the rate above{f' times {count}' * (count > 1)}: forward, backward to "
+             f"activations and what is trained{', and the layers forward again (remat layer)' * again}; of experts, those that tokens are routed to")
 
 
 def _random_batch(config):
@@ -238,7 +253,7 @@ _FLOOR = ("of the floor", "floor_fraction", "{:.1%}".format)
 
 
 class _Output:
-    """Measurements: each appended to --json as soon as it is there, all of them as a table at the end."""
+    """Measurements: each appended to --json as soon as it is there, all of them as a table at the end, whatever ends it."""
 
     def __init__(self, args: argparse.Namespace):
         import jax
@@ -268,7 +283,8 @@ class _Output:
     def show(self, *columns) -> None:
         from gptoss_jax.inference.measure import table
 
-        self.note("\n".join(table(self.rows, columns)))
+        if self.rows:
+            self.note("\n".join(table(self.rows, columns)))
 
 
 def _opened(args: argparse.Namespace) -> tuple[GptOssConfig, _Output]:

@@ -70,8 +70,12 @@ class Chat:
     """The conversation so far and what the next line means: a user's message, or the result of a tool that was called."""
 
     def __init__(self, args, engine, tokenizer, opening: list[dict], sampling):
+        from gptoss_jax.text import harmony
+
         self.args, self.engine, self.tokenizer, self.sampling = args, engine, tokenizer, sampling
         self.opening, self.messages = opening, []
+        # Of the longest cache that fits: `generate.load` has looked at this one.
+        self.slots = self._slots(len(harmony.render({"messages": opening}, tokenizer, next_role="assistant")))
         self.waiting_for: dict | None = None  # the call whose result comes next
 
     @property
@@ -80,6 +84,7 @@ class Chat:
 
     def say(self, text: str) -> None:
         """Add a line to the conversation and stream the answer. What didn't fit or was interrupted is taken back."""
+        from gptoss_jax.devices import PlanError
         from gptoss_jax.inference.engine import PromptError
         from gptoss_jax.text import harmony
 
@@ -90,7 +95,7 @@ class Chat:
             self.messages.append(harmony.message("user", text))
         try:
             turn = self.answer()
-        except PromptError as error:
+        except (PromptError, PlanError) as error:
             del self.messages[added:]
             print(f"{error}; /reset starts anew", file=sys.stderr)
             return
@@ -103,11 +108,15 @@ class Chat:
         self.waiting_for = calls[-1] if turn.finish == "call" and calls else None
 
     def answer(self):
+        from gptoss_jax.inference import memory_plan
         from gptoss_jax.inference.turn import Turn
 
         # Another seed each turn, the same ones in a rerun.
         sampling = dataclasses.replace(self.sampling, seed=(self.sampling.seed + len(self.messages)) % 2**32)
         turn = Turn(self.engine, self.tokenizer, self.opening + self.messages, sampling, self.args.max_new_tokens)
+        if (slots := self._slots(len(turn.prompt_ids))) > self.slots:  # nothing is allocated yet
+            memory_plan.announce(self.engine.config, 1, slots, dtype=self.args.dtype, loaded=True, write=generate.tell)
+            self.slots = slots
         printer, status = generate.Printer(self.tokenizer, show_analysis=not self.args.hide_analysis), command.Status()
         status("thinking")
         try:
@@ -121,6 +130,11 @@ class Chat:
             printer.end_line()
         generate.report(turn)
         return turn
+
+    def _slots(self, tokens: int) -> int:
+        from gptoss_jax.inference.engine import cache_length
+
+        return cache_length(tokens + self.args.max_new_tokens, self.engine.max_context)
 
     def command(self, line: str) -> None:
         name, _, argument = line.strip().partition(" ")

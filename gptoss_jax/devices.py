@@ -273,7 +273,8 @@ class Plan:
         if self.left < 0:
             for line in self.table():
                 write(line)
-            raise PlanError(f"{' and '.join(self.parts)} take {amount(self.needed)}, more than the {amount(self.memory)} free on {where}")
+            takes = f"{' and '.join(self.parts)} take{'s' * (len(self.parts) == 1)}"
+            raise PlanError(f"{takes} {amount(self.needed)}, more than the {amount(self.memory)} free on {where}")
         parts = ", ".join(f"{name} {amount(size)}" for name, size in self.parts.items())
         write(f"[memory: {parts}, of {amount(self.memory)} free on {where}]")
 

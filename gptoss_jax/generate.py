@@ -174,8 +174,7 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling=None):
         limit = config.max_position_embeddings
         if tokens >= limit:
             raise PromptError(f"the prompt has {tokens} tokens, expected fewer than the context of {limit}")
-        memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype,
-                             write=lambda line: print(line, file=sys.stderr))
+        memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype, write=tell)
         if sampling is not None:
             ahead.append(pool.submit(compiled, config))
 
@@ -194,6 +193,10 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling=None):
         engine = Engine(model, tokenizer)
     status.clear()
     return engine, tokenizer
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class Printer:
@@ -252,8 +255,8 @@ def report(turn) -> None:
     rate = f", {usage['tokens_per_second']} tokens/s" if usage["tokens_per_second"] else ""
     print(f"[{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out, first after {usage['first_token_seconds']:.2f} s{rate}]",
           file=sys.stderr)
-    if turn.skipped:
-        print(f"note: the model's output was malformed in {len(turn.skipped)} places; --raw shows it whole", file=sys.stderr)
+    if malformed := len(turn.skipped) - turn.ends_in_header:
+        print(f"note: the model's output was malformed in {malformed} place{'s' * (malformed > 1)}; --raw shows it whole", file=sys.stderr)
     if turn.finish == "length":
         print(f"note: cut off after {usage['completion_tokens']} tokens; --max-new-tokens allows more", file=sys.stderr)
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import pathlib
+import shutil
 import sys
 import time
 import weakref
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
-from gptoss_jax import bench
+from gptoss_jax import bench, checkpoint
+from gptoss_jax.checkpoint import opening
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference import engine, measure
 from gptoss_jax.model import GptOss, cost
@@ -144,6 +146,24 @@ def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
     assert set(rows[1]["implementations"]) == {"expert_mlp", "expert_matmul", "attention", "decode_attention", "decode_matmul", "dense_matmul", "cache_write"}
 
 
+@pytest.mark.parametrize("mode, body, first, shown", [
+    ("decode", "decode", lambda: {"batch": 1, "context": 20, "seconds": 0.25}, "1 20 250.00"),
+    ("kernels", "compare", 0.125, "expert_mlp 1 tokens reference 1.2e-01"),
+])
+def test_an_interrupt_shows_what_there_is_and_says_so(capsys, quick, monkeypatch, mode, body, first, shown):
+    found = iter([first])
+
+    def interrupted(*_, **__):
+        for value in found:
+            return value
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, body, interrupted)
+    monkeypatch.setattr(measure, "chosen_implementation", lambda case: "xla")
+    code, out, err = run(capsys, mode, "--random-weights", "small", "--context", "60", "70")
+    assert code == 130 and shown in " ".join(out.split()) and err.endswith("gptoss_jax.bench: interrupted\n")
+
+
 def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypatch):
     cases, random_weights, made, left = measure.cases, measure.random_weights, [], []
 
@@ -167,10 +187,48 @@ def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypa
         left.clear()
 
 
+def test_why_an_implementation_cannot_run_is_told_once_below_the_table(capsys, quick, monkeypatch):
+    why = {"reference": "it is too slow", "xla": "it is not there", "cpu": "it is too slow"}
+    monkeypatch.setattr(measure, "chosen_implementation", lambda case: "xla")
+    monkeypatch.setattr(measure, "unmet", lambda case, implementation: why.get(implementation, "it is a GPU's"))
+    code, out, _ = run(capsys, "kernels", "--random-weights", "small", "--context", "20", "--json", str(quick))
+    table, told = out.splitlines()[2:-3], out.splitlines()[-3:]
+    numbers = {line.split()[-1] for line in table[1:]}
+    assert code == 0 and table[0].endswith("not here") and numbers == {"[1]", "[2]", "[3]"}
+    assert sorted(line[4:] for line in told) == ["it is a GPU's", "it is not there", "it is too slow"] and [line[:4] for line in told] == ["[1] ", "[2] ", "[3] "]
+    rows = [json.loads(line) for line in quick.read_text().splitlines()[1:]]
+    assert [f"{line.split()[-1]} {row['not_here']}" in told for line, row in zip(table[1:], rows, strict=True)] == [True] * len(rows)
+
+
 def test_load_is_timed(capsys, quick):
     code, out, _ = run(capsys, "load", "--checkpoint", "tiny", "--repetitions", "1", "--json", str(quick))
     row = json.loads(quick.read_text())
     assert code == 0 and row["what"] == "load" and row["weights_bytes"] > 2e6 and "GB/s" in out
+    assert 0 < row["floor_fraction"] < 1 and f"floor: {row['floor_seconds'] * 1e3:,.2f} ms, a plain read of the same files" in out
+
+
+def test_a_plain_read_is_of_every_byte_of_the_files_that_hold_weights(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint.resolve("tiny"), folder)
+    (folder / "original").mkdir()  # as published ones have it, and none of what is loaded
+    (folder / "original" / "model.safetensors").write_bytes(b"other")
+    found = opening.open_checkpoint(folder)
+    assert found.files == (folder / "model.safetensors",)
+    checkpoint.convert(folder, tmp_path / "orbax")
+    orbax = opening.open_checkpoint(tmp_path / "orbax").files
+    assert sum(file.stat().st_size for file in orbax) > 2e6 and not {"config.json", "tokenizer.model"} & {file.name for file in orbax}
+    spans = []
+
+    class Stream(io.FileIO):
+        def readinto(self, buffer):
+            at = self.tell()
+            spans.append((at, at + super().readinto(buffer)))
+
+    monkeypatch.setattr(measure, "open", lambda file, *_, **__: Stream(file), raising=False)
+    assert measure.read_seconds(found.files) > 0
+    size = found.files[0].stat().st_size
+    read = sorted(spans)[::4]  # a first time and three more
+    assert len(spans) == 4 * len(read) and [start for start, _ in read] == [0, *(end for _, end in read[:-1])] and read[-1][1] == size
 
 
 def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path, monkeypatch):
@@ -180,9 +238,11 @@ def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path, mo
     code, out, err = run(capsys, "train", str(file), "--random-weights", "smaller", "--train.mode", "lora", "--steps", "1", "--repetitions", "1",
                          "--json", str(quick))
     assert code == 0 and "frozen weights" in err, err
-    row = json.loads(quick.read_text())
+    row = json.loads(quick.read_text().splitlines()[-1])
     assert row["what"] == "train" and row["tokens_per_second"] == pytest.approx(32 / row["seconds"]) and row["compiled_peak_bytes"] > 1e5
     assert row["mode"] == "lora" and "lora, batch 2 x 16 tokens" in out and "host peak GB" in out
+    assert row["floor_fraction"] == pytest.approx(row["flops"] / 1e12 / row["seconds"])
+    assert "of the floor" in out and "and the layers forward again (remat layer)" in out
 
 
 @pytest.mark.parametrize("argv, said", [

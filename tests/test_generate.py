@@ -10,7 +10,10 @@ import warnings
 import jax
 import pytest
 
-from gptoss_jax import checkpoint, command, generate
+from gptoss_jax import chat, checkpoint, command, devices, generate
+from gptoss_jax.inference.engine import Token
+from gptoss_jax.inference.turn import Turn
+from gptoss_jax.text import harmony
 
 FUNCTION = {"name": "get_weather", "description": "Gets the current weather.",
             "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
@@ -170,6 +173,48 @@ def test_chat_remembers_changes_effort_resets_and_saves(tmp_path):
     assert [text(m) for m in conversation if m["role"] == "user"] == ["What is 5 + 6?", "What is 40 + 7?"]
     assert conversation[0]["content"][0]["reasoning_effort"] == "high"
     assert "/nonsense: no such command" in done.stderr and "(forgotten)" in done.stderr
+
+
+def test_a_turn_whose_cache_does_not_fit_is_refused_and_the_chat_goes_on(monkeypatch, capfd, tmp_path):
+    saved = tmp_path / "talk.json"
+    lines = iter(["What is 5 + 6?", "What is 2 + 3?" * 60, f"/save {saved}", "What is 2 + 2?"])
+    monkeypatch.setattr(chat, "read_line", lambda prompt: next(lines, None))
+    load = generate.load
+
+    def filled(*arguments):
+        found = load(*arguments)
+        monkeypatch.setattr(devices, "usable_bytes", lambda device=None: 1000)
+        return found
+
+    monkeypatch.setattr(generate, "load", filled)
+    assert chat.main(["--hide-analysis", "--max-new-tokens", "100"]) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["5 + 6 = 11", "2 + 2 = 4"]
+    refusal = err[err.index("  cache of 1 x ") :]
+    assert "  left " in refusal and "of 1 x 1,024 tokens takes 0.74 MB, more than the 0.00 MB free on this host; /reset starts anew" in refusal
+    assert [text(m) for m in json.loads(saved.read_text())["messages"] if m["role"] == "user"] == ["What is 5 + 6?"]
+
+
+def test_an_answer_cut_off_in_a_header_is_not_called_malformed(capfd):
+    for tokens in (2, 3):  # of the header; where the text begins
+        _, _, err = ask(capfd, "What is 5 + 6?", "--max-new-tokens", str(tokens))
+        assert f"cut off after {tokens} tokens" in err and "malformed" not in err
+
+
+def test_malformed_output_is_counted_without_the_end_that_was_cut_off(capfd):
+    tokenizer = checkpoint.load_tokenizer("tiny")
+    end, start = tokenizer.special["<|end|>"], tokenizer.special["<|start|>"]
+    ids = [tokenizer.special["<|message|>"], end, *tokenizer.encode("loose"), start, *tokenizer.encode("assistant")]
+
+    class Engine:
+        def stream(self, *_, **__):
+            return (Token(0, id, 0.0, "length" if number == len(ids) else None) for number, id in enumerate(ids, 1))
+
+    turn = Turn(Engine(), tokenizer, [harmony.message("user", "hi")], None, len(ids))
+    list(turn)
+    generate.report(turn)
+    assert [part.text for part in turn.skipped] == ["loose", "assistant"]
+    assert "malformed in 1 place;" in capfd.readouterr().err
 
 
 def test_the_embedded_checkpoint_is_small_and_shaped_like_gpt_oss():

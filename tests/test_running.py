@@ -296,6 +296,8 @@ def test_model_flops_are_counted_by_what_is_active_and_what_is_trained():
     trained = declare_trained(trains)
     assert speed.flops_per_token(config, trained, 128) == 6 * forward + scores
     assert speed.flops_per_token(config, {}, 128) == 4 * forward + scores
+    layers_alone = forward - width * vocabulary
+    assert speed.flops_per_token(config, trained, 128, again=True) == 6 * forward + 2 * layers_alone + scores * 4 / 3
     device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
     assert speed.peak_flops(device) == 989e12
     assert speed.peak_flops(types.SimpleNamespace(device_kind="abacus")) is None

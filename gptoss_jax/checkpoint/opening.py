@@ -33,7 +33,7 @@ Targets = Mapping[str, jax.ShapeDtypeStruct]
 class Checkpoint:
     """A verified checkpoint.
 
-    weights: every weight as stored, by its Hugging Face name. sidecars: the files beside the weights (configuration, tokenizer,
+    weights: every weight as stored, by its Hugging Face name. files: those that hold them. sidecars: the files beside them (configuration, tokenizer,
     license), config.json among them where it is Hugging Face's. read: yields each target as it arrives, in its sharding, dtype as stored or
     float32.
     """
@@ -41,6 +41,7 @@ class Checkpoint:
     path: Path
     config: GptOssConfig
     weights: dict[str, Weight]
+    files: tuple[Path, ...]
     sidecars: tuple[Path, ...]
     read: Callable[[Targets], Iterator[tuple[str, jax.Array]]]
 
@@ -72,7 +73,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             raise CheckpointError(f"{folder}: no .safetensors file found, expected the weights")
         check_tensors(folder, stored, original.stacked(declared, config))
         stored = original.split(stored, declared, config)
-    return Checkpoint(path, config, declared, sidecars, lambda targets: _read(stored, targets))
+    files = tuple(sorted({tensor.file for tensor in stored.values()}))
+    return Checkpoint(path, config, declared, files, sidecars, lambda targets: _read(stored, targets))
 
 
 def shard_bounds(target: jax.ShapeDtypeStruct) -> dict[jax.Device, tuple[tuple[int, int], ...]]:
@@ -96,7 +98,9 @@ def _open_orbax(path: Path) -> Checkpoint:
     config = GptOssConfig.from_file(path / "config.json")
     declared = declare(config, packed=config.quantized)
     check_tensors(path, store.describe(path), declared)
-    return Checkpoint(path, config, declared, sidecars_of(path), lambda targets: store.read(path, targets))
+    sidecars = sidecars_of(path)
+    files = tuple(file for file in sorted(path.rglob("*")) if file.is_file() and file not in sidecars)
+    return Checkpoint(path, config, declared, files, sidecars, lambda targets: store.read(path, targets))
 
 
 def _read_hugging_face(path: Path) -> dict[str, StoredTensor]:

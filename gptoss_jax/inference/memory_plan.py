@@ -34,11 +34,13 @@ def _cache_bytes(config: GptOssConfig, batch: int, context: int, dtype: str, mes
     return cost.cache_bytes(config, batch, cache_length(context, context), dtype, mesh)
 
 
-def announce(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bfloat16", mesh=None, write: Callable[[str], None]) -> None:
-    """Write a line of what weights and cache will take of this process's first device. Raises PlanError, the table written, where it has less."""
+def announce(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bfloat16", mesh=None, loaded: bool = False,
+             write: Callable[[str], None]) -> None:
+    """Write a line of what weights, unless they are loaded, and cache will take of this process's first device. Raises PlanError, the table written,
+    where it has less."""
     memory, where = devices.free_here()
     weights, cache = by_arithmetic(config, batch, context, dtype=dtype, mesh=mesh, memory=memory).parts.values()
-    Plan(memory, {"weights": weights, f"cache of {batch} x {context:,} tokens": cache}).announce(where, write)
+    Plan(memory, ({} if loaded else {"weights": weights}) | {f"cache of {batch} x {context:,} tokens": cache}).announce(where, write)
 
 
 class Planner:

@@ -13,7 +13,8 @@ from gptoss_jax.text import harmony
 class Turn:
     """Iterate to generate: yields (token id, harmony events it brought about). Afterwards, or when interrupted, the rest is filled in.
 
-    messages: what the assistant said, in harmony's JSON form; skipped: malformed output that belongs to no message. finish: "stop",
+    messages: what the assistant said, in harmony's JSON form; skipped: output that belongs to no message, of which the last is not malformed where
+    ends_in_header: it was cut off there. finish: "stop",
     "call" when it waits for a tool's result, "length", or "interrupted". prompt_ids, ids, logprobs: tokens in and out.
     """
 
@@ -22,7 +23,7 @@ class Turn:
         self.prompt_ids = harmony.render(conversation, tokenizer, next_role="assistant")
         self.ids: list[int] = []
         self.logprobs: list[float] = []
-        self.finish = "interrupted"
+        self.finish, self.ends_in_header = "interrupted", False
         self.first_token_seconds = self.seconds = 0.0
         self._started = time.perf_counter()
         self._tokens = engine.stream([self.prompt_ids], sampling, max_new_tokens=max_new_tokens)
@@ -49,7 +50,9 @@ class Turn:
                     self.finish = "call" if token.id == self._call_id else token.finish
                 yield token.id, events
         finally:
+            cut = self.finish in ("length", "interrupted") and self._parser.state == "header"
             ending = self._parser.finish()
+            self.ends_in_header = cut and bool(ending)
         yield None, ending
 
     def usage(self) -> dict:

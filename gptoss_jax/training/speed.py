@@ -22,10 +22,11 @@ def peak_flops(device: jax.Device) -> float | None:
     return _PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else None
 
 
-def flops_per_token(config: GptOssConfig, trained: Mapping[str, jax.ShapeDtypeStruct], row_tokens: int) -> float:
-    """Return the FLOPs of one training token, of the experts those it is routed to; recomputation doesn't count.
+def flops_per_token(config: GptOssConfig, trained: Mapping[str, jax.ShapeDtypeStruct], row_tokens: int, *, again: bool = False) -> float:
+    """Return the FLOPs of one training token, of the experts those it is routed to.
 
     Forward 2 a weight, backward 2 to the activations and 2 to a weight that is trained. trained: arrays by name, adapters among them.
+    again: count the forward pass of the layers twice, which is then computed again for the backward pass.
     Attention as if every row were one example: packed rows take less.
     Source of the counting: Chowdhery et al. 2022, "PaLM", appendix B.
     """
@@ -36,9 +37,9 @@ def flops_per_token(config: GptOssConfig, trained: Mapping[str, jax.ShapeDtypeSt
     for name, shape in (weights | adapters).items():
         if len(shape) < 2 or name.endswith(("embed_tokens.weight", "bias")):
             continue  # a lookup; additions
-        passes = 6 if name in trained else 4
+        passes = (6 if name in trained else 4) + 2 * (again and ".layers." in name)
         flops += passes * math.prod(shape) * (active_share if ".mlp.experts." in name else 1)
     for kind in config.layer_types:
         keys = row_tokens / 2 if kind == "full_attention" else min(config.sliding_window, row_tokens / 2)
-        flops += 3 * 4 * config.num_attention_heads * config.head_dim * keys
+        flops += (3 + again) * 4 * config.num_attention_heads * config.head_dim * keys
     return flops
