@@ -110,13 +110,13 @@ def test_interpreted_with_race_detection_it_equals_the_reference(groups, gated):
     bias = jnp.asarray(random.standard_normal((4, weight.scales.shape[1])), jnp.bfloat16 if gated else jnp.float32)
     arguments = x, weight, bias, jnp.asarray(sizes, jnp.int32)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    expected = reference.expert_matmul(x.astype(jnp.float32), *arguments[1:])
+    expected = jax.jit(reference.expert_matmul)(x.astype(jnp.float32), *arguments[1:])
     if gated:
         constants = {"limit": 7.0, "alpha": 1.702} | constants
-        out = mosaic_gpu.run(*arguments, HopperGateUpWeight, interpret=interpret, **constants)
+        out = jax.jit(functools.partial(mosaic_gpu.run, kind=HopperGateUpWeight, interpret=interpret, **constants))(*arguments)
         expected = reference.swiglu(expected, **constants)
     else:
-        out = mosaic_gpu.expert_matmul(*arguments, interpret=interpret)
+        out = jax.jit(functools.partial(mosaic_gpu.expert_matmul, interpret=interpret))(*arguments)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-8, atol=inputs * 1e-6)  # one rounding, at the end; sums of products
     assert not np.asarray(out[sum(sizes):].astype(jnp.float32)).any()
@@ -194,8 +194,10 @@ def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, route
         here = np.where((chosen >= 2) & (chosen < 6) & real[:, None], chosen - 2, 4).astype(np.int32)
         arguments = arguments[0], jnp.asarray(here), weights, *arguments[3:]
         router = op.Router(jnp.asarray(scores), bias, jnp.asarray(real) if tokens > 1 else None, jnp.full(1, 2, jnp.int32), early)
-    out = mosaic_gpu.expert_mlp(*arranged(arguments), router, limit=7.0, alpha=1.702, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    expected = op.expert_mlp(arguments[0].astype(jnp.float32), *arguments[1:], limit=7.0, alpha=1.702, implementation="reference")
+    constants = dict(limit=7.0, alpha=1.702)
+    run = jax.jit(functools.partial(mosaic_gpu.expert_mlp, **constants, interpret=plgpu.InterpretGPUParams(detect_races=True)))
+    out = run(*arranged(arguments), router)
+    expected = jax.jit(functools.partial(op.expert_mlp, **constants, implementation="reference"))(arguments[0].astype(jnp.float32), *arguments[1:])
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, rtol=2**-6, atol=2**-6 * float(jnp.abs(expected).max()))  # h and y of each expert are rounded
 
