@@ -1,12 +1,15 @@
 """The contract of the expert matmul: every implementation that runs here, on every kind of routing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptoss_jax import mxfp4
-from gptoss_jax.kernels.expert_matmul import IMPLEMENTATIONS, Mxfp4Weight, expert_matmul, expert_mlp, grouping, lean_mlp, reference, xla
+from gptoss_jax.kernels.expert_matmul import (
+    IMPLEMENTATIONS, HopperGateUpWeight, HopperWeight, Mxfp4Weight, expert_matmul, expert_mlp, grouping, lean_mlp, pack, reference, xla)
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -79,14 +82,14 @@ def test_bfloat16_rows_are_summed_in_float32():
 
 
 def test_a_lean_layer_has_the_values_and_gradients_of_one_matrix_after_the_other_and_no_array_of_all_rows():
-    T, A, D, F, R = 27, 2, 64, 32, 3
+    T, A, D, F, R = 27, 2, 64, 128, 3
     random = np.random.default_rng(4)
     x, weight, g, bias_up, bias_down, *low_rank = [jnp.asarray(random.standard_normal(shape).astype(np.float32)) for shape in (
         (T, D), (T, A), (T, D), (E, 2 * F), (E, D), (E, D, R), (E, R, 2 * F), (E, F, R), (E, R, D))]
     chosen = jnp.asarray(np.stack([random.permutation(E + 2)[:A] for _ in range(T)]).astype(np.int32))  # some are somebody else's
     up, down = (Mxfp4Weight(*map(jnp.asarray, mxfp4.encode(random.standard_normal((E, *shape))))) for shape in ((2 * F, D), (D, F)))
 
-    def lean(x, weight, bias_up, bias_down, *low_rank):
+    def lean(x, weight, bias_up, bias_down, *low_rank, up=up, down=down):
         return lean_mlp(x, chosen, weight, (up, bias_up, *low_rank[:2]), (down, bias_down, *low_rank[2:]), 7, 1.7)
 
     def plain(x, weight, bias_up, bias_down, *low_rank):
@@ -104,18 +107,22 @@ def test_a_lean_layer_has_the_values_and_gradients_of_one_matrix_after_the_other
         lowered = jax.jit(jax.value_and_grad(lambda *trained: (layer(*trained) * g).sum(), argnums=range(len(trained)))).lower(*trained)
         return lowered.as_text(), jax.tree.leaves(lowered.compile()(*trained))
 
-    (text, ours), (_, expected) = map(differentiated, (lean, plain))
+    on_hopper = functools.partial(lean, up=pack(up, HopperGateUpWeight), down=pack(down, HopperWeight))
+    (text, ours), (_, of_arranged), (_, expected) = map(differentiated, (lean, on_hopper, plain))
     assert not any(f"<{T * A}x{width}x" in text for width in (D, F, 2 * F))
-    for mine, theirs in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)  # sums of up to 64 products and 54 rows
+    for mine, again, theirs in zip(ours, of_arranged, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)  # sums of up to 128 products and 54 rows
+        np.testing.assert_allclose(again, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
 
 
-def test_no_more_than_one_expert_is_ever_dequantised():
+@pytest.mark.parametrize("kind", [Mxfp4Weight, HopperWeight, HopperGateUpWeight])
+def test_no_more_than_one_expert_is_ever_dequantised_however_the_weight_lies(kind):
     experts, width, hidden, rows = 64, 256, 512, 4
     shape = jax.ShapeDtypeStruct
     weight = Mxfp4Weight(shape((experts, hidden, width // 32, 16), jnp.uint8), shape((experts, hidden, width // 32), jnp.uint8))
-    memory = jax.jit(xla.expert_matmul).lower(shape((rows, width), jnp.float32), weight, shape((experts, hidden), jnp.float32),
-                                          shape((experts,), jnp.int32)).compile().memory_analysis()
+    weight = weight if kind is Mxfp4Weight else jax.eval_shape(functools.partial(pack, kind=kind), weight)
+    arguments = shape((rows, width), jnp.float32), weight, shape((experts, hidden), jnp.float32), shape((experts,), jnp.int32)
+    memory = jax.jit(functools.partial(expert_matmul, implementation="xla")).lower(*arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * (4 * width * hidden)  # a few copies of one expert in float32; the layer would be 64
 
 

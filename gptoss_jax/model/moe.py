@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.kernels.expert_matmul import (
-    HopperGateUpWeight, HopperWeight, Mxfp4Weight, Router, expert_matmul, expert_mlp, grouping, lean_mlp, unpack)
+    HopperGateUpWeight, HopperWeight, Mxfp4Weight, Router, expert_matmul, expert_mlp, grouping, lean_mlp)
 from gptoss_jax.kernels.expert_matmul.reference import swiglu
 from gptoss_jax.model.exchange import Exchange
 from gptoss_jax.model.linear import Linear
@@ -123,9 +123,7 @@ class MoE(nnx.Module):
         rows = x_BTD.reshape(B * T, D), indices_BTA.reshape(B * T, -1), weights_BTA.reshape(B * T, -1)
         limit, alpha = self.experts.limit, self.experts.alpha
         if lean:
-            stored = (linear._replace(matrix=unpack(linear.matrix)) if isinstance(linear.matrix, tuple(FOR_HOPPER.values())) else linear
-                      for linear in (gate_up, down))
-            out_TD = lean_mlp(*rows, *map(tuple, stored), limit, alpha)
+            out_TD = lean_mlp(*rows, tuple(gate_up), tuple(down), limit, alpha)
         elif gate_up.lora_A is None:
             router = router and router._replace(scores=router.scores.reshape(B * T, -1), real=None if router.real is None else router.real.reshape(B * T))
             out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha, router=router)

@@ -43,7 +43,7 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, implementation: str =
     """Same signature and result as `reference.expert_matmul`; differentiable in x, bias and a dense weight.
 
     A packed weight may also be a HopperWeight, or a HopperGateUpWeight: "auto" multiplies the former by "mosaic_gpu" where the program runs
-    on a GPU, and both as the checkpoint stores them elsewhere.
+    on a GPU, and both, put back as the checkpoint stores them an expert at a time, by "xla" elsewhere.
     implementation: one of IMPLEMENTATIONS, which raises where it can't run, or "auto": the fastest that can.
     """
     _check("expert_matmul", implementation)
@@ -112,29 +112,16 @@ def _matmul(x_MI, weight, bias_EO, group_sizes_E, implementation):
     if implementation == "mosaic_gpu":
         return mosaic_gpu.expert_matmul(*arguments)
     if implementation == "auto" and isinstance(weight, HopperWeight) and _takes(*arguments[:3]):
-        return jax.lax.platform_dependent(*arguments, cuda=functools.partial(mosaic_gpu.run, kind=HopperWeight), default=_as_stored)
-    if isinstance(weight, (HopperWeight, HopperGateUpWeight)):
-        return _as_stored(*arguments, implementation=implementation)
-    if implementation != "auto":
-        return IMPLEMENTATIONS[implementation](*arguments)
-    if cpu.unmet(x_MI, weight) is None and cpu_library.available():
+        return jax.lax.platform_dependent(*arguments, cuda=functools.partial(mosaic_gpu.run, kind=HopperWeight), default=xla.expert_matmul)
+    arranged = isinstance(weight, (HopperWeight, HopperGateUpWeight))
+    if implementation not in ("auto", "xla"):
+        return IMPLEMENTATIONS[implementation](x_MI, unpack(weight) if arranged else weight, bias_EO, group_sizes_E)
+    if implementation == "auto" and not arranged and cpu.unmet(x_MI, weight) is None and cpu_library.available():
         return jax.lax.platform_dependent(*arguments, cpu=cpu.expert_matmul, default=xla.expert_matmul)
     return xla.expert_matmul(*arguments)
 
 
-def _as_stored(x_MI, weight, bias_EO, group_sizes_E, implementation="xla"):
-    return IMPLEMENTATIONS["xla" if implementation == "auto" else implementation](x_MI, unpack(weight), bias_EO, group_sizes_E)
-
-
-def _backward(implementation, residuals, g_MO):
-    x_MI, weight, bias_EO, group_sizes_E = residuals
-    if not isinstance(weight, (HopperWeight, HopperGateUpWeight)):
-        return xla.backward(residuals, g_MO)
-    dx, _, dbias, dsizes = xla.backward((x_MI, unpack(weight), bias_EO, group_sizes_E), g_MO)
-    return dx, xla.no_gradient(weight), dbias, dsizes
-
-
-_matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments[:4]), _backward)
+_matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments[:4]), lambda _, residuals, g_MO: xla.backward(residuals, g_MO))
 
 
 def _takes(x_MI, weight, bias_EO) -> bool:

@@ -52,6 +52,9 @@ class HopperGateUpWeight(NamedTuple):
     scales: jax.Array
 
 
+PACKED = (Mxfp4Weight, HopperWeight, HopperGateUpWeight)
+
+
 def unmet(weight: Mxfp4Weight) -> str | None:
     """Return the requirement that a packed weight doesn't meet, None if it can be rearranged; a traced weight's values aren't looked at."""
     outs, ins = weight.scales.shape[-2], weight.scales.shape[-1] * 32

@@ -16,6 +16,7 @@ import numpy as np
 
 from gptoss_jax import mxfp4
 from gptoss_jax.kernels.expert_matmul import grouping
+from gptoss_jax.kernels.expert_matmul.hopper_layout import PACKED, unpack
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight, swiglu
 
 _LARGEST_TILE = 512
@@ -27,7 +28,7 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E):
 
     def body(tile, out):
         expert, start, mine = tiles.locate(tile)
-        y = _dot(_rows(x_MI, start, tiles.rows), _matrix(weight, expert, x_MI.dtype), transpose=isinstance(weight, Mxfp4Weight))
+        y = _dot(_rows(x_MI, start, tiles.rows), _matrix(weight, expert, x_MI.dtype), transpose=isinstance(weight, PACKED))
         return _put_rows(out, (y + bias_EO[expert].astype(jnp.float32)).astype(x_MI.dtype), start, mine)
 
     out = _bits(jnp.zeros((x_MI.shape[0], bias_EO.shape[1]), x_MI.dtype))
@@ -37,7 +38,7 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E):
 def backward(residuals, g_MO):
     """Return the gradients of x, weight, bias and group sizes; residuals: those four arguments, as any implementation got them."""
     x_MI, weight, bias_EO, group_sizes_E = residuals
-    packed = isinstance(weight, Mxfp4Weight)
+    packed = isinstance(weight, PACKED)
     tiles = _Tiles(x_MI.shape[0], group_sizes_E)
 
     def body(tile, carry):
@@ -140,7 +141,7 @@ class _OneExpert:
 
     def __init__(self, linear, expert, dtype):
         weight, bias_EO, *low_rank = linear
-        self.expert, self.packed, self.matrix = expert, isinstance(weight, Mxfp4Weight), _matrix(weight, expert, dtype)
+        self.expert, self.packed, self.matrix = expert, isinstance(weight, PACKED), _matrix(weight, expert, dtype)
         self.bias = bias_EO[expert].astype(jnp.float32)
         self.low_rank = [part[expert].astype(dtype) for part in low_rank if part is not None]
 
@@ -169,12 +170,12 @@ class _OneExpert:
     @staticmethod
     def zeros(linear):
         """Return sums to start from: of a packed weight there is none."""
-        return tuple(part if part is None else jnp.zeros(() if isinstance(part, Mxfp4Weight) else part.shape, jnp.float32) for part in linear)
+        return tuple(part if part is None else jnp.zeros(() if isinstance(part, PACKED) else part.shape, jnp.float32) for part in linear)
 
     @staticmethod
     def gradients(linear, sums):
         parts = zip(linear, sums)
-        return tuple(no_gradient(part) if isinstance(part, Mxfp4Weight) else part if part is None else total.astype(part.dtype) for part, total in parts)
+        return tuple(no_gradient(part) if isinstance(part, PACKED) else part if part is None else total.astype(part.dtype) for part, total in parts)
 
 
 def no_gradient(tree):
@@ -204,9 +205,11 @@ class _Tiles:
 
 def _matrix(weight, expert, dtype):
     """Return one expert's matrix: [out, in] of a packed weight, [in, out] of a dense one."""
-    if isinstance(weight, Mxfp4Weight):
-        return mxfp4.decode(weight.blocks[expert], weight.scales[expert], dtype=dtype)
-    return weight[expert].astype(dtype)
+    if not isinstance(weight, PACKED):
+        return weight[expert].astype(dtype)
+    if not isinstance(weight, Mxfp4Weight):
+        weight, expert = unpack(type(weight)(*(part[expert][None] for part in weight))), 0
+    return mxfp4.decode(weight.blocks[expert], weight.scales[expert], dtype=dtype)
 
 
 def _dot(a, b, *, transpose: bool):
