@@ -233,10 +233,10 @@ def begin(arguments, record):
     import jax
 
     from gptoss_jax.inference import measure
-    from gptoss_jax.kernels import decode_attention, decode_matmul, expert_matmul
+    from gptoss_jax.kernels import hopper
 
-    for op in (expert_matmul, decode_attention, decode_matmul) if arguments.checked else ():
-        op.mosaic_gpu.wrong_here = lambda: None
+    if arguments.checked:
+        hopper.wrong_here = lambda op: None
     device = jax.devices()[0]
     with alone():
         limits = measure.ceilings()
@@ -256,12 +256,12 @@ def config_of(name: str):
 def check(arguments, record) -> None:
     """Check the Hopper kernels against the reference, small and with traps: a model uses those that are right."""
     begin(arguments, record)
-    from gptoss_jax.kernels import decode_attention, decode_matmul, expert_matmul
+    from gptoss_jax.kernels import hopper
 
-    ops = expert_matmul, decode_attention, decode_matmul
+    ops = "expert_matmul", "decode_attention", "decode_matmul"
     with concurrent.futures.ThreadPoolExecutor(len(ops)) as pool:
-        for op, missing in zip(ops, pool.map(lambda op: op.mosaic_gpu.device_unmet(), ops)):
-            record(what="check", op="hopper", kernel=op.__name__, missing=missing)
+        for op, missing in zip(ops, pool.map(hopper.device_unmet, ops)):
+            record(what="check", op="hopper", kernel=op, missing=missing)
 
 
 def kernels(arguments, record) -> None:
@@ -293,9 +293,10 @@ def variants(arguments, record) -> None:
     import jax.numpy as jnp
 
     from gptoss_jax.inference import measure
-    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_layout, mosaic_gpu
+    from gptoss_jax.kernels import hopper
+    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_layout
 
-    if missing := mosaic_gpu.device_unmet():
+    if missing := hopper.device_unmet("expert_matmul"):
         return record(skipped=f"needs {missing}")
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 

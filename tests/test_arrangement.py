@@ -12,8 +12,7 @@ from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference import measure
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.sampling import Sampling
-from gptoss_jax.kernels import expert_matmul
-from gptoss_jax.kernels.expert_matmul import mosaic_gpu
+from gptoss_jax.kernels import expert_matmul, hopper
 from gptoss_jax.model import GptOss, arrangement, cost
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -21,14 +20,14 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 CONFIG = GptOssConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_local_experts=8, num_experts_per_tok=2,
                       num_attention_heads=6, num_key_value_heads=2, head_dim=16, sliding_window=16, max_position_embeddings=64)
 run = jax.jit(lambda model, tokens: model(tokens))
-HAS_KERNEL = jax.__version_info__ >= mosaic_gpu.OLDEST_JAX
+HAS_KERNEL = jax.__version_info__ >= hopper.OLDEST_JAX
 
 
 @pytest.fixture
 def as_on_a_hopper(monkeypatch):
     """The CPU devices taken for Hopper GPUs that compute right; programs for them are what `default` branches say."""
     monkeypatch.setattr(arrangement, "_gpus_of", lambda array: sorted(array.sharding.device_set, key=lambda device: device.id))
-    monkeypatch.setattr(mosaic_gpu, "device_unmet", lambda device=None: None)
+    monkeypatch.setattr(hopper, "device_unmet", lambda op, device=None: None)
 
 
 def same_bits(ours, expected):

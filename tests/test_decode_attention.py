@@ -13,14 +13,14 @@ from gptoss_jax.inference import measure
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.attention import say_once
 from gptoss_jax.kernels.decode_attention import decode_attention, hopper_check, mosaic_gpu, reference
-from gptoss_jax.kernels.expert_matmul import mosaic_gpu as expert_kernel
 from gptoss_jax.model import GptOss, arrangement
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-needs_new_jax = pytest.mark.skipif(jax.__version_info__ < expert_kernel.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
+needs_new_jax = pytest.mark.skipif(jax.__version_info__ < hopper.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
 
 
 def arguments(S, K, G, positions, sinks=1.0, dtype=jnp.bfloat16, seed=0):
@@ -97,10 +97,10 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     right = mosaic_gpu.run
     monkeypatch.setattr(mosaic_gpu, "run", lambda qkv, *rest, **options: right(qkv * 1.25, *rest, **options))
     assert "a kernel that computes right here (found " in hopper_check.disagreement(interpret)
-    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(mosaic_gpu, "wrong_here", lambda: "a kernel that computes right here (found 50.0% wrong)")
+    monkeypatch.setattr(hopper, "wrong_here", lambda op: "a kernel that computes right here (found 50.0% wrong)")
     arrays = arguments(256, 2, 8, (3,))
     with pytest.raises(ValueError, match=r"decode_attention implementation 'mosaic_gpu' needs a kernel that computes right here \(found 50.0% wrong\)"):
         decode_attention(*arrays, ring=False, implementation="mosaic_gpu")
@@ -116,7 +116,7 @@ def test_named_it_says_what_is_missing():
     with pytest.raises(ValueError, match="decode_attention implementation 'pallas', expected 'auto' or one of reference"):
         decode_attention(*arrays, ring=False, implementation="pallas")
     needs = functools.partial(pytest.raises, ValueError)
-    if jax.__version_info__ < expert_kernel.OLDEST_JAX:
+    if jax.__version_info__ < hopper.OLDEST_JAX:
         with needs(match="'mosaic_gpu' needs jax 0.11.2 or newer"):
             decode_attention(*arrays, ring=False, implementation="mosaic_gpu")
         return
@@ -136,11 +136,16 @@ def test_a_model_arranged_for_a_hopper_decodes_the_same_and_gives_its_sinks_back
     weights = measure.random_weights(config, "float32")
     apart, joined = (GptOss(config, weights) for _ in range(2))
     monkeypatch.setattr(arrangement, "_gpus_of", lambda array: sorted(array.sharding.device_set, key=lambda device: device.id))
-    monkeypatch.setattr(mosaic_gpu, "device_unmet", lambda device=None: None)
+    monkeypatch.setattr(hopper, "device_unmet", lambda op, device=None: None)
     monkeypatch.setattr(mosaic_gpu, "unmet_heads", lambda *_: None)
     joined.arrange()
-    assert joined.arrays()["model.layers.1.self_attn.sinks"].shape == (3, 2)
-    np.testing.assert_array_equal(joined.weights()["model.layers.1.self_attn.sinks"], weights["model.layers.1.self_attn.sinks"])
+    assert "model.layers.1.self_attn.hopper_sinks" in joined.arrays()
+    name = "model.layers.1.self_attn.sinks"
+    np.testing.assert_array_equal(joined.weights()[name], weights[name])
+    other = joined.replace({name: weights[name] + 1})
+    other.arrange()  # again, what was replaced
+    assert other.arrays().keys() == joined.arrays().keys()
+    np.testing.assert_array_equal(other.weights()[name], weights[name] + 1)
     prompts, answers = [[1, 2, 3], list(range(20))], []
     for model in (apart, joined):
         answers.append(Engine(model, arrange=False).generate(prompts, Sampling(temperature=0), max_new_tokens=6))

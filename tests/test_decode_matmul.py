@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.attention import say_once
 from gptoss_jax.kernels.decode_matmul import decode_matmul, decode_matmul_scored, hopper_check, mosaic_gpu, reference
-from gptoss_jax.kernels.expert_matmul import mosaic_gpu as expert_kernel
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-needs_new_jax = pytest.mark.skipif(jax.__version_info__ < expert_kernel.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
+needs_new_jax = pytest.mark.skipif(jax.__version_info__ < hopper.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
 
 # rows, inputs, outputs, what comes before and after, steps of so many groups, stages: None as planned
 CASES = {
@@ -119,7 +119,7 @@ def test_early_scores_are_those_of_the_norm():
     found, early = decode_matmul_scored(x, weight, bias, residual, scale, router, epsilon=1e-5, for_hopper=True)
     np.testing.assert_array_equal(found, summed)
     np.testing.assert_allclose(early.scores(), right, atol=2**-6 * float(right.std()))  # rounded before, not after the factor
-    assert early.parts.shape == ((8 if jax.__version_info__ >= expert_kernel.OLDEST_JAX else 1), 32 + FACTORS)
+    assert early.parts.shape == ((8 if jax.__version_info__ >= hopper.OLDEST_JAX else 1), 32 + FACTORS)
 
 
 def test_the_reference_is_the_formula():
@@ -163,10 +163,10 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     scored = mosaic_gpu.run_scored
     monkeypatch.setattr(mosaic_gpu, "run_scored", lambda *arrays, **options: scored(*arrays[:-1], -arrays[-1], **options))
     assert "a kernel that scores right here (found 100.0% of scores wrong)" == hopper_check.disagreement(interpret)
-    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(mosaic_gpu, "wrong_here", lambda: "a kernel that computes right here (found 50.0% wrong)")
+    monkeypatch.setattr(hopper, "wrong_here", lambda op: "a kernel that computes right here (found 50.0% wrong)")
     x, _, _, weight, *_ = arguments(1, 64, 8, ())
     with pytest.raises(ValueError, match=r"decode_matmul implementation 'mosaic_gpu' needs a kernel that computes right here \(found 50.0% wrong\)"):
         decode_matmul(x, weight, implementation="mosaic_gpu")
@@ -186,7 +186,7 @@ def test_named_it_says_what_is_missing():
     with pytest.raises(ValueError, match="decode_matmul_scored: 2 rows found, expected one"):
         decode_matmul_scored(x, weight, None, added, scale, weight)
     needs = functools.partial(pytest.raises, ValueError)
-    if jax.__version_info__ < expert_kernel.OLDEST_JAX:
+    if jax.__version_info__ < hopper.OLDEST_JAX:
         with needs(match="'mosaic_gpu' needs jax 0.11.2 or newer"):
             decode_matmul(x, weight, implementation="mosaic_gpu")
         return

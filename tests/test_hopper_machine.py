@@ -15,6 +15,7 @@ from test_decode_matmul import check as check_product
 
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference import measure
+from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.decode_attention import mosaic_gpu as decode_kernel
 from gptoss_jax.kernels.decode_attention import reference as decode_reference
 from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Router, expert_mlp, hopper_layout, mosaic_gpu, reference
@@ -204,8 +205,7 @@ def test_a_single_rows_decode_step(late, monkeypatch):
     apart, joined = (GptOss(config, measure.random_weights(config)) for _ in range(2))
     with monkeypatch.context() as patch:
         patch.setattr(arrangement, "_gpus_of", lambda array: sorted(array.sharding.device_set, key=lambda device: device.id))
-        for kernel in (mosaic_gpu, decode_kernel):
-            patch.setattr(kernel, "device_unmet", lambda device=None: None)
+        patch.setattr(hopper, "device_unmet", lambda op, device=None: None)
         joined.arrange()
     _, cache = apart(jnp.arange(11)[None], cache=make_cache(config, 1, 16))
     expected, _ = apart(jnp.full((1, 1), 11), cache=cache)

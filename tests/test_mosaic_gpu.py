@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax import mxfp4
-from gptoss_jax.kernels import expert_matmul as op
+from gptoss_jax.kernels import expert_matmul as op, hopper
 from gptoss_jax.kernels.expert_matmul import (
     HopperGateUpWeight, HopperWeight, Mxfp4Weight, hopper_check, hopper_layout, mosaic_gpu, reference)
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS
@@ -26,7 +26,7 @@ from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 KINDS = [HopperWeight, HopperGateUpWeight]
-needs_new_jax = pytest.mark.skipif(jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
+needs_new_jax = pytest.mark.skipif(jax.__version_info__ < hopper.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
 
 
 def packed(experts, outputs, inputs, seed=0):
@@ -232,7 +232,7 @@ def test_checks_of_a_device_compile_beside_each_other_and_the_first_that_finds_s
         return found() if found else None
 
     checks = [functools.partial(check, found) for found in (None, lambda: 1 / 0, lambda: "wrong")]
-    assert hopper_check.first_disagreement(checks, None) == "a kernel that runs here (found ZeroDivisionError: division by zero)"
+    assert hopper.first_disagreement(checks, None) == "a kernel that runs here (found ZeroDivisionError: division by zero)"
 
 
 @needs_new_jax
@@ -254,11 +254,11 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
         patch.setattr(hopper_check, "CASES", [(HopperWeight, 64, 64, (0, 16), 0)])  # which isn't compiled yet
         patch.setattr(hopper_kernel.Interpreted, "scale", lambda pairs, factors: right(pairs[:2], factors))
         assert "a kernel that runs here (found IndexError" in hopper_check.disagreement(interpret)
-    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
-    assert mosaic_gpu.device_unmet(hopper) is None  # not here to be asked
-    monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
+    assert hopper.device_unmet("expert_matmul", device) is None  # not here to be asked
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(mosaic_gpu, "wrong_here", lambda: "a kernel that computes right here (found 50.0% wrong)")
+    monkeypatch.setattr(hopper, "wrong_here", lambda op: "a kernel that computes right here (found 50.0% wrong)")
     arguments = mlp_arguments(3)
     with pytest.raises(ValueError, match=r"expert_mlp implementation 'mosaic_gpu' needs a kernel that computes right here \(found 50.0% wrong\)"):
         op.expert_mlp(*arranged(arguments), limit=7.0, alpha=1.702, implementation="mosaic_gpu")
@@ -271,7 +271,7 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
 def test_named_it_says_what_is_missing(monkeypatch):
     weight, x, sizes = packed(2, 64, 64), jnp.ones((4, 64), jnp.bfloat16), jnp.full(2, 2, jnp.int32)
     bias = jnp.zeros((2, 64))
-    if jax.__version_info__ < mosaic_gpu.OLDEST_JAX:
+    if jax.__version_info__ < hopper.OLDEST_JAX:
         with pytest.raises(ValueError, match="'mosaic_gpu' needs jax 0.11.2 or newer"):
             op.expert_matmul(x, weight, bias, sizes, implementation="mosaic_gpu")
         return
@@ -284,7 +284,7 @@ def test_named_it_says_what_is_missing(monkeypatch):
             op.expert_matmul(*arguments, bias, sizes, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match=r"expert_mlp implementation 'mosaic_gpu' needs a Hopper GPU \(found cpu\)"):
         op.expert_mlp(*arranged(mlp_arguments(3)), limit=7.0, alpha=1.702, implementation="mosaic_gpu")
-    monkeypatch.setattr(mosaic_gpu, "device_unmet", lambda: None)
+    monkeypatch.setattr(hopper, "device_unmet", lambda op: None)
     with pytest.raises(ValueError, match="expert_mlp implementation 'mosaic_gpu' needs a HopperGateUpWeight and a HopperWeight"):
         op.expert_mlp(*mlp_arguments(3), limit=7.0, alpha=1.702, implementation="mosaic_gpu")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import checkpoint, finetune
+from gptoss_jax import finetune
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model import GptOss
 from gptoss_jax.checkpoint.training_state import StateStore

@@ -23,10 +23,10 @@ import numpy as np
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference.engine import Engine, usual_steps
 from gptoss_jax.inference.sampling import Sampling
-from gptoss_jax.kernels import attention, decode_attention, decode_matmul, expert_matmul
+from gptoss_jax.kernels import attention, decode_attention, decode_matmul, expert_matmul, hopper
 from gptoss_jax.kernels.cache_write import cache_write
 from gptoss_jax.kernels.dense_matmul import dense_matmul
-from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight, mosaic_gpu
+from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight
 from gptoss_jax.model import GptOss, cost
 from gptoss_jax.model.cache import abstract_cache
 
@@ -276,7 +276,7 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
         found.append(Case("decode_matmul", f"{name} {batch} rows", decode_matmul.IMPLEMENTATIONS,
                           lambda how, *arrays: products(functools.partial(_decode_matmul, how, epsilon=c.rms_norm_eps), *arrays), normal(batch, width),
                           (*before, *(normal(out, width) for _ in range(4))), 4 * out * width * item, 8 * batch * out * width))
-    if batch == 1 and decode_matmul.mosaic_gpu.device_unmet() is None:  # elsewhere a model has no use for it
+    if batch == 1 and hopper.device_unmet("decode_matmul") is None:  # elsewhere a model has no use for it
         found.append(_scored_case(config, normal, item))
     found.append(Case("cache_write", f"{batch} x {context} slots", ("xla", "cpu"),
                       lambda how, old, new, slots: cache_write(old, new, slots, implementation=how),
@@ -331,7 +331,7 @@ def chosen_implementation(case: Case) -> str:
 
 def _arranged(case: Case, implementation: str) -> tuple:
     """Return the arrays as a model on this device keeps them: experts rearranged for Hopper where its kernel is what runs."""
-    if implementation not in ("auto", "mosaic_gpu") or mosaic_gpu.device_unmet() is not None:
+    if implementation not in ("auto", "mosaic_gpu") or hopper.device_unmet("expert_matmul") is not None:
         return case.arrays
     kinds = iter((HopperGateUpWeight, HopperWeight) if case.op == "expert_mlp" else (HopperWeight,))
     return tuple(expert_matmul.pack(part, next(kinds)) if isinstance(part, Mxfp4Weight) else part for part in case.arrays)

@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 import jax
 
+from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.attention import say_once
 
 
-def one_kernel_or_several(op: str, implementation: str, requirement: str | None, device_unmet: Callable[[], str | None], for_hopper: bool,
-                          kernel: Callable, several: Callable, *arrays):
+def one_kernel_or_several(op: str, implementation: str, requirement: str | None, for_hopper: bool, kernel: Callable, several: Callable, *arrays):
     """Return kernel(*arrays), which does all, or several(*arrays). Raises ValueError where "mosaic_gpu" is named and can't run.
 
-    implementation: "mosaic_gpu"; "auto": that, where it can run; or another. requirement, device_unmet: what the arguments don't meet, and this
-    device. for_hopper: a promise that a program for another GPU than the ones here is for a Hopper.
+    implementation: "mosaic_gpu"; "auto": that, where it can run; or another. op: its folder in `kernels`. requirement: what the
+    arguments don't meet. for_hopper: a promise that a program for another GPU than the ones here is for a Hopper.
     """
     if implementation not in ("auto", "mosaic_gpu"):
         return several(*arrays)
     here = jax.default_backend() == "gpu"
     if requirement is None and (here or implementation == "mosaic_gpu"):
-        requirement = device_unmet()
+        requirement = hopper.device_unmet(op)
     if implementation == "mosaic_gpu":
         if requirement:
             raise ValueError(f"{op} implementation 'mosaic_gpu' needs {requirement}")

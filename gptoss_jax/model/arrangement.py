@@ -1,5 +1,5 @@
 """How weights lie on a GPU while a model runs there: q, k and v as one matrix; for Hopper kernels, packed experts in the order they are read, and
-sinks in a row for each key-value head.
+sinks under a name that tells of decode's.
 
 Lossless, both ways: `published` gives every weight as the checkpoint has it, by its name there, so that nothing else has to know.
 """
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.decode_attention import mosaic_gpu as decode_kernel
 from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, mosaic_gpu, pack, say, unpack
-from gptoss_jax.model.attention import PROJECTIONS, QKV, Attention
+from gptoss_jax.model.attention import HOPPER_SINKS, PROJECTIONS, QKV, SINKS, Attention
 from gptoss_jax.model.linear import Linear
 from gptoss_jax.model.moe import ARRANGED, FOR_HOPPER, STORED, Experts
 
@@ -31,7 +31,7 @@ def arrange(model) -> None:
     gpus = _gpus_of(model.embed_tokens.weight.get_raw_value())
     for layer in model.layers if gpus else ():
         if len(gpus) == 1:
-            _join_projections(layer.self_attn, gpus[0])
+            _arrange_attention(layer.self_attn, gpus[0])
         _arrange_experts(layer.mlp.experts, gpus[0])
 
 
@@ -41,22 +41,22 @@ def _gpus_of(array) -> list[jax.Device]:
     return sorted((device for device in held if device.platform == "gpu"), key=lambda device: device.process_index != jax.process_index())
 
 
-def _join_projections(attention: Attention, device: jax.Device) -> None:
+def _arrange_attention(attention: Attention, device: jax.Device) -> None:
     parts = [getattr(attention, name, None) for name in PROJECTIONS]
-    if any(part is None or part.lora_A is not None for part in parts):
-        return
-    joined = {}
-    for name in ("weight", "bias"):
-        arrays = [getattr(part, name).get_raw_value() for part in parts]
-        joined[f"{QKV}.{name}"] = _computed(_concatenate, arrays[0].sharding, *arrays)
-    setattr(attention, QKV, Linear(joined, QKV))
-    for name in PROJECTIONS:
-        delattr(attention, name)
-    c, sinks = attention.config, attention.sinks.get_raw_value()
-    each = c.num_attention_heads // c.num_key_value_heads
-    if not (decode_kernel.unmet_heads(c.num_key_value_heads, each, c.head_dim) or decode_kernel.device_unmet(device)):
-        in_rows = functools.partial(jnp.reshape, shape=(c.num_key_value_heads, each))
-        attention.sinks = nnx.Param(_computed(in_rows, sinks.sharding, sinks))
+    if not any(part is None or part.lora_A is not None for part in parts):
+        joined = {}
+        for name in ("weight", "bias"):
+            arrays = [getattr(part, name).get_raw_value() for part in parts]
+            joined[f"{QKV}.{name}"] = _computed(_concatenate, arrays[0].sharding, *arrays)
+        setattr(attention, QKV, Linear(joined, QKV))
+        for name in PROJECTIONS:
+            delattr(attention, name)
+    c = attention.config
+    heads = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim
+    if (hasattr(attention, QKV) and hasattr(attention, SINKS)
+            and not (decode_kernel.unmet_heads(*heads) or hopper.device_unmet("decode_attention", device))):
+        setattr(attention, HOPPER_SINKS, getattr(attention, SINKS))
+        delattr(attention, SINKS)
 
 
 def _arrange_experts(experts: Experts, device: jax.Device) -> None:
@@ -66,7 +66,7 @@ def _arrange_experts(experts: Experts, device: jax.Device) -> None:
     if any(type(weight) is kind for weight, kind in zip(matrices.values(), FOR_HOPPER.values())):
         return
     requirement = next(filter(None, (_unmet(weight, getattr(experts, f"{name}_bias").get_raw_value()) for name, weight in matrices.items())), None)
-    requirement = requirement or mosaic_gpu.device_unmet(device)
+    requirement = requirement or hopper.device_unmet("expert_matmul", device)
     say(requirement)
     if requirement is None:
         for name in FOR_HOPPER:
@@ -115,7 +115,7 @@ def published(config: GptOssConfig, arrays: Mapping[str, jax.Array]) -> Mapping[
             for index, part in enumerate(PROJECTIONS):
                 found[name.replace(QKV, part)] = functools.partial(_rows, array, sum(ends[:index]), sum(ends[: index + 1]))
         elif not name.endswith(f"_{scales}"):
-            found[name] = functools.partial(jnp.ravel if name.endswith(".sinks") else _itself, array)
+            found[name.replace(f".{HOPPER_SINKS}", f".{SINKS}")] = functools.partial(_itself, array)
     return arrays if found.keys() == arrays.keys() else _Published(found)
 
 
@@ -128,7 +128,8 @@ def exchanged(config: GptOssConfig, arrays: Mapping[str, jax.Array], weights: Ma
 
 def _together(name: str) -> str:
     """Return what a weight shares with those it is rearranged with, before and after."""
-    return re.sub(rf"_({'|'.join(ARRANGED + STORED)})$", "", re.sub(rf"[.]({'|'.join(PROJECTIONS)})[.].*|[.]{QKV}[.].*", f".{QKV}", name))
+    name = re.sub(rf"[.]({'|'.join(PROJECTIONS)})[.].*|[.]{QKV}[.].*", f".{QKV}", name).replace(f".{HOPPER_SINKS}", f".{SINKS}")
+    return re.sub(rf"_({'|'.join(ARRANGED + STORED)})$", "", name)
 
 
 def _stored(weight, index: int):

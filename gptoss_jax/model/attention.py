@@ -16,7 +16,9 @@ from gptoss_jax.kernels.decode_attention import decode_attention, rotate
 from gptoss_jax.model import cache as cache_lib, ring
 from gptoss_jax.model.linear import Linear
 
-PROJECTIONS, QKV = ("q_proj", "k_proj", "v_proj"), "qkv_proj"  # as published; as one, see `arrangement`
+# As published, and as `arrangement` has them: q, k and v as one; sinks under another name, which says that decode's kernels for Hopper GPUs take them.
+PROJECTIONS, QKV = ("q_proj", "k_proj", "v_proj"), "qkv_proj"
+SINKS, HOPPER_SINKS = "sinks", "hopper_sinks"
 
 
 class Attention(nnx.Module):
@@ -29,7 +31,8 @@ class Attention(nnx.Module):
         for name in (QKV,) if f"{prefix}.{QKV}.weight" in weights else PROJECTIONS:
             setattr(self, name, Linear(weights, f"{prefix}.{name}"))
         self.o_proj = Linear(weights, f"{prefix}.o_proj")
-        self.sinks = nnx.Param(weights[f"{prefix}.sinks"])
+        name = HOPPER_SINKS if f"{prefix}.{HOPPER_SINKS}" in weights else SINKS
+        setattr(self, name, nnx.Param(weights[f"{prefix}.{name}"]))
 
     def __call__(self, x_BTD, rope, positions_BT, segments_BT, cache, chunk, mesh):
         """Return (output [B, T, D] before the residual, this layer's new cache or None)."""
@@ -48,19 +51,23 @@ class Attention(nnx.Module):
             positions_BT, segments_BT, key_segments = chunk.positions, None, None
             order = "aligned" if chunk.start is None and T > 1 else "slots" if self.window is None else "ring"
         tags = (positions_BT, key_positions, segments_BT, key_segments)
-        out = self._attend(q, k.astype(q.dtype), v.astype(q.dtype), self.sinks[...].reshape(-1), *tags, mesh=mesh, order=order)
+        out = self._attend(q, k.astype(q.dtype), v.astype(q.dtype), self._sinks_N, *tags, mesh=mesh, order=order)
         return self.o_proj(out.reshape(B, T, -1), mesh=mesh), cache
 
     @property
     def for_hopper(self) -> bool:
         """Whether the weights are arranged for decode's kernels on a Hopper GPU."""
-        return self.sinks[...].ndim == 2
+        return hasattr(self, HOPPER_SINKS)
+
+    @property
+    def _sinks_N(self):
+        return getattr(self, HOPPER_SINKS if self.for_hopper else SINKS)[...]
 
     def decode(self, qkv_BJ, rope, cache, chunk, dtype):
         """Attend for one token a row, of what the joined projections gave, float32 without the bias: on one device. Returns (what the output
         projection takes [B, I], cache)."""
-        out_BI, *new = decode_attention(qkv_BJ, getattr(self, QKV).bias[...], *(table[:, 0] for table in rope), *cache, self.sinks[...],
-                                        chunk.positions[:, 0], ring=self.window is not None, dtype=dtype)
+        out_BI, *new = decode_attention(qkv_BJ, getattr(self, QKV).bias[...], *(table[:, 0] for table in rope), *cache, self._sinks_N,
+                                        chunk.positions[:, 0], ring=self.window is not None, dtype=dtype, for_hopper=self.for_hopper)
         return out_BI, cache_lib.LayerCache(*new)
 
     def _project(self, x_BTD, mesh):

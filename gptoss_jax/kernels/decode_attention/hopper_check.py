@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.kernels.decode_attention import mosaic_gpu, reference
-from gptoss_jax.kernels.expert_matmul.hopper_check import first_disagreement, now
+from gptoss_jax.kernels.hopper import first_disagreement, now
 
 # slots, key-value heads, queries of each, ring, positions: a ring gone round, one that isn't, no row at all; parts of a long row, of a short one.
 CASES = ((128, 2, 8, True, (300, 40, -1)), (1024, 4, 4, False, (900, 127)))

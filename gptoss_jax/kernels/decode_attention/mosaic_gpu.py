@@ -1,21 +1,15 @@
-"""Decode attention on NVIDIA Hopper GPUs: what `hopper_kernel` needs, and the op by its means.
-
-That module is imported where it is used: Pallas' GPU side isn't in every jax, and takes its time to import.
-"""
+"""Decode attention on NVIDIA Hopper GPUs: what `hopper_kernel` needs, and the op by its means."""
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels.expert_matmul import mosaic_gpu
+from gptoss_jax.kernels import hopper
 
 
 def unmet(keys_BSKH, values_BSKH, sinks_KG, dtype) -> str | None:
-    """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `device_unmet`."""
-    if requirement := mosaic_gpu.jax_unmet():
+    """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `hopper.device_unmet`."""
+    if requirement := hopper.jax_unmet():
         return requirement
     if {jnp.dtype(dtype), keys_BSKH.dtype, values_BSKH.dtype} != {jnp.dtype(jnp.bfloat16)}:
         return f"activations and a cache in bfloat16 (found {jnp.dtype(dtype)}, {keys_BSKH.dtype} and {values_BSKH.dtype})"
@@ -30,19 +24,6 @@ def unmet_heads(kv_heads: int, queries_each: int, width: int) -> str | None:
     if width != 64 or not 8 - 2 * kv_heads <= queries_each <= 8:
         return f"heads of width 64, at most 8 queries to a key, 8 with twice the keys (found {width}, {queries_each} and {kv_heads} keys)"
     return None
-
-
-def device_unmet(device: jax.Device | None = None) -> str | None:
-    """Return what a device lacks, by default this process's first; None for a Hopper GPU that computes right, or one that isn't here to be asked."""
-    return mosaic_gpu.device_unmet(device, wrong_here)
-
-
-@functools.cache
-def wrong_here() -> str | None:
-    """Look once a process whether the first device computes right; see `hopper_check.disagreement`."""
-    from gptoss_jax.kernels.decode_attention import hopper_check
-
-    return hopper_check.disagreement()
 
 
 def run(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG, positions_B, *, ring: bool, splits: int | None = None, interpret=None):

@@ -28,7 +28,7 @@ def decode_matmul(x_TD, weight_OD, bias_O=None, *, added_TD=None, scale_D=None, 
         raise ValueError("decode_matmul: added_TD without scale_D found, expected a sum only where it is normed")
     arrays, constants = (x_TD, added_TD, scale_D, weight_OD, bias_O), {"epsilon": epsilon, "dtype": jnp.dtype(dtype or x_TD.dtype)}
     return one_kernel_or_several(
-        "decode_matmul", implementation, mosaic_gpu.unmet(*arrays, constants["dtype"]), mosaic_gpu.device_unmet, for_hopper,
+        "decode_matmul", implementation, mosaic_gpu.unmet(*arrays, constants["dtype"]), for_hopper,
         functools.partial(mosaic_gpu.run, **constants), functools.partial(reference.decode_matmul, **constants, implementation=implementation), *arrays)
 
 
@@ -45,7 +45,7 @@ def decode_matmul_scored(x_TD, weight_OD, bias_O, residual_TO, scale_O, router_E
     requirement = mosaic_gpu.unmet_scored(*arrays)
     several = functools.partial(reference.decode_matmul_scored, parts=1 if requirement else mosaic_gpu.parts(weight_OD, router_EO), epsilon=epsilon,
                                 implementation=implementation)
-    return one_kernel_or_several("decode_matmul", implementation, requirement, mosaic_gpu.device_unmet, for_hopper,
+    return one_kernel_or_several("decode_matmul", implementation, requirement, for_hopper,
                                  functools.partial(mosaic_gpu.run_scored, epsilon=epsilon), several, *arrays)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.kernels.decode_matmul import mosaic_gpu, reference
-from gptoss_jax.kernels.expert_matmul.hopper_check import first_disagreement, now
+from gptoss_jax.kernels.hopper import first_disagreement, now
 
 # rows, inputs, outputs, whether they are summed and normed, whether only normed: eight rows and one, with more steps than stages and with fewer;
 # blocks of 8, 16 and 24 outputs; inputs that end within a step.

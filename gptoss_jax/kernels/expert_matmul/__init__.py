@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels import cpu_library
+from gptoss_jax.kernels import cpu_library, hopper
 from gptoss_jax.kernels.expert_matmul import cpu, grouping, mosaic_gpu, reference, xla
 from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight, pack, unpack
 from gptoss_jax.kernels.expert_matmul.reference import EarlyScores, Mxfp4Weight, swiglu
@@ -128,7 +128,7 @@ def _takes(x_MI, weight, bias_EO) -> bool:
     """Return whether "auto" compiles the Hopper kernel for these; say which, and why not, once in the log."""
     requirement = mosaic_gpu.unmet(x_MI, weight, bias_EO)
     if requirement is None and jax.default_backend() == "gpu":  # where programs run; one may be compiled for a GPU elsewhere
-        requirement = mosaic_gpu.device_unmet()
+        requirement = hopper.device_unmet("expert_matmul")
     say(requirement)
     return requirement is None
 

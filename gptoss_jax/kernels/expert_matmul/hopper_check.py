@@ -6,9 +6,7 @@ GPU shows; a model is worth a second of looking.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ import numpy as np
 from gptoss_jax.kernels.expert_matmul import Router, hopper_layout, mosaic_gpu, reference
 from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS, EarlyScores, Mxfp4Weight
+from gptoss_jax.kernels.hopper import first_disagreement, now
 
 # kind, outputs, inputs, rows of each expert, how many rows all tiles share: the gated product; sums in parts; many rows of an expert; a tile of few.
 CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576, (8, 0, 16), 0), (HopperWeight, 128, 64, (136, 0, 120), 0),
@@ -27,24 +26,6 @@ def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
     one_token = (functools.partial(_one_token, parts=parts) for parts in (0, 16))
     return first_disagreement([*(functools.partial(_compare, *case) for case in CASES), _misrouted, *one_token], interpret)
-
-
-def first_disagreement(checks: Sequence[Callable[..., str | None]], interpret) -> str | None:
-    """Return the first that check(interpret=interpret) finds, or what it raises, of all checks in order.
-
-    In threads, as this may be asked while a program is traced in this one: each in its own, as most of it is compiling, but for interpreted kernels,
-    which share what stands for a GPU's memory.
-    """
-    together = [checks] if interpret else [[check] for check in checks]
-    with concurrent.futures.ThreadPoolExecutor(len(together)) as threads:
-        return next(filter(None, threads.map(functools.partial(_first_disagreement, interpret=interpret), together)), None)
-
-
-def _first_disagreement(checks, interpret):
-    try:
-        return next((found for check in checks if (found := check(interpret=interpret))), None)
-    except Exception as error:  # whatever a compiler, a driver or an older GPU may raise: the model runs without this kernel
-        return f"a kernel that runs here (found {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
 
 
 def _compare(kind, outputs, inputs, sizes, shared, interpret):
@@ -117,8 +98,3 @@ def _one_token(*, interpret, parts, experts=32, inputs=128, hidden=64, count=2):
     right = now(expected, x.astype(np.float32) * len(sums) ** -0.5, weight, gate_up, biases[0], down, biases[1], sizes)
     wrong = ~(np.abs(found - right) <= 2**-5 * np.abs(right) + 2**-5 * right.std())  # h and y of each expert are rounded; NaN is wrong
     return f"a kernel that computes right here (found {wrong.mean():.1%} of a token's result wrong)" if wrong.any() else None
-
-
-def now(function, *arguments):
-    """Return what a function gives on the device, as float32 on the host."""
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), jax.jit(function)(*arguments))

@@ -1,60 +1,30 @@
-"""Experts on NVIDIA Hopper GPUs: what `hopper_kernel` needs, and the ops by its means.
-
-That module is imported where it is used: Pallas' GPU side isn't in every jax, and takes its time to import.
-"""
+"""Experts on NVIDIA Hopper GPUs: what `hopper_kernel` needs, and the ops by its means."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax import mxfp4
+from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
-OLDEST_JAX = (0, 11, 2)
-
-
-def jax_unmet() -> str | None:
-    """Return what this jax lacks for the Hopper kernels, None if nothing."""
-    return None if jax.__version_info__ >= OLDEST_JAX else f"jax {'.'.join(map(str, OLDEST_JAX))} or newer (found {jax.__version__})"
-
 
 def unmet(x, weight, bias_EO) -> str | None:
-    """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `device_unmet`."""
-    if requirement := jax_unmet():
+    """Return the requirement that these arguments or this jax don't meet, None if they meet all; of the device, see `hopper.device_unmet`."""
+    if requirement := hopper.jax_unmet():
         return requirement
-    if not isinstance(weight, (Mxfp4Weight, HopperWeight, HopperGateUpWeight)):
+    if not isinstance(weight, hopper_layout.PACKED):
         return f"a packed weight (found a dense one, {weight.dtype})"
     if x.dtype != jnp.bfloat16:
         return f"rows in bfloat16 (found {x.dtype})"
     if bias_EO.dtype not in (jnp.bfloat16, jnp.float32):
         return f"a bias in bfloat16 or float32 (found {bias_EO.dtype})"
     return hopper_layout.unmet(weight) if isinstance(weight, Mxfp4Weight) else None
-
-
-def device_unmet(device: jax.Device | None = None, wrong: Callable[[], str | None] | None = None) -> str | None:
-    """Return what a device lacks, by default this process's first; None for a Hopper GPU that computes right, or one that isn't here to be asked.
-
-    wrong: looks whether one that is here does; by default `wrong_here`.
-    """
-    device = device or jax.local_devices()[0]
-    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
-        return f"a Hopper GPU (found {device.device_kind})"
-    return (wrong or wrong_here)() if device in jax.local_devices() else None
-
-
-@functools.cache
-def wrong_here() -> str | None:
-    """Look once a process whether the first device computes right; see `hopper_check.disagreement`."""
-    from gptoss_jax.kernels.expert_matmul import hopper_check
-
-    return hopper_check.disagreement()
 
 
 def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, interpret=None):
@@ -77,7 +47,7 @@ def require(name, x, weight, bias_EO, interpret=None) -> None:
         outputs, inputs = (outputs, inputs * mxfp4.BLOCK) if packed else (outputs * GROUP, inputs * GROUP)
         if x.shape[1] != inputs or bias_EO.shape != (E, outputs):
             requirement = f"rows, a weight and a bias that fit together (found {x.shape}, {(E, outputs, inputs)}, {bias_EO.shape})"
-    if requirement := requirement or (None if interpret else device_unmet()):
+    if requirement := requirement or (None if interpret else hopper.device_unmet("expert_matmul")):
         raise ValueError(f"{name} implementation 'mosaic_gpu' needs {requirement}")
 
 

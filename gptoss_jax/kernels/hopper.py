@@ -1,0 +1,61 @@
+"""What kernels for Hopper GPUs need of jax and of a device, and how they are checked on it.
+
+Pallas' GPU side isn't in every jax and takes its time to import, so modules that need it are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+OLDEST_JAX = (0, 11, 2)
+
+
+def jax_unmet() -> str | None:
+    """Return what this jax lacks for the kernels, None if nothing."""
+    return None if jax.__version_info__ >= OLDEST_JAX else f"jax {'.'.join(map(str, OLDEST_JAX))} or newer (found {jax.__version__})"
+
+
+def device_unmet(op: str, device: jax.Device | None = None) -> str | None:
+    """Return what a device lacks for an op's kernel, by default this process's first.
+
+    None for a Hopper GPU that computes right, or one that isn't here to be asked. op: its folder in `kernels`.
+    """
+    device = device or jax.local_devices()[0]
+    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
+        return f"a Hopper GPU (found {device.device_kind})"
+    return wrong_here(op) if device in jax.local_devices() else None
+
+
+@functools.cache
+def wrong_here(op: str) -> str | None:
+    """Look once a process whether an op's kernel computes right on the first device; see the `disagreement` of its `hopper_check`."""
+    return importlib.import_module(f"gptoss_jax.kernels.{op}.hopper_check").disagreement()
+
+
+def first_disagreement(checks: Sequence[Callable[..., str | None]], interpret) -> str | None:
+    """Return the first that check(interpret=interpret) finds, or what it raises, of all checks in order.
+
+    In threads, as this may be asked while a program is traced in this one: each in its own, as most of it is compiling, but for interpreted kernels,
+    which share what stands for a GPU's memory.
+    """
+    together = [checks] if interpret else [[check] for check in checks]
+    with concurrent.futures.ThreadPoolExecutor(len(together)) as threads:
+        return next(filter(None, threads.map(functools.partial(_first_disagreement, interpret=interpret), together)), None)
+
+
+def _first_disagreement(checks, interpret):
+    try:
+        return next((found for check in checks if (found := check(interpret=interpret))), None)
+    except Exception as error:  # whatever a compiler, a driver or an older GPU may raise: the model runs without this kernel
+        return f"a kernel that runs here (found {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+
+
+def now(function, *arguments):
+    """Return what a function gives on the device, as float32 on the host."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), jax.jit(function)(*arguments))
