@@ -2,7 +2,8 @@
 
 What interpret mode can't show is shown here: the fragments in which wgmma takes and gives matrices, layouts made by hand, TMA descriptors, mbarrier
 counts, and whether warps wait for each other for ever. It is no timing model. `late` picks when asynchronous work is done: as soon as it is
-asked for, or as late as the waits in the program allow; a program that doesn't wait for what it needs can't be right with both.
+asked for, or as late as the waits in the program allow; a program that doesn't wait for what it needs can't be right with both. What a thread
+stored in shared memory must have been fenced by that thread before TMA copies it, or writes there, or wgmma reads it.
 
 Source: NVIDIA's PTX ISA 9.0: sections on wgmma, matrix descriptors, mbarrier, cp.async.bulk.tensor, stmatrix.
 """
@@ -118,6 +119,7 @@ class Warp:
         self.products: list[list] = [[]]  # groups of wgmma, the last one open
         self.stores: list = []
         self.waiting = None  # for a bar.sync
+        self.stored: list = []  # (lane, bytes of shared memory) not yet fenced
 
 
 class Machine:
@@ -128,6 +130,7 @@ class Machine:
         self.arguments = [argument.reshape(-1).view(np.uint8) for argument in arguments]
         self.itemsize = [argument.itemsize for argument in arguments]
         self.shared = np.random.default_rng(0).integers(0, 256, 1 << 18, np.uint8)  # nobody has cleaned up
+        self.unfenced = np.zeros(len(self.shared), bool)  # stored by a thread, and not yet there for TMA and wgmma
         self.barriers: dict[int, list[int]] = {}  # address: [phase, arrivals still expected, arrivals of a phase, bytes still expected]
         self.loads: list = []
         self.named: dict[int, list[Warp]] = {}
@@ -388,7 +391,7 @@ class Machine:
         address = self._address(warp, operands[0])
         values = np.stack([self._get(warp, name.strip(), dtype) for name in operands[1].strip("{}").split(",")], axis=-1)
         for lane in np.flatnonzero(mask):
-            self.memory(address[lane], values.shape[1] * dtype.itemsize)[:] = np.ascontiguousarray(values[lane]).view(np.uint8)
+            self._store(warp, lane, address[lane], values[lane])
 
     def _stmatrix(self, warp, mask, parts, operands):
         assert mask.all() and "m8n8" in parts
@@ -396,7 +399,7 @@ class Machine:
         for index, name in enumerate(operands[1].strip("{}").split(",")):
             matrix = self._get(warp, name.strip(), np.uint32).copy().view(np.uint16).reshape(8, 8)
             for row in range(8):
-                self.memory(address[8 * index + row], 16)[:] = np.ascontiguousarray(matrix[:, row] if "trans" in parts else matrix[row]).view(np.uint8)
+                self._store(warp, 8 * index + row, address[8 * index + row], matrix[:, row] if "trans" in parts else matrix[row])
 
     def _ldmatrix(self, warp, mask, parts, operands):
         assert mask.all() and "m8n8" in parts
@@ -405,10 +408,30 @@ class Machine:
             matrix = np.stack([self.memory(address[8 * index + row], 16).view(np.uint16) for row in range(8)])
             self._set(warp, mask, name.strip(), np.ascontiguousarray(matrix.T if "trans" in parts else matrix).view(np.uint32).reshape(LANES))
 
-    def _fence(self, *_):
+    def _store(self, warp, lane: int, address, values) -> None:
+        values = np.ascontiguousarray(values).view(np.uint8)
+        self.memory(address, len(values))[:] = values
+        if address < len(self.shared):
+            stored = slice(int(address), int(address) + len(values))
+            self.unfenced[stored] = True
+            warp.stored.append((lane, stored))
+
+    def _fence(self, warp, mask, parts, operands):
+        if parts[1:3] != ["proxy", "async"]:
+            return
+        for lane, stored in warp.stored:
+            if mask[lane]:
+                self.unfenced[stored] = False
+        warp.stored = [(lane, stored) for lane, stored in warp.stored if not mask[lane]]
+
+    def fenced(self, address) -> None:
+        """Assert that bytes of shared memory may be read or written otherwise than by a thread's loads and stores."""
+        assert not self.unfenced[address].any(), "shared memory that was stored to and not fenced since"
+
+    def _prefetch(self, *_):
         pass
 
-    _prefetch = _setmaxnreg = _fence
+    _setmaxnreg = _prefetch
 
     # Between lanes and warps.
 
@@ -491,6 +514,7 @@ class Machine:
             else:
                 target, source = (int(self._address(warp, operand)[lane]) for operand in operands[:2])
                 copy = _Bytes(self, target, source, int(self._get(warp, operands[2], np.uint32)[lane]))
+            self.fenced(copy.in_shared)
             if loads:
                 barrier = int(self._address(warp, operands[-1])[lane])
 
@@ -535,13 +559,13 @@ class Machine:
                 for half in range(2):
                     mine[lane // 4 + 8 * (index % 2), lane % 4 * 2 + half + 8 * (index // 2)] = word[:, half]
             transposed = ["0", *transposed]
-        else:
-            mine, left = None, int(self._get(warp, a, np.uint64)[0])
-        right, fresh = int(self._get(warp, b, np.uint64)[0]), not bool(warp.registers[accumulate][0])
+        left = None if a.startswith("{") else self._in_shared(int(self._get(warp, a, np.uint64)[0]), 64, transposed[0] == "1")
+        right = self._in_shared(int(self._get(warp, b, np.uint64)[0]), n, transposed[1] == "1")
+        fresh = not bool(warp.registers[accumulate][0])
 
         def multiply():
-            rows = self._in_shared(left, 64, transposed[0] == "1")[16 * (warp.index % 4) :][:16] if mine is None else mine
-            product = rows @ self._in_shared(right, n, transposed[1] == "1").T
+            rows = mine if left is None else self._matrix(left)[16 * (warp.index % 4) :][:16]
+            product = rows @ self._matrix(right).T
             for index, name in enumerate(sums):
                 part = product[lane // 4 + 8 * (index // 2 % 2), lane % 4 * 2 + index % 2 + 8 * (index // 4)]
                 before = np.float32(0) if fresh else self._get(warp, name, np.float32)
@@ -550,7 +574,7 @@ class Machine:
         return multiply
 
     def _in_shared(self, descriptor: int, rows: int, transposed: bool):
-        """Return the matrix [rows, 16] that a descriptor means, in float32."""
+        """Return the addresses in shared memory of the matrix [rows, 16] that a descriptor means."""
         start, leading, stride = ((descriptor >> bit & 0x3FFF) * 16 for bit in (0, 16, 32))
         width = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
         row, k = np.indices((rows, 16))
@@ -567,6 +591,10 @@ class Machine:
         else:
             address = start + along // 8 * stride + along % 8 * width + across * 2
         address = _swizzled(address, width)
+        self.fenced(address)
+        return address
+
+    def _matrix(self, address):
         return self.shared.view(np.uint16)[address // 2].view(_BF16).astype(np.float32)
 
 
@@ -595,6 +623,7 @@ class _Box:
         inner = _swizzled(shared + np.arange(len(index)) * size, max(tensor.swizzle, 16))
         assert shared % 128 == 0 or tensor.swizzle <= 16, f"TMA to or from shared memory at {shared}, expected a multiple of 128"
         dtype = f"u{size}"
+        self.in_shared = inner[self.inside]
         self.inner, self.bytes = inner // size, len(index) * size
         self.argument, self.shared = machine.arguments[tensor.argument].view(dtype), machine.shared.view(dtype)
 
@@ -613,6 +642,8 @@ class _Bytes:
     def __init__(self, machine: Machine, target: int, source: int, count: int):
         assert not (target | source | count) % 16, f"a copy of {count} bytes from {source} to {target}, expected multiples of 16"
         self.target, self.source, self.bytes = machine.memory(target, count), machine.memory(source, count), count
+        shared = min(target, source)  # arguments are above it
+        self.in_shared = slice(shared, shared + count)
 
     def load(self) -> None:
         self.target[:] = self.source

@@ -52,6 +52,24 @@ WAIT = """.entry kernel(
 	ret;
 }
 """
+COPY = """.entry kernel(
+	.param .u64 kernel_param_0
+)
+{
+	mov.u32 %r1, %tid.x;
+	setp.eq.b32 %p1, %r1, 0;
+	shl.b32 %r2, %r1, 2;
+	st.shared.b32 [%r2], %r1;
+	FENCE
+	bar.sync 0;
+	ld.param.b64 %rd1, [kernel_param_0];
+	mov.b32 %r3, 0;
+	@%p1 cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r3], 256;
+	@%p1 cp.async.bulk.commit_group;
+	@%p1 cp.async.bulk.wait_group 0;
+	ret;
+}
+"""
 
 
 def test_threads_that_wait_for_too_few_are_found_out():
@@ -61,6 +79,19 @@ def test_threads_that_wait_for_too_few_are_found_out():
     np.testing.assert_array_equal(out, np.arange(64))
     with pytest.raises(ptx_machine.Deadlock, match="try_wait"):
         ptx_machine.Machine(ptx_machine.Program(WAIT.replace("ARRIVING", "63")), launch, [out], (0, 0, 0), late=False).run()
+
+
+@asynchronous
+@pytest.mark.parametrize("fence", ["fence.proxy.async.shared::cta;", "@%p1 fence.proxy.async.shared::cta;", ""], ids=["all", "one", "none"])
+def test_stored_numbers_that_a_thread_has_not_fenced_before_they_are_copied_are_found_out(fence, late):
+    out = np.zeros(64, np.int32)
+    machine = ptx_machine.Machine(ptx_machine.Program(COPY.replace("FENCE", fence)), ptx_machine.Launch((1, 1, 1), 64, (0,), {}), [out], (0, 0, 0), late=late)
+    if fence.startswith("fence"):
+        machine.run()
+        np.testing.assert_array_equal(out, np.arange(64))
+    else:
+        with pytest.raises(AssertionError, match="not fenced"):
+            machine.run()
 
 
 @needs_compiler
