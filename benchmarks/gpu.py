@@ -88,7 +88,7 @@ def lanes(models: list[str], memory: int) -> list[tuple[float, list[tuple[str, s
     rivals, kernels = [("load", small, 1), ("torch", small, 1), ("triton", small, 1)], [("kernels", large, 2), ("variants", large, 1)]
     if memory < LANES_FROM or len(models) < 2:
         return [(GPU_FRACTION, [*(("model", model, 6) for model in models), *rivals, ("transformers", small, 1), *kernels])]
-    return [(0.63, [("model", large, 6), ("model", small, 2), ("transformers", small, 1)]), (0.21, [("model", small, 6), *rivals]), (0.1, kernels)]
+    return [(0.63, [("model", large, 8), ("model", small, 1), ("transformers", small, 1)]), (0.21, [("model", small, 8), *rivals]), (0.1, kernels)]
 
 
 def gpu_memory() -> int:
@@ -212,24 +212,25 @@ def write(path: pathlib.Path, row: dict) -> None:
 def measured(arguments, record, points: list[tuple[dict, Callable]]) -> None:
     """Record a measurement of each point, or why there is none: what is out of memory, or not possible here, the next may be.
 
-    points: (its row, what gets it ready and returns what measures it). All are got ready beside each other, then measured one by one; none where
-    that would take longer than is left, by what took longest so far.
+    points: (its row, what gets it ready and returns what measures it). All are got ready beside each other, then measured one by one; of the first
+    only, or of none, where more would take longer than is left, by what a point took so far.
     """
     begun = time.monotonic()
-    late = begun + arguments.took > arguments.end
+    most = len(points) if not arguments.took else max(0, int((arguments.end - begun) / arguments.took))
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        waiting = [(row, None if late else pool.submit(prepare)) for row, prepare in points]
-    with contextlib.nullcontext() if late else alone():
+        waiting = [(row, pool.submit(prepare) if index < most else None) for index, (row, prepare) in enumerate(points)]
+    with alone() if most else contextlib.nullcontext():
         for row, future in waiting:
             try:
                 record(**({"skipped": NO_TIME} if future is None or time.monotonic() > arguments.end else future.result()()) | row)
             except Exception as error:
                 record(**row, failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
-    arguments.took = max(arguments.took, time.monotonic() - begun)
+    if most:
+        arguments.took = max(arguments.took, (time.monotonic() - begun) / max(len(points[:most]), AT_ONCE // 2))  # one alone says little of others
 
 
 def begin(arguments, record):
-    """Return (configuration, ceilings), recorded with what the numbers depend on."""
+    """Return (configuration, ceilings). The first section of a run measures these, and records them with what all its numbers depend on."""
     import jax
 
     from gptoss_jax.inference import measure
@@ -237,14 +238,24 @@ def begin(arguments, record):
 
     if arguments.checked:
         hopper.wrong_here = lambda op: None
-    device = jax.devices()[0]
-    with alone():
-        limits = measure.ceilings()
-    git = shutil.which("git")
-    commit = git and subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    record(what="ceilings", device=device.device_kind, jax=jax.__version__, commit=commit or None, date=time.strftime("%Y-%m-%d"),
-           gb_per_second=limits.bandwidth / 1e9, tflop_per_second=limits.matmul / 1e12)
-    return config_of(arguments.model), limits
+    known = next((row for row in read(arguments.out)[arguments.earlier :] if row.get("what") == "ceilings"), None)
+    if known is None:
+        with alone():
+            limits = measure.ceilings()
+        known = {"what": "ceilings", "device": jax.devices()[0].device_kind, "jax": jax.__version__, "package": package(), "date": time.strftime("%Y-%m-%d"),
+                 "gb_per_second": limits.bandwidth / 1e9, "tflop_per_second": limits.matmul / 1e12}
+        record(**known)
+    return config_of(arguments.model), measure.Ceilings(known["gb_per_second"] * 1e9, known["tflop_per_second"] * 1e12)
+
+
+def package() -> str | None:
+    """Return the object name that git gives the package's folder as it is here, which `git rev-parse COMMIT:gptoss_jax` tells of a commit."""
+    if not (git := shutil.which("git")):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for command in (["init", "--quiet"], ["add", "gptoss_jax"], ["write-tree", "--prefix=gptoss_jax/"]):
+            done = subprocess.run([git, f"--git-dir={folder}", f"--work-tree={ROOT}", *command], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def config_of(name: str):
@@ -281,8 +292,8 @@ def kernels(arguments, record) -> None:
 
     context = min(8192, config.max_position_embeddings, max(arguments.contexts))
     measured(arguments, record, points(measure.cases(config, 4, min(context, 1024), experts=min(8, config.num_local_experts)), "check", error))
-    for batch in arguments.batches:
-        cases = measure.cases(config, batch, context if batch <= 16 else min(context, 1024))
+    for index in range(0, len(arguments.batches), 2):  # of more at once, the weights would find no room
+        cases = [case for batch in arguments.batches[index : index + 2] for case in measure.cases(config, batch, context if batch <= 16 else min(context, 1024))]
         measured(arguments, record, points(cases, "kernel", functools.partial(measure.kernel, limits=limits, repetitions=3, seconds=0.05)))
 
 

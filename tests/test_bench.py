@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import functools
 import importlib.util
 import io
 import json
@@ -303,6 +304,20 @@ def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(gpu, tmp_p
     assert [row.get("failed") or row.get("skipped") or row["seconds"] for row in rows] == [
         division, 2, division, 1, gpu.NO_TIME, gpu.NO_TIME, "RuntimeError: out of luck"]
     assert [row["what"] for row in rows[:-1]] == list("abcdef")
+
+
+def test_the_gpu_script_begins_as_many_points_as_find_time_and_measures_ceilings_once_a_run(gpu, tmp_path, monkeypatch):
+    arguments = argparse.Namespace(out=tmp_path / "rows.jsonl", section="torch", model="tiny", end=time.monotonic() + 10, took=4.0, checked=False, earlier=1)
+    arguments.out.write_text('{"what": "ceilings", "gb_per_second": 7, "tflop_per_second": 7}\n')  # of an earlier run
+    record = functools.partial(gpu.write, arguments.out)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n" * 4))
+    gpu.measured(arguments, lambda **row: record(row), [({"what": what}, lambda: lambda: {"seconds": 1}) for what in "abc"])
+    assert [row.get("skipped") for row in gpu.read(arguments.out)[1:]] == [None, None, gpu.NO_TIME]
+    found = iter([measure.Ceilings(4e9, 5e12)])
+    monkeypatch.setattr(measure, "ceilings", lambda: next(found))
+    assert [gpu.begin(arguments, lambda **row: record(row))[1] for _ in range(2)] == [(4e9, 5e12)] * 2
+    (row,) = gpu.read(arguments.out)[4:]
+    assert row["package"] is None or len(row["package"]) == 40
 
 
 def test_the_gpu_script_refuses_what_it_cannot_use_before_it_begins(gpu, tmp_path, monkeypatch, capsys):
