@@ -17,26 +17,24 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import json
 import os
 import pathlib
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
 
+from gpu_lanes import GPU_FRACTION, NO_TIME, Turns, alone, gpu_memory, lanes, read, run_lane, write
+from gpu_rivals import torch_ceilings, transformers_rival, triton_rival
+
 ROOT = pathlib.Path(__file__).parents[1]
-LANES_FROM, GPU_FRACTION = 120e9, 0.94  # bytes of a GPU's memory that hold three lanes; how much of it they take
 AT_ONCE, POINT = 8, ("what", "batch", "context")
 FIRST = ((1, 128), (1, 8192), (16, 128), (64, 8192), (1, 131_072), (64, 128), (256, 128), (4, 128))  # what matters most is measured first
 WRONG = 0.02  # of a result's norm: more than bfloat16 explains
-TOO_LARGE, NO_TIME = "does not fit", "no time left"
-READY, TIMED = "ready to time", "timed"  # what a section says to the process that started it, and waits for its answer
+TOO_LARGE = "does not fit"
 
 
 def main() -> int:
@@ -79,107 +77,6 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def lanes(models: list[str], memory: int) -> list[tuple[float, list[tuple[str, str, int]]]]:
-    """Return each lane's share of the memory and its sections: (section, model, share of the lane's time; what one leaves goes to those after it).
-
-    Points of the smaller model that don't fit beside the larger one are left to the lane that held that, when it is done.
-    """
-    large, small = models[0], models[-1]
-    rivals, kernels = [("load", small, 1), ("torch", small, 1), ("triton", small, 1)], [("kernels", large, 2), ("variants", large, 1)]
-    if memory < LANES_FROM or len(models) < 2:
-        return [(GPU_FRACTION, [*(("model", model, 6) for model in models), *rivals, ("transformers", small, 1), *kernels])]
-    return [(0.63, [("model", large, 8), ("model", small, 1), ("transformers", small, 1)]), (0.21, [("model", small, 8), *rivals]), (0.1, kernels)]
-
-
-def gpu_memory() -> int:
-    """Return the bytes of the first GPU's memory, 0 where there is none to be asked."""
-    if not (query := shutil.which("nvidia-smi")):
-        return 0
-    found = subprocess.run([query, "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True).stdout.split()
-    return int(found[0]) << 20 if found and found[0].isdigit() else 0
-
-
-class Turns:
-    """Lanes compile beside each other and time one at a time: when all are ready or at an end, and nobody compiles again before all have had their turn."""
-
-    def __init__(self):
-        self.changed, self.compiling, self.ready, self.timing = threading.Condition(), 0, 0, False
-
-    def compile(self) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: not self.ready)
-            self.compiling += 1
-
-    def time(self) -> None:
-        self.end_compiling(ready=1)
-        with self.changed:
-            self.changed.wait_for(lambda: not self.compiling and not self.timing)
-            self.timing = True
-
-    def end_compiling(self, ready: int = 0) -> None:
-        with self.changed:
-            self.compiling, self.ready = self.compiling - 1, self.ready + ready
-            self.changed.notify_all()
-
-    def end_timing(self) -> None:
-        with self.changed:
-            self.ready, self.timing = self.ready - 1, False
-            self.changed.notify_all()
-
-    def compile_again(self) -> None:
-        self.end_timing()
-        self.compile()
-
-
-def run_lane(sections, share: float, command: list[str], out: pathlib.Path, end: float, turns: Turns) -> int:
-    """Run sections one after another, each a process that says when it is ready to time. Returns how many failed."""
-    failed, environment = 0, os.environ | {"XLA_CLIENT_MEM_FRACTION": str(share)}
-    environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # its older name
-    for index, (section, model, weight) in enumerate(sections):
-        turns.compile()
-        seconds = (end - time.monotonic()) * weight / sum(others for *_, others in sections[index:])
-        if seconds < 10:
-            write(out, {"section": section, "model": model, "skipped": NO_TIME})
-            turns.end_compiling()
-            continue
-        timing, told = False, {READY: turns.time, TIMED: turns.compile_again}
-        with subprocess.Popen([*command, "--seconds", str(seconds), "--section", section, "--model", model], text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, env=environment) as process:
-            watch = threading.Timer(seconds + 10, process.kill)  # it watches the time itself
-            watch.start()
-            for line in process.stdout:
-                if (said := line.strip()) not in told:
-                    print(line, end="", flush=True)
-                    continue
-                told[said]()
-                timing = said == READY
-                with contextlib.suppress(BrokenPipeError):  # killed meanwhile
-                    os.write(process.stdin.fileno(), b"\n")
-        turns.end_timing() if timing else turns.end_compiling()
-        watch.cancel()
-        failed += process.returncode != 0
-        if process.returncode < 0:
-            write(out, {"section": section, "model": model, "skipped": f"stopped by signal {-process.returncode} after {seconds + 10:.0f} s or less"})
-    return failed
-
-
-@contextlib.contextmanager
-def alone():
-    """Wait until nothing else runs on the GPU, and see that it stays so."""
-    try:
-        print(READY, flush=True)
-        sys.stdin.readline()
-        yield
-    finally:
-        print(TIMED, flush=True)
-        sys.stdin.readline()
-
-
-def read(path: pathlib.Path) -> list[dict]:
-    """Return the rows of a file of results; half a line, where a run was cut off, is none."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-
-
 def hopper_checked(rows: list[dict]) -> bool:
     """Return whether each of the Hopper kernels has been found to equal the reference."""
     checks = [row for row in rows if row.get("op") == "hopper" and row["what"] == "check"]
@@ -201,12 +98,6 @@ def run_section(arguments) -> int:
         record(failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
         return 1
     return 0
-
-
-def write(path: pathlib.Path, row: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
 
 
 def measured(arguments, record, points: list[tuple[dict, Callable]]) -> None:
@@ -440,88 +331,6 @@ def load(arguments, record) -> None:
                 jax.block_until_ready(gptoss_jax.load(path).weights())
                 seconds = time.perf_counter() - start
                 record(what="load", read_from=cache, seconds=seconds, gb_per_second=cost.weight_bytes(config) / seconds / 1e9)
-
-
-def torch_ceilings(arguments, record) -> None:
-    """What the same device gives PyTorch: a copy, and a bfloat16 matrix product."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return record(skipped="PyTorch finds no GPU")
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    data, copy = (torch.empty(1 << 32, dtype=torch.uint8, device="cuda") for _ in range(2))
-    with alone():
-        record(what="torch copy", gb_per_second=2 * data.numel() / gpu_seconds(torch, lambda: copy.copy_(data)) / 1e9)
-        record(what="torch matmul", tflop_per_second=2 * 8192**3 / gpu_seconds(torch, lambda: a @ b) / 1e12)
-
-
-def gpu_seconds(torch, run, repetitions: int = 10) -> float:
-    """Return the median seconds of a call, by events."""
-    run()
-    times = []
-    for _ in range(repetitions):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times)
-
-
-def triton_rival(arguments, record) -> None:
-    """The experts' first product through Triton's tl.dot_scaled, for kernels.expert_matmul to be held against: 4 experts, few rows each."""
-    import torch
-    import triton  # noqa: F401
-
-    if not torch.cuda.is_available():
-        return record(skipped="PyTorch finds no GPU")
-    from triton_dot_scaled import mxfp4_matmul  # beside this file: Triton reads its kernels' source
-
-    experts, out, inputs, rows = 128, 5760, 2880, 16
-    blocks = torch.randint(0, 256, (experts, out, inputs // 2), dtype=torch.uint8, device="cuda")
-    scales = torch.randint(118, 121, (experts, out, inputs // 32), dtype=torch.uint8, device="cuda")
-    x = torch.randn(4, rows, inputs, dtype=torch.bfloat16, device="cuda")
-    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], device="cuda")
-    chosen = torch.randperm(experts, device="cuda")[:4]
-    picked = blocks[chosen]
-    codes = torch.stack([picked & 15, picked >> 4], -1).flatten(-2).long()
-    dense = values[codes] * torch.exp2(scales[chosen].float() - 127).repeat_interleave(32, -1)
-    expected = torch.einsum("eri,eoi->ero", x.float(), dense)
-    error = ((mxfp4_matmul(x, blocks, scales, chosen).float() - expected).norm() / expected.norm()).item()
-    choices = [torch.randperm(experts, device="cuda")[:4] for _ in range(8)]  # others each time: the cache holds four
-    with alone():
-        seconds = gpu_seconds(torch, lambda: [mxfp4_matmul(x, blocks, scales, chosen) for chosen in choices]) / len(choices)
-    record(what="triton dot_scaled", rows=rows, experts=4, error=error, seconds=seconds, gb_per_second=4 * out * inputs * 17 / 32 / seconds / 1e9)
-
-
-def transformers_rival(arguments, record) -> None:
-    """Batch-1 decode of the smaller model by transformers, bfloat16 experts, random weights, as large as the time allows."""
-    import torch
-    import transformers
-
-    if not torch.cuda.is_available():
-        return record(skipped="PyTorch finds no GPU")
-    config = transformers.GptOssConfig(num_hidden_layers=24, num_local_experts=32, torch_dtype="bfloat16")
-    with torch.device("meta"):
-        model = transformers.GptOssForCausalLM(config).to(torch.bfloat16)
-    model = model.to_empty(device="cuda").eval()
-    with torch.no_grad(), alone():
-        for weight in model.parameters():
-            weight.normal_(0, 0.02)
-        model.model.rotary_emb = type(model.model.rotary_emb)(config, device="cuda")
-        ids = torch.randint(0, config.vocab_size, (1, 112), device="cuda")
-        for count in (4, 16):  # the first to warm up
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            model.generate(ids, max_new_tokens=count + 1, min_new_tokens=count + 1, do_sample=False)
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-        first = time.perf_counter()
-        model.generate(ids, max_new_tokens=1, do_sample=False)
-        torch.cuda.synchronize()
-        seconds -= time.perf_counter() - first
-    record(what="transformers decode", version=transformers.__version__, batch=1, context=128, dtype="bfloat16", tokens_per_second=16 / seconds)
 
 
 SECTIONS = {"check": check, "kernels": kernels, "variants": variants, "model": model, "load": load, "torch": torch_ceilings, "triton": triton_rival,

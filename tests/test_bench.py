@@ -3,7 +3,7 @@
 import argparse
 import concurrent.futures
 import functools
-import importlib.util
+import importlib
 import io
 import json
 import pathlib
@@ -277,10 +277,9 @@ def test_what_does_not_fit_is_refused_with_the_table(capsys, quick, monkeypatch,
 
 @pytest.fixture(scope="module")
 def gpu():
-    spec = importlib.util.spec_from_file_location("gpu", pathlib.Path(__file__).parents[1] / "benchmarks" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(pathlib.Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module("gpu")
 
 
 def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(gpu, tmp_path, monkeypatch):
