@@ -281,10 +281,12 @@ class _Output:
         self._bar(" ".join(str(row[key]) for key in ("what", "op", "size", "implementation", "batch", "context") if key in row))
 
     def show(self, *columns) -> None:
-        from gptoss_jax.inference.measure import table
-
+        """Print a table. columns: (heading, key, how to show the value); what a row lacks is left blank."""
+        cells = [[heading for heading, _, _ in columns]]
+        cells += [[show(row[key]) if key in row else "" for _, key, show in columns] for row in self.rows]
+        widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
         if self.rows:
-            self.note("\n".join(table(self.rows, columns)))
+            self.note("\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)).rstrip() for line in cells))
 
 
 def _opened(args: argparse.Namespace) -> tuple[GptOssConfig, _Output]:

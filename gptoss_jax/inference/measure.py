@@ -225,8 +225,8 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
     """Return the ops of a decode step at the model's shapes, on random numbers. experts: how many, instead of the model's."""
     c = config if experts is None else config.replace(num_local_experts=experts)
     keys = iter(jax.random.split(jax.random.key(2, impl="rbg"), 64))
-    E, A, D, F, H, K = c.num_local_experts, c.num_experts_per_tok, c.hidden_size, c.intermediate_size, c.head_dim, c.num_key_value_heads
-    N = c.num_attention_heads
+    E, A, D, F = c.num_local_experts, c.num_experts_per_tok, c.hidden_size, c.intermediate_size
+    N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
     def normal(*shape):
         return jax.random.normal(next(keys), shape, dtype)
@@ -256,11 +256,10 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
     inputs, angles = (N + 2 * K) * H, (jnp.ones((batch, H // 2)), jnp.zeros((batch, H // 2)))
     for window in (None, c.sliding_window):
         slots = context if window is None else min(window, context)
-        kept = positions[:, context - slots :]
         found.append(Case("attention", f"{batch} x {slots} keys{'' if window is None else ' of a ring'}", tuple(attention.IMPLEMENTATIONS),
                           lambda how, q, k, v, sinks, last, kept, window=window: attention.attention(
                               q, k, v, sinks, q_positions=last, k_positions=kept, window=window, implementation=how),
-                          normal(batch, 1, N, H), (normal(batch, slots, K, H), normal(batch, slots, K, H), normal(N), positions[:, -1:], kept),
+                          normal(batch, 1, N, H), (normal(batch, slots, K, H), normal(batch, slots, K, H), normal(N), positions[:, -1:], positions[:, -slots:]),
                           2 * batch * slots * K * H * item, 4 * batch * slots * N * H))
         found.append(Case("decode_attention", f"{batch} x {slots} slots{'' if window is None else ' of a ring'}", decode_attention.IMPLEMENTATIONS,
                           lambda how, carry, bias, cosine, sine, sinks, last, ring=window is not None: decode_attention.decode_attention(
@@ -401,11 +400,3 @@ def unmet(case: Case, implementation: str) -> str | None:
     except Exception as error:  # whatever refuses, a kernel or a compiler: it is reported, and the others are measured
         return str(error).strip().splitlines()[0][:200]
     return None
-
-
-def table(rows: Sequence[dict], columns: Sequence[tuple[str, str, Callable]]) -> list[str]:
-    """Return aligned lines: columns are (heading, key, how to show the value); what a row lacks is left blank."""
-    cells = [[heading for heading, _, _ in columns]]
-    cells += [[show(row[key]) if key in row else "" for _, key, show in columns] for row in rows]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]

@@ -133,13 +133,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, factor=None, slot
         table_refs, (x, words, scales, bias, *rest) = refs[: len(table)], refs[len(table) :]
         factor_refs, (out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty) = rest[: len(scaled)], rest[len(scaled) :]
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        experts, *places = table_refs
-        count = places[2][0] if places else experts.shape[0]
-
-        def tile_of(tile):
-            """Return (expert, first row, rows), the last two in ALIGNMENTs."""
-            tile = jnp.minimum(tile, experts.shape[0] - 1)
-            return experts[tile], *((ref[tile] for ref in places[:2]) if places else (tile * (N // ALIGNMENT), N // ALIGNMENT))
+        count = table_refs[3][0] if len(table) > 1 else len(tiles.expert)
 
         def by_height(rows, run, *operands):
             """Return run(height, *operands) of the least height that so many rows, in ALIGNMENTs, fit."""
@@ -153,7 +147,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, factor=None, slot
             """Return (expert, first row and rows of its tile, column of outputs, part of the sum, its first step, its number of steps) of this
             block's i-th unit, or anything past the last: a unit ahead is looked up, so that its tile isn't waited for."""
             at = block + i * plan.blocks
-            (expert, first, rows), part, column = tile_of(at // (columns * splits)), at // columns % splits, at % columns
+            (expert, first, rows), part, column = _tile(table_refs, at // (columns * splits), N), at // columns % splits, at % columns
             begin, end = part * steps // splits, (part + 1) * steps // splits
             return expert, first, rows, column, part, begin, jnp.where(expert < E, end - begin, 0)
 
@@ -294,6 +288,13 @@ def _multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back):
         state = jax.lax.cond(length % 2 == 1, step, lambda state: state, state)
     before, slot, _, loaded = state
     return before, slot, loaded
+
+
+def _tile(refs, tile, rows):
+    """Return (expert, first row, rows) of a tile, the last two in ALIGNMENTs; of one past the last, the last one's."""
+    experts, *places = refs
+    tile = jnp.minimum(tile, experts.shape[0] - 1)
+    return experts[tile], *((ref[tile] for ref in places[:2]) if places else (tile * (rows // ALIGNMENT), rows // ALIGNMENT))
 
 
 def _across(x, rows):
