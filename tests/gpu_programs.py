@@ -36,7 +36,7 @@ def compiled_steps(model: str, layers: int, batch: int = 1, names=("decode", "pr
 
 def step(text: str) -> str:
     """Return the computation that decodes a token: the body of the one loop, of a dispatch's steps, whose number XLA knows."""
-    (name,) = re.findall(r' while\(.*body=%?([\w.-]+).*"known_trip_count":{"n":"8"}', text)
+    (name,) = re.findall(r' while\(.*body=%?([\w.-]+).*"known_trip_count":{"n":"4"}', text)
     return text[re.search(rf"^%?{re.escape(name)} .*{{$", text, re.MULTILINE).start() :]
 
 

@@ -92,39 +92,47 @@ def test_a_long_prompt_is_computed_as_hardly_more_tokens_than_it_has(model):
     assert engine._chunks(1, 10_000) == [8192, 2048] and engine._chunks(4, 5000) == [2048, 2048, 1024]
 
 
-def test_tokens_are_the_same_when_a_dispatch_takes_several_steps(engine, oracle, monkeypatch):
+def test_tokens_are_the_same_when_a_dispatch_takes_several_steps(model, oracle):
     """One row stops early at a stop id, others at their room; log-probabilities and finish reasons included."""
     prompts = [oracle["g16.prompt"].tolist(), [1, 2, 3], oracle["g150.prompt"].tolist()]
     settings = [GREEDY, Sampling(seed=3, top_p=0.9), Sampling(seed=4)]
-    monkeypatch.setattr(engine, "stop_ids", frozenset([oracle["g16.new"].tolist()[5]]))
+    engine, stop_ids = Engine(model, prefill_chunk=16), frozenset([oracle["g16.new"].tolist()[5]])
+    engine.stop_ids = stop_ids
     assert engine.steps_per_dispatch == 1  # on CPUs
     expected = [engine.generate(prompts, settings, max_new_tokens=count) for count in (1, 2, 23)]
-    monkeypatch.setattr(engine, "steps_per_dispatch", 3)
-    before = engine._decode._cache_size()
+    engine = Engine(model, prefill_chunk=16, steps_per_dispatch=3)
+    engine.stop_ids = stop_ids
     for count, completions in zip((1, 2, 23), expected):
         ours = engine.generate(prompts, settings, max_new_tokens=count)
         assert [(c.ids, c.finish) for c in ours] == [(c.ids, c.finish) for c in completions]
         for a, b in zip(ours, completions):
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-6)
     assert ours[0].finish == "stop" and len(ours[0].ids) <= 6
-    assert engine._decode_many._cache_size() == 1 and engine._decode._cache_size() == before
+    assert engine._decode._cache_size() == 1
 
 
-def test_a_dispatch_is_a_loop_of_known_length_or_nothing_where_every_row_has_ended(model, oracle):
-    """So that the host isn't asked before each step, and what is dispatched ahead after the last row's end costs nothing."""
-    engine = Engine(model, prefill_chunk=16, steps_per_dispatch=8)
-    assert '"known_trip_count":{"n":"8"}' in engine.lower(1, 256)["decode"].compile().as_text()
-    cache, _ = engine._prefill_prompts([oracle["g16.prompt"].tolist()], 256)
-    new, (_, arrays) = oracle["g16.new"], stack([GREEDY])
-    length, room = int(cache.lengths[0]), np.array([100], np.int32)
-    engine.stop_ids = frozenset([int(new[3])])
-    rows = jnp.asarray(new[:1], jnp.int32), np.array([True])
-    for count, steps in ((1, 8), (9, 0)):
-        cache, rows, (ids, _) = engine._decode_many(engine.weights, cache, rows, arrays, np.int32(count), room, kind="greedy")
-        length += steps
-        assert ids[:, 0].tolist() == (new[1:9].tolist() if steps else [0] * 8) and cache.lengths.tolist() == [length] and not rows[1].any()
+def test_a_dispatch_is_one_loop_of_known_length(model):
+    """So that the host isn't asked before a step, nor before the first, whether any row is open."""
+    decode, arguments, static = Engine(model, prefill_chunk=16, steps_per_dispatch=8)._calls(1, 256, 200, GREEDY)[-1]
+    text = decode.lower(*arguments, **static).compile().as_text()
+    assert '"known_trip_count":{"n":"8"}' in text and (text.count(" while("), text.count(" conditional(")) == (1, 0)
     with pytest.raises(ValueError, match="steps_per_dispatch is 0, expected at least 1"):
         Engine(model, steps_per_dispatch=0)
+
+
+def test_rows_that_have_ended_stay_ended_in_dispatches_ahead(model, oracle):
+    engine, prompts, (_, arrays) = Engine(model, prefill_chunk=16, steps_per_dispatch=2), [oracle["g16.prompt"].tolist(), [1, 2, 3]], stack([GREEDY] * 2)
+    new = oracle["g16.new"].tolist()
+    engine.stop_ids, room = frozenset([new[2]]), np.array([100, 4], np.int32)
+    cache, hidden = engine._prefill_prompts(prompts, 256)
+    ids, _ = engine._first(engine.weights, hidden, arrays, np.zeros(2, np.int32), kind="greedy")
+    rows, lengths = (ids, np.array([True, True])), []
+    for count in (1, 3, 5):  # the first row stops in the first dispatch, the other's room ends with the second
+        cache, rows, (found, _) = engine._decode(engine.weights, cache, rows, arrays, np.int32(count), room, kind="greedy")
+        lengths.append([int(now) - len(prompt) for now, prompt in zip(cache.lengths, prompts)])
+        if count == 1:
+            assert found[:, 0].tolist() == new[1:3]
+    assert lengths == [[2, 2], [2, 4], [2, 4]]
 
 
 def test_a_row_that_has_ended_is_left_out_of_later_dispatches(model, oracle):
@@ -134,8 +142,8 @@ def test_a_row_that_has_ended_is_left_out_of_later_dispatches(model, oracle):
         cache, hidden = engine._prefill_prompts(prompts, 256)
         before = cache.lengths.tolist()
         ids, _ = engine._first(engine.weights, hidden, arrays, np.zeros(2, np.int32), kind="greedy")
-        cache, _, (ids, _) = engine._decode_many(engine.weights, cache, (ids, np.array([True, others_open])), arrays, np.int32(1),
-                                                 np.full(2, 100, np.int32), kind="greedy")
+        cache, _, (ids, _) = engine._decode(engine.weights, cache, (ids, np.array([True, others_open])), arrays, np.int32(1), np.full(2, 100, np.int32),
+                                            kind="greedy")
         found[others_open] = ids[:, 0].tolist()
         assert cache.lengths.tolist() == [before[0] + 2, before[1] + 2 * others_open]
     assert found[True] == found[False] == oracle["g16.new"][1:3].tolist()

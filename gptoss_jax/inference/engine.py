@@ -2,8 +2,8 @@
 
 Four compiled functions do the work: an empty cache, prefill of a chunk, the first token and a dispatch of decode steps, each compiled once per
 bucket: batch and cache length are powers of two, so is a chunk, of which long ones may also end at a quarter between two. Decoding samples on the
-device, its cache is donated, and one dispatch takes several steps, or none if every row has ended; the host dispatches the next before it reads the
-tokens of the one before, so the device never waits for it.
+device, its cache is donated, and one dispatch takes several steps; the host dispatches the next before it reads the tokens of the one before, so the
+device never waits for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SMALLEST_CHUNK = 16
 _POWERS_OF_TWO = 1024  # tokens, up to which there is no chunk in between: what is computed in vain costs less than another program
 _SMALLEST_CACHE = 256
 _PREFILL_CHUNK = {"cpu": 512}  # tokens, elsewhere 8,192: with twice the rows, fewer of the rows in experts' tiles are empty
-_STEPS = {"cpu": 1}  # a dispatch, elsewhere 8: a dispatch of 504 arrays costs the host 0.14 ms; 8 tokens still read as a stream
+_STEPS = {"cpu": 1}  # a dispatch, elsewhere 4, in which time the host is done with the next; after a row's end come up to 7 steps, of two dispatches
 
 
 class PromptError(ValueError):
@@ -90,8 +90,7 @@ class Engine:
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
         read = None if self.mesh is None else self._everywhere  # what the host reads is whole in every process
         self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)
-        self._decode = jax.jit(self._decode_step, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(read, read, None))
-        self._decode_many = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(None, read, read))
+        self._decode = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(None, read, read))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] = Sampling(), *,
                  max_new_tokens: int = 512) -> list[Completion]:
@@ -143,19 +142,14 @@ class Engine:
     def _steps(self, cache, ids, logprobs, settings, room_B, kind):
         """Yield (ids [B], logprobs [B]) of each step on the host, the first token's first; each dispatch before those at hand are read.
 
-        After the last row's end come up to a dispatch of steps that are nobody's.
+        After the last row's end come up to two dispatches of steps, less one, that are nobody's.
         """
         pending, count = (ids, logprobs), 1
         (open_B,) = jax.device_put((jnp.asarray(room_B > 1),), self._place(jnp.asarray(room_B)))
         while True:
             read, pending = pending, None
             if count < room_B.max():
-                if self.steps_per_dispatch == 1:
-                    ids, logprobs, cache = self._decode(self.weights, cache, ids, settings, np.full(room_B.shape, count, np.int32), kind=kind)
-                    pending = (ids, logprobs)
-                else:
-                    cache, (ids, open_B), pending = self._decode_many(
-                        self.weights, cache, (ids, open_B), settings, np.int32(count), room_B, kind=kind)
+                cache, (ids, open_B), pending = self._decode(self.weights, cache, (ids, open_B), settings, np.int32(count), room_B, kind=kind)
                 count += self.steps_per_dispatch
             yield from zip(*map(np.atleast_2d, jax.device_get(read)))
             if pending is None:
@@ -206,20 +200,15 @@ class Engine:
     def _first_token(self, weights, hidden_BD, settings, step_B, *, kind):
         return sample(self._model(weights).unembed(hidden_BD), settings, step_B, kind=kind, sampleable=self.sampleable)
 
-    def _decode_step(self, weights, cache, ids_B, settings, step_B, open_B=None, *, kind):
-        model = self._model(weights)
-        x_BTD, cache = model.hidden_states(ids_B[:, None], segment_ids=None if open_B is None else open_B[:, None].astype(jnp.int32), cache=cache)
-        ids_B, logprobs_B = sample(model.unembed(x_BTD[:, 0]), settings, step_B, kind=kind, sampleable=self.sampleable)
-        return ids_B, logprobs_B, cache
-
     def _decode_steps(self, weights, cache, rows, settings, count, room_B, *, kind):
-        """Decode steps_per_dispatch steps, or none where no row is open. count: tokens each row has; a row is open until a stop id or its room.
+        """Decode steps_per_dispatch steps. count: tokens each row has. rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B],
+        logprobs [steps, B])).
 
-        A row that ends goes on being computed until the dispatch is done: a loop of a number of steps that XLA knows never waits for the host.
-        In later ones it goes to no expert and reads no keys, or one tile. rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B],
-        logprobs [steps, B])), zeros where it took none.
+        A row is open until a stop id or its room. It goes on being computed until the dispatch is done: a loop of a number of steps that XLA knows
+        never waits for the host. In later ones it goes to no expert and reads no keys, or one tile; only a lone row, after whose end no more than one
+        dispatch comes, is computed as if it were open.
         """
-        ids_B, open_B = rows
+        model, (ids_B, open_B) = self._model(weights), rows
         stop_ids = jnp.asarray(sorted(self.stop_ids), jnp.int32)
 
         def goes_on(ids):
@@ -227,16 +216,19 @@ class Engine:
 
         def step(done, carry):
             cache, ids_B, *tokens = carry
-            ids_B, logprobs_B, cache = self._decode_step(weights, cache, ids_B, settings, jnp.broadcast_to(count + done, ids_B.shape), masked_B, kind=kind)
+            x_BTD, cache = model.hidden_states(ids_B[:, None], segment_ids=segments_B1, cache=cache)
+            ids_B, logprobs_B = sample(model.unembed(x_BTD[:, 0]), settings, jnp.broadcast_to(count + done, ids_B.shape), kind=kind, sampleable=self.sampleable)
             here = jnp.arange(shape[0])[:, None] == done  # a select: an update of a slice would be a copy on another stream
             return cache, ids_B, *(jnp.where(here, new, old) for new, old in zip((ids_B, logprobs_B), tokens, strict=True))
 
         shape = self.steps_per_dispatch, ids_B.shape[0]
+        several = len(open_B) > 1
+        if several:
+            open_B &= goes_on(ids_B) & (count < room_B)
+        segments_B1 = open_B[:, None].astype(jnp.int32) if several else None
         carry = cache, ids_B, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-        open_B &= goes_on(ids_B) & (count < room_B)
-        masked_B = open_B if len(open_B) > 1 else None  # a lone row is open wherever a step is taken
-        cache, ids_B, *tokens = jax.lax.cond(open_B.any(), lambda *carry: jax.lax.fori_loop(0, shape[0], step, carry), lambda *carry: carry, *carry)
-        return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0)), tuple(tokens)
+        cache, ids_B, *tokens = jax.lax.fori_loop(0, shape[0], step, carry)
+        return cache, (ids_B, open_B & goes_on(tokens[0]).all(axis=0) if several else open_B), tuple(tokens)
 
     def lower(self, batch: int, tokens: int) -> dict[str, jax.stages.Lowered]:
         """Lower what runs, for `batch` rows of up to `tokens` tokens, with the sampler that takes most memory. Nothing is allocated or run.
@@ -277,11 +269,8 @@ class Engine:
         state = (cache._replace(lengths=None) if len(chunks) == 1 else cache), hidden
         prefills = [(self._prefill, (self.weights, state, abstract((batch, chunk), np.int32), steps), {}) for chunk in sorted(set(chunks), reverse=True)]
         first = self._first, (self.weights, hidden, settings, steps), {"kind": kind}
-        if self.steps_per_dispatch == 1:
-            decode = self._decode, (self.weights, cache, ids, settings, steps), {"kind": kind}
-        else:
-            rows = ids, abstract((batch,), np.bool, sharding=everywhere)
-            decode = self._decode_many, (self.weights, cache, rows, settings, abstract((), np.int32), steps), {"kind": kind}
+        rows = ids, abstract((batch,), np.bool, sharding=everywhere)
+        decode = self._decode, (self.weights, cache, rows, settings, abstract((), np.int32), steps), {"kind": kind}
         return prefills, (self._empty, (batch, length), {}), first, decode
 
     def _check(self, prompts) -> None:
@@ -297,7 +286,7 @@ class Engine:
 
 def usual_steps(platform: str) -> int:
     """Return the steps of a dispatch where none are asked for."""
-    return _STEPS.get(platform, 8)
+    return _STEPS.get(platform, 4)
 
 
 def cache_length(tokens: int, max_context: int) -> int:
