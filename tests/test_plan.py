@@ -246,7 +246,7 @@ def test_a_missing_compiler_is_named_with_the_command_that_installs_it(capsys, m
     assert f"pip install --no-deps {wheels}" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("device, module, axes", [("H100", "jax_plugins.xla_cuda13", {}), ("B200", "jax_plugins.xla_cuda13", {"expert": 2}),
+@pytest.mark.parametrize("device, module, axes", [("H100", "jax_cuda13_plugin", {}), ("B200", "jax_cuda13_plugin", {"expert": 2}),
                                                   ("v5e", "libtpu", {"expert": 4})], ids=str)
 def test_steps_compile_for_a_device_that_is_not_here(device, module, axes):
     if not devices._importable(module):
@@ -350,7 +350,7 @@ def test_a_deep_model_may_be_planned_from_shallow_ones(monkeypatch, capsys):
     assert facts["collectives"]["the step"] == {"all-gather": [1 + 2 * 36, 360]}
 
 
-@pytest.mark.parametrize("device, module, mesh", [("H100", "jax_plugins.xla_cuda13", "data=1"), ("H200", "jax_plugins.xla_cuda13", "expert=2,fsdp=2"),
+@pytest.mark.parametrize("device, module, mesh", [("H100", "jax_cuda13_plugin", "data=1"), ("H200", "jax_cuda13_plugin", "expert=2,fsdp=2"),
                                                   ("v5p", "libtpu", "expert=2,fsdp=2")], ids=str)
 def test_a_training_step_compiles_for_devices_that_are_not_here(device, module, mesh, trained, capsys):
     if not devices._importable(module):
