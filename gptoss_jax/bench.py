@@ -293,7 +293,7 @@ def _opened(args: argparse.Namespace) -> tuple[GptOssConfig, _Output]:
     from gptoss_jax.inference import memory_plan
     from gptoss_jax.plan import config_named
 
-    config = config_named(args.checkpoint) if args.checkpoint else _named(args)
+    config = _named(args) if args.checkpoint is None else config_named(args.checkpoint)
     for batch in args.batch:
         for context in args.context:
             memory_plan.check_request(config, batch, context)

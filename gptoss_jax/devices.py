@@ -130,7 +130,7 @@ def described(name: str, count: int = 1) -> list[jax.Device]:
             raise DeviceError(f"device cpu: {len(jax.devices('cpu'))} here, expected {count}; set jax_num_cpu_devices")
         return jax.devices("cpu")[:count]
     if kind.platform == "cuda":
-        _require({"jax-cuda13-plugin": "jax_plugins.xla_cuda13", "jax-cuda13-pjrt": "jax_plugins.xla_cuda13"}, name, jax.__version__)
+        _require({"jax-cuda13-plugin": "jax_cuda13_plugin", "jax-cuda13-pjrt": "jax_plugins.xla_cuda13"}, name, jax.__version__)
         shape = f"1x{max(count // _GPUS_PER_HOST, 1)}x{min(count, _GPUS_PER_HOST)}"
         topology = topologies.get_topology_desc(platform="cuda", target_config=kind.target, topology=shape)
         return list(topology.devices)

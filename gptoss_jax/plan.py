@@ -159,7 +159,7 @@ def _host_devices(kind: str, count: int) -> None:
 
 def _lines(facts: dict, plan) -> list[str]:
     from gptoss_jax.devices import amount
-    from gptoss_jax.inference.memory_plan import MOST_ROWS
+    from gptoss_jax.inference.memory_plan import CONTEXT_STEP, MOST_ROWS
 
     mesh = " x ".join(f"{axis} {size:,}" for axis, size in facts["mesh"].items() if size > 1)
     several = f"{facts['devices']:,} x {facts['device']}: {mesh}" if facts["devices"] > 1 else f"one {facts['device']}"
@@ -169,7 +169,7 @@ def _lines(facts: dict, plan) -> list[str]:
         lines[-1] = f"{' and '.join(plan.parts)} fit; whether temporaries do, too, is found by compiling"
     if "longest_context" in facts:
         longest, largest = facts["longest_context"], facts["largest_batch"]
-        lines += [f"longest context at batch {facts['batch']:,}: " + (f"{longest:,} tokens" if longest else "none fits"),
+        lines += [f"longest context at batch {facts['batch']:,}: " + (f"{longest:,} tokens, in steps of {CONTEXT_STEP:,}" if longest else "none fits"),
                   f"largest batch at {facts['context']:,} tokens: "
                   + (f"{largest:,}{' or more' if largest >= MOST_ROWS else ''}" if largest else "none fits")]
     for step, kinds in plan.collectives.items():

@@ -251,6 +251,7 @@ def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path, mo
     (["decode", "--random-weights", "tiny", "--context", "5000"], "context is 5000, expected 2 to the model's maximum of 4096"),
     (["decode", "--random-weights", "tiny", "--context", "64", "--steps", "60"], "--context is 64, expected more than the 70 tokens that --steps 60 decodes"),
     (["decode", "--random-weights", "tiny", "--batch", "3"], "batch is 3, expected a power of two"),
+    (["prefill", "--checkpoint", ""], "model '': no such checkpoint directory"),
     (["prefill", "--checkpoint", "/no/such/place"], "model '/no/such/place': no such checkpoint directory"),
     (["kernels", "--random-weights", "tiny", "--repetitions", "0"], "--repetitions is 0, expected at least 1"),
     (["kernels", "--random-weights", "tiny", "--context", "0"], "context is 0, expected 2 to the model's maximum of 4096"),

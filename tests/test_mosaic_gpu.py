@@ -123,6 +123,19 @@ def test_interpreted_with_race_detection_it_equals_the_reference(groups, gated):
 
 
 @needs_new_jax
+def test_race_detection_fails_where_two_warpgroups_write_without_a_barrier():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(out, held):
+        held[...] = jnp.full(held.shape, jax.lax.axis_index("warpgroup"), jnp.float32)
+
+    run = plgpu.kernel(body, out_type=jax.ShapeDtypeStruct((8, 64), jnp.float32), grid=(1,), grid_names=("block",), num_threads=2, thread_name="warpgroup",
+                       scratch_types=[plgpu.SMEM((8, 64), jnp.float32)], interpret=plgpu.InterpretGPUParams(detect_races=True))
+    with pytest.raises(Exception, match="RACE DETECTED"):
+        jax.block_until_ready(run())
+
+
+@needs_new_jax
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_unit_of_the_grid_is_planned_within_a_hoppers_limits(kind):
     from gptoss_jax.kernels.expert_matmul import hopper_kernel

@@ -193,7 +193,7 @@ def test_the_cap_of_the_search_is_not_a_finding_and_a_chunk_is_said_to_be_one(mo
     assert plan.main(["tiny", "--device", "cpu", "--mesh", "data=2", "--context", "1024", "--batch", "4096"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "batch 4,096, context 1,024 tokens" in lines[0] and "largest batch at 1,024 tokens: 4,096 or more" in lines
-    assert any(line.startswith("longest context at batch 4,096: ") for line in lines)
+    assert "longest context at batch 4,096: 4,096 tokens, in steps of 1,024" in lines
     assert "collectives of prefill, a chunk of 65,536 tokens, results on a device: none" in lines  # 16 of each row
     assert "collectives of decode, results on a device: none" in lines
 
@@ -236,15 +236,17 @@ def test_unusable_requests_are_one_line_and_exit_code_2(capsys, argv, said):
     assert out == "" and said in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("device, wheels", [("H100", f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"), ("v5p", "libtpu")])
-def test_a_missing_compiler_is_named_with_the_command_that_installs_it(capsys, monkeypatch, device, wheels):
-    monkeypatch.setattr(devices, "_importable", lambda module: False)
+@pytest.mark.parametrize("device, absent, wheels", [
+    *(("H100", absent, f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}") for absent in ("jax_cuda13_plugin", "jax_plugins.xla_cuda13")),
+    ("v5p", "libtpu", "libtpu")])
+def test_a_missing_compiler_is_named_with_the_command_that_installs_it(capsys, monkeypatch, device, absent, wheels):
+    monkeypatch.setattr(devices, "_importable", lambda module: module != absent)
     assert plan.main(["gpt-oss-20b", "--device", device]) == 2
     err = capsys.readouterr().err
     assert f"pip install --no-deps {wheels}" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("device, module, axes", [("H100", "jax_plugins.xla_cuda13", {}), ("B200", "jax_plugins.xla_cuda13", {"expert": 2}),
+@pytest.mark.parametrize("device, module, axes", [("H100", "jax_cuda13_plugin", {}), ("B200", "jax_cuda13_plugin", {"expert": 2}),
                                                   ("v5e", "libtpu", {"expert": 4})], ids=str)
 def test_steps_compile_for_a_device_that_is_not_here(device, module, axes):
     if not devices._importable(module):
@@ -348,7 +350,7 @@ def test_a_deep_model_may_be_planned_from_shallow_ones(monkeypatch, capsys):
     assert facts["collectives"]["the step"] == {"all-gather": [1 + 2 * 36, 360]}
 
 
-@pytest.mark.parametrize("device, module, mesh", [("H100", "jax_plugins.xla_cuda13", "data=1"), ("H200", "jax_plugins.xla_cuda13", "expert=2,fsdp=2"),
+@pytest.mark.parametrize("device, module, mesh", [("H100", "jax_cuda13_plugin", "data=1"), ("H200", "jax_cuda13_plugin", "expert=2,fsdp=2"),
                                                   ("v5p", "libtpu", "expert=2,fsdp=2")], ids=str)
 def test_a_training_step_compiles_for_devices_that_are_not_here(device, module, mesh, trained, capsys):
     if not devices._importable(module):

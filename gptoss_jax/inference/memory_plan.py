@@ -12,7 +12,7 @@ from gptoss_jax.devices import Plan, PlanError
 from gptoss_jax.inference.engine import Engine, cache_length
 from gptoss_jax.model import GptOss, cost
 
-_CONTEXT_STEP = 1024
+CONTEXT_STEP = 1024
 MOST_ROWS = 4096  # that are looked at
 
 
@@ -70,7 +70,7 @@ class Planner:
     def longest_context(self, batch: int, known: Plan, context: int) -> int | None:
         """Return the longest context that fits, to 1,024 tokens or, below, a power of two; None for none. known: the plan at (batch, context)."""
         limit = self.config.max_position_embeddings
-        candidates = [length for length in (16, 32, 64, 128, 256, 512, *range(_CONTEXT_STEP, limit, _CONTEXT_STEP)) if length < limit] + [limit]
+        candidates = [length for length in (16, 32, 64, 128, 256, 512, *range(CONTEXT_STEP, limit, CONTEXT_STEP)) if length < limit] + [limit]
         return self._largest(candidates, context, known, lambda length: (batch, length))
 
     def largest_batch(self, context: int, known: Plan, batch: int) -> int | None:
