@@ -1,14 +1,13 @@
-"""Every test runs on 8 CPU devices, with strict dtype promotion; warnings are errors (pyproject.toml)."""
+"""Every test runs on 8 CPU devices, as do the processes that it starts; strict dtype promotion; warnings are errors (pyproject.toml)."""
 
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"], os.environ["JAX_NUM_CPU_DEVICES"] = "cpu", "8"
 
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 DATA = pathlib.Path(__file__).parent / "data"

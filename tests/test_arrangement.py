@@ -84,7 +84,7 @@ def test_generate_compiles_again_for_scale_bytes_that_cannot_be_arranged(as_on_a
 
 
 def test_what_the_kernel_cannot_take_stays_as_it_is_and_one_line_says_why(as_on_a_hopper, caplog):
-    model = GptOss(CONFIG, measure.random_weights(CONFIG, "float32"))
+    model = GptOss(CONFIG, cost.abstract_weights(CONFIG, "float32", device=jax.devices()[0]))
     expert_matmul.say.cache_clear()
     with caplog.at_level(logging.INFO, "gptoss_jax"):
         model.arrange()

@@ -12,6 +12,7 @@ from gptoss_jax.kernels.attention import attention, reference, xla
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 N, K, H = 6, 2, 8
+by_reference = jax.jit(reference.attention, static_argnames="window")
 
 
 def inputs(seed, B, T, S, dtype=np.float32):
@@ -40,7 +41,7 @@ def formula(q, k, v, sinks, window):
 @pytest.mark.parametrize("window", [None, 1, 5, 128])
 def test_reference_is_the_formula(window):
     q, k, v, sinks = inputs(0, 2, 19, 19)
-    out = jax.jit(functools.partial(reference.attention, window=window))(q, k, v, sinks, q_positions=positions(2, 19), k_positions=positions(2, 19))
+    out = by_reference(q, k, v, sinks, q_positions=positions(2, 19), k_positions=positions(2, 19), window=window)
     np.testing.assert_allclose(out, formula(q, k, v, sinks, window), atol=1e-6)
 
 
@@ -122,7 +123,7 @@ def test_one_query_a_row_over_its_cache(implementation, window, dtype):
     ours = jax.jit(functools.partial(attention, implementation=implementation, window=window))(
         q, k, v, sinks, q_positions=newest[:, None], k_positions=k_positions)
     wide = [x.astype(np.float32) for x in (q, k, v, sinks)]
-    expected = np.asarray(jax.jit(lambda *a: reference.attention(*a, **tags))(*wide))
+    expected = np.asarray(by_reference(*wide, **tags))
     assert ours.dtype == dtype and not np.asarray(ours[3], np.float32).any()
     np.testing.assert_allclose(ours.astype(np.float32), expected, **(dict(atol=2e-6) if dtype == np.float32 else dict(rtol=2**-8, atol=1e-5)))
 

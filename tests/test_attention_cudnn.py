@@ -60,6 +60,15 @@ def inputs(seed, B, T, S):
     return *map(jnp.asarray, arrays), jnp.asarray(random.standard_normal(N).astype(np.float32) * 2)
 
 
+def forward(q, k, v, sinks, tags, window, order):
+    """cudnn.forward, compiled as one program."""
+    return jax.jit(lambda *arrays: cudnn.forward(*arrays, window, order))(q, k, v, sinks, tags)
+
+
+def by_formula(q, k, v, sinks, tags, window=None):
+    return jax.jit(lambda *arrays, tags: reference.attention(*arrays, **tags, window=window))(q, k, v, sinks, tags=tags)
+
+
 def tags_of(q_positions, k_positions, q_segments=None, k_segments=None):
     return dict(q_positions=q_positions, k_positions=k_positions, q_segments=q_segments, k_segments=k_segments)
 
@@ -74,14 +83,22 @@ def test_training_attention_and_its_gradients_are_those_of_the_formula(window, p
     q, k, v, sinks = inputs(1, 2, 28, 28)
     positions = PACKED_POSITIONS if packed else np.broadcast_to(np.arange(28, dtype=np.int32), (2, 28))
     tags = tags_of(positions, positions, *([PACKED] * 2 if packed else [None] * 2))
-    out, lse = cudnn.forward(q, k, v, sinks, tags, window, "aligned")
     g = jnp.asarray(np.random.default_rng(2).standard_normal(q.shape).astype(np.float32))
-    expected, pullback = jax.vjp(lambda *arrays: reference.attention(*arrays, **tags, window=window), q, k, v, sinks)
+
+    @jax.jit
+    def ours(*arrays):
+        out, lse = cudnn.forward(*arrays, tags, window, "aligned")
+        return out, *cudnn.backward(*arrays, tags, out, lse, g, window)
+
+    @jax.jit
+    def formula(*arrays):
+        out, pull_back = jax.vjp(lambda *arrays: reference.attention(*arrays, **tags, window=window), *arrays)
+        return out, *pull_back(g)
+
     # With segments, scores are small differences of numbers of _APART's size, rounded to float32: 1e-4 of a score, 1e-3 in a sum of keys.
     tolerance = dict(atol=2e-3 if packed else 5e-6)
-    np.testing.assert_allclose(out, expected, **tolerance)
-    for name, ours, theirs in zip(("q", "k", "v", "sinks"), cudnn.backward(q, k, v, sinks, tags, out, lse, g, window), pullback(g)):
-        np.testing.assert_allclose(ours, theirs, **tolerance, err_msg=name)
+    for name, found, expected in zip(("out", "q", "k", "v", "sinks"), ours(q, k, v, sinks), formula(q, k, v, sinks), strict=True):
+        np.testing.assert_allclose(found, expected, **tolerance, err_msg=name)
 
 
 def test_the_dims_that_keep_segments_apart_are_exact_in_bfloat16():
@@ -103,8 +120,8 @@ def test_a_decode_step_split_along_the_keys_is_the_formula(slots, monkeypatch):
     newest = np.array([slots - 1, 20, 0, -1], np.int32)
     filled = np.where(np.arange(slots) <= newest[:, None], np.arange(slots), -1).astype(np.int32)
     tags = tags_of(newest[:, None], filled)
-    out, _ = cudnn.forward(q, k, v, sinks, tags, None, "slots")
-    np.testing.assert_allclose(out, reference.attention(q, k, v, sinks, **tags), atol=2e-6)
+    out, _ = forward(q, k, v, sinks, tags, None, "slots")
+    np.testing.assert_allclose(out, by_formula(q, k, v, sinks, tags), atol=2e-6)
 
 
 def test_a_decode_step_over_a_ring_is_the_formula():
@@ -113,8 +130,8 @@ def test_a_decode_step_over_a_ring_is_the_formula():
     newest = np.array([[29], [11], [4]], np.int32)
     held = newest - (newest - np.arange(12)) % 12
     tags = tags_of(newest, np.where(held >= 0, held, -1).astype(np.int32))
-    out, _ = cudnn.forward(q, k, v, sinks, tags, 12, "ring")
-    np.testing.assert_allclose(out, reference.attention(q, k, v, sinks, **tags, window=12), atol=2e-6)
+    out, _ = forward(q, k, v, sinks, tags, 12, "ring")
+    np.testing.assert_allclose(out, by_formula(q, k, v, sinks, tags, 12), atol=2e-6)
 
 
 CHUNKS = [(0, 9), (0, 5), (25, 9), (25, 4), (2, 1), (7, 0)]  # of each row: tokens before the chunk, own tokens, behind which is padding
@@ -130,9 +147,8 @@ def test_a_chunk_over_a_full_layers_cache_is_the_formula():
     positions, start, own = chunk_positions()
     slots = np.where(np.arange(40) < start + own, np.arange(40), -1).astype(np.int32)
     tags = tags_of(positions, slots)
-    out, _ = cudnn.forward(q, k, v, sinks, tags, None, "slots")
-    real = positions >= 0
-    np.testing.assert_allclose(out[real], reference.attention(q, k, v, sinks, **tags)[real], atol=2e-6)
+    (out, _), real = forward(q, k, v, sinks, tags, None, "slots"), positions >= 0
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(by_formula(q, k, v, sinks, tags))[real], atol=2e-6)
 
 
 @pytest.mark.parametrize("window", [4, 12])
@@ -142,9 +158,8 @@ def test_a_chunk_over_a_ring_is_the_formula(window):
     positions, start, own = chunk_positions()
     held = start - 1 - (start - 1 - np.arange(window)) % window
     tags = tags_of(positions, np.concatenate([np.where(held >= 0, held, -1), positions], axis=1).astype(np.int32))
-    out, _ = cudnn.forward(q, k, v, sinks, tags, window, "ring")
-    real = positions >= 0
-    np.testing.assert_allclose(out[real], reference.attention(q, k, v, sinks, **tags, window=window)[real], atol=2e-6)
+    (out, _), real = forward(q, k, v, sinks, tags, window, "ring"), positions >= 0
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(by_formula(q, k, v, sinks, tags, window))[real], atol=2e-6)
 
 
 def test_what_cudnn_needs_is_said_when_it_is_asked_for_by_name(monkeypatch):

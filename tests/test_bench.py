@@ -88,7 +88,7 @@ def test_every_implementation_that_runs_here_agrees_with_the_reference():
     for case in {case.op: case for case in measure.cases(SMALL, 2, 64)}.values():
         assert measure.chosen_implementation(case) in case.implementations
         for how in case.implementations:
-            if measure.unmet(case, how) is None:
+            if how != "reference" and measure.unmet(case, how) is None:
                 assert measure.compare(case, how) < 0.02, (case.op, case.size, how)  # bfloat16
                 checked.add((case.op, how))
     ops = ("expert_mlp", "expert_matmul", "attention", "decode_attention", "decode_matmul", "dense_matmul", "cache_write")

@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -37,25 +38,32 @@ def finish(process):
     return out, err
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """The cache and what was said when two processes began with it empty."""
-    cache = tmp_path_factory.mktemp("cache")
-    return cache / "gptoss_jax", [finish(process) for process in [start(cache), start(cache)]]
+@pytest.fixture
+def built(tmp_path):
+    """What was built for this processor, in a cache of a test's own."""
+    (cache := tmp_path / "gptoss_jax").mkdir()
+    return pathlib.Path(shutil.copy(cpu_library.build(cpu_library.cache_directory()), cache))
 
 
-@pytest.fixture(scope="module")
-def built(two_processes):
-    return cpu_library.build(two_processes[0])
+def copying_compiler(built, before=":"):
+    """Return a compiler that only copies what was built, after a line of the shell: most of a build's seconds are its compiler's."""
+    folder = built.parents[1]
+    (folder / "original").write_bytes(built.read_bytes()[: -cpu_library._DIGEST])
+    compiler = folder / "compiler"
+    compiler.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && exec c++ --version\nfor last; do :; done\n{before}\nexec cp {folder}/original \"$last\"\n")
+    compiler.chmod(0o700)
+    return str(compiler)
 
 
-def test_two_processes_on_an_empty_cache_both_compute_and_leave_one_whole_file(two_processes):
-    directory, said = two_processes
-    for out, err in said:
+def test_two_processes_on_an_empty_cache_both_compute_and_leave_one_whole_file(built, tmp_path):
+    """Each is compiling when the other is."""
+    whole = built.read_bytes()
+    compiler = copying_compiler(built, f"touch {tmp_path}/compiling-$$; while set -- {tmp_path}/compiling-*; [ $# -lt 2 ]; do sleep 0.01; done")
+    built.unlink()
+    for out, err in map(finish, [start(tmp_path, CXX=compiler), start(tmp_path, CXX=compiler)]):
         assert out == "[[6.0, 6.0], [22.0, 22.0], [38.0, 38.0]]\n"
-        assert err.count("\n") <= 1
-    (path,) = directory.glob("*")
-    assert cpu_library._is_whole(path)
+        assert err.startswith("building the CPU kernels") and err.count("\n") == 1
+    assert [path.read_bytes() for path in built.parent.glob("*")] == [whole] and built.exists()
 
 
 def test_without_a_compiler_one_line_says_so_and_xla_computes(tmp_path):
@@ -73,20 +81,11 @@ def test_a_build_is_found_again(built, caplog):
 @pytest.mark.parametrize("damage", [lambda content: content[:5000], lambda content: b"", lambda content: b"#!/bin/sh\nexit 0\n" * 100,
                                     lambda content: content[:-1] + b"x"], ids=["truncated", "empty", "foreign", "altered"])
 def test_a_damaged_file_is_built_again(built, damage, monkeypatch):
-    """By a compiler that only copies: what is tested is that it is called, and that its output replaces the damage."""
     whole = built.read_bytes()
-    compiler = built.parent / "compiler"
-    original = built.parent / "original"
-    original.write_bytes(whole[: -cpu_library._DIGEST])
-    compiler.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && exec c++ --version\nfor last; do :; done\nexec cp {original} \"$last\"\n")
-    compiler.chmod(0o700)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", copying_compiler(built))
     built.write_bytes(damage(whole))
-    try:
-        assert cpu_library.build(built.parent) == built
-        assert built.read_bytes() == whole
-    finally:
-        built.write_bytes(whole)
+    assert cpu_library.build(built.parent) == built
+    assert built.read_bytes() == whole
 
 
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 from gptoss_jax.kernels import hopper
 from gptoss_jax.model import moe
 
-pytestmark = pytest.mark.skipif(jax.__version_info__ < hopper.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")
+pytestmark = [pytest.mark.usefixtures("quickly_compiled"),
+              pytest.mark.skipif(jax.__version_info__ < hopper.OLDEST_JAX, reason=f"the kernel needs jax 0.11.2, found {jax.__version__}")]
 
 # tokens, experts, experts here and the first of them, rows of a tile, what is special
 CASES = [(1, 32, (32, 0), 8, ""), (2, 13, (5, 4), 8, "nan"), (3, 128, (128, 0), 8, "ties"), (5, 32, (8, 24), 8, "unreal"), (16, 128, (128, 0), 16, "one"),

@@ -1,5 +1,7 @@
 """Routing as GPUs compute it, by comparing, against routing by sorting: the same experts, the same order, the same ties."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from gptoss_jax.kernels.expert_matmul import grouping
 from gptoss_jax.model import moe
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def logits_with_ties(experts):
@@ -20,21 +24,22 @@ def logits_with_ties(experts):
 @pytest.mark.parametrize("experts,count", [(7, 3), (32, 4), (5, 5), (4, 1)])
 def test_ranks_choose_what_sorting_chooses_and_the_lower_of_equals_first(experts, count):
     logits = logits_with_ties(experts)
-    (ours, our_weights), (indices, weights) = (f(logits, count=count) for f in (moe._top_by_rank, moe._top_by_sorting))
+    ways = [functools.partial(f, count=count) for f in (moe._top_by_rank, moe._top_by_sorting)]
+    (ours, our_weights), (indices, weights) = (jax.jit(f)(logits) for f in ways)
     np.testing.assert_array_equal(ours, indices)
     np.testing.assert_allclose(our_weights, weights, rtol=3e-7)  # two roundings of float32
     assert ours.dtype == indices.dtype and (np.asarray(ours[1, 0]) == np.arange(count)).all()
-    gradients = [jax.grad(lambda x: (f(x, count=count)[1] ** 2 * jnp.arange(1.0, count + 1)).sum())(logits)
-                 for f in (moe._top_by_rank, moe._top_by_sorting)]
+    gradients = [jax.jit(jax.grad(lambda x: (f(x)[1] ** 2 * jnp.arange(1.0, count + 1)).sum()))(logits) for f in ways]
     np.testing.assert_allclose(*gradients, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows,experts", [(1, 3), (4, 128), (24, 5), (96, 32)])
 def test_comparing_groups_rows_as_a_stable_sort_does(rows, experts):
     random = np.random.default_rng(rows)
+    ways = [jax.jit(functools.partial(f, experts=experts)) for f in (grouping.by_comparing, grouping.by_sorting)]
     for high in (1, experts, experts + 1, experts + 7):  # one expert has all; some have none; rows of nobody here come last
         expert = jnp.asarray(random.integers(0, high, rows).astype(np.int32))
-        ours, expected = (f(expert, experts=experts) for f in (grouping.by_comparing, grouping.by_sorting))
+        ours, expected = (f(expert) for f in ways)
         for a, b in zip(ours, expected, strict=True):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype == jnp.int32

@@ -1,5 +1,6 @@
 """Running a training: what is saved when, what stops it, what it says, several processes, and the files people start from."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -23,7 +24,9 @@ import yaml
 from gptoss_jax import finetune
 from gptoss_jax.checkpoint import CheckpointError
 from gptoss_jax.checkpoint.training_state import StateStore
-from gptoss_jax.training import loop, report, run_directory, speed
+from gptoss_jax.config import GptOssConfig
+from gptoss_jax.text.tokenizer import load_tokenizer
+from gptoss_jax.training import data, loop, report, run_directory, speed
 from gptoss_jax.training.config import OptimizerConfig, RateConfig, TrainingConfigError, load_config
 from gptoss_jax.training.optimizer import check_rates, make_optimizer, schedule
 from gptoss_jax.training.state import declare_trained, resolve
@@ -314,6 +317,17 @@ def whole(tmp_path_factory):
     return directory
 
 
+def test_a_run_exports_with_its_vocabulary_and_is_not_resumed_as_another(whole, capsys):
+    command = words(whole, f"--run.steps={STEPS}")
+    config = load_config(command[0], command[1:])
+    assert load_tokenizer(whole / "export").vocab_size == config.model.vocab_size == 1536
+    assert GptOssConfig.from_file(whole / "export" / "config.json") == config.model
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)) and "eval_loss" in lines[-1] and lines[-1]["loss"] < 8.0
+    assert finetune.main([*command, "--optimizer.beta1=0.5"]) == 2
+    assert "optimizer.beta1: 0.5 found, expected 0.9 as in the checkpoints" in capsys.readouterr().err
+
+
 def test_sigterm_saves_and_ends_with_143_and_the_same_command_goes_on(tmp_path, whole, capsys, monkeypatch):
     command = words(tmp_path, f"--run.steps={STEPS}", "--run.save_every_steps=100")
     with monkeypatch.context() as patch:
@@ -328,7 +342,7 @@ def test_sigterm_saves_and_ends_with_143_and_the_same_command_goes_on(tmp_path, 
 def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else(tmp_path, whole, capsys):
     command = words(tmp_path, f"--run.steps={STEPS}", "--run.save_every_steps=1")
     run = subprocess.Popen([sys.executable, "-m", "gptoss_jax.finetune", *command], cwd=ROOT, stderr=subprocess.DEVNULL,
-                           env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8"})  # as here, so that what is compiled serves
+                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     while run.poll() is None and not any((tmp_path / "checkpoints").glob("[23]*")):
         time.sleep(0.002)
     run.kill()
@@ -337,6 +351,29 @@ def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else
     assert finetune.main(command) == 0
     assert int(re.search(r"resumed from step (\d)", capsys.readouterr().err)[1]) >= 1
     assert exported(tmp_path) == exported(whole)
+
+
+def chats(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    texts = [f"What is {a} + {b}?" for a in range(10) for b in range(10)]
+    records = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "It is so."}]} for text in texts]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [f"--data.sources=[{{path: {file}}}]"]
+
+
+def test_a_run_trains_on_files_says_when_they_end_and_goes_on(tmp_path, capsys):
+    command = words(tmp_path / "run", *chats(tmp_path), "--data.epochs=1", "--data.eval_fraction=0.1", "--run.save_every_steps=2",
+                    "--run.eval_every_steps=1")
+    config = load_config(command[0], [*command[1:], f"--run.steps={STEPS}"])
+    with contextlib.closing(data.open_data(config.data, load_tokenizer(TINY_VOCABULARY)).batches()) as rows:
+        batches = len(list(rows))
+    with pytest.raises(loop.TrainingError, match=f"data.epochs: 1 found, and the data ends after {batches} batches"):
+        loop.train(config)
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == batches > 1 and "eval_loss" in lines[0]
+    assert finetune.main([*command, f"--run.steps={batches}", "--data.workers=1"]) == 0
+    assert "resumed from step" in capsys.readouterr().err
+    assert (tmp_path / "run" / "export" / "config.json").exists()
 
 
 def poisoned(monkeypatch, number):
@@ -350,17 +387,9 @@ def poisoned(monkeypatch, number):
     monkeypatch.setattr(loop, "place_batch", place_batch)
 
 
-def chats(tmp_path):
-    file = tmp_path / "chats.jsonl"
-    texts = [f"What is {a} + {b}?" for a in range(10) for b in range(10)]
-    records = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "It is so."}]} for text in texts]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return [f"--data.sources=[{{path: {file}}}]", "--data.batch_size=2", "--data.row_tokens=64"]
-
-
 def test_a_loss_that_is_not_a_number_stops_with_step_records_and_checkpoint(tmp_path, capsys, monkeypatch):
     poisoned(monkeypatch, 5)
-    command = words(tmp_path / "run", *chats(tmp_path), "--run.steps=6", "--run.save_every_steps=2", "--run.log_every_steps=6")
+    command = words(tmp_path / "run", *chats(tmp_path), f"--run.steps={STEPS}", "--run.save_every_steps=2", "--run.log_every_steps=6")
     assert finetune.main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"step 5: loss is nan, gradient norm nan; its batch holds \S+/chats.jsonl:\d+, ", error)

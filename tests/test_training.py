@@ -1,7 +1,6 @@
-"""Training: configuration, data, loss, one step against PyTorch, and runs that stop and go on."""
+"""Training: configuration, vocabulary and data, losses, rates and saves; a step is in test_step.py, whole runs in test_running.py."""
 
 import json
-import os
 import pathlib
 
 import jax
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from gptoss_jax import finetune
-from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model import GptOss
 from gptoss_jax.checkpoint.training_state import StateStore
 from gptoss_jax.model.weights import declare, initialize
@@ -19,15 +17,13 @@ from gptoss_jax.text.tokenizer import load_tokenizer
 from gptoss_jax.training import data, loop, loss, vocabulary
 from gptoss_jax.training.config import DataConfig, OptimizerConfig, TrainingConfigError, load_config
 from gptoss_jax.training.optimizer import make_optimizer, schedule
-from gptoss_jax.training.step import make_eval_step, make_train_step
+from gptoss_jax.training.step import make_eval_step
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-DATA = pathlib.Path(__file__).parent / "data"
 PRETRAIN_TINY = pathlib.Path(__file__).parents[1] / "configs" / "pretrain_tiny.yaml"
 SMALL = ("--model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=1 --model.num_local_experts=3 "
-         "--model.num_attention_heads=2 --model.num_key_value_heads=1 --model.head_dim=20 --data.batch_size=2 --run.log_every_steps=2 "
-         "--run.save_every_steps=2 --run.eval_every_steps=4 --run.eval_batches=1 --optimizer.warmup_steps=2").split()
+         "--model.num_attention_heads=2 --model.num_key_value_heads=1 --model.head_dim=20 --data.batch_size=2").split()
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +36,6 @@ def tokenizer_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_file):
     return load_tokenizer(tokenizer_file)
-
-
-def small_config(tmp_path, tokenizer_file, *words):
-    return load_config(PRETRAIN_TINY, [*SMALL, f"--data.tokenizer={tokenizer_file}", f"--output.directory={tmp_path}", *words])
 
 
 # --- configuration -----------------------------------------------------------------------------------------------------------------
@@ -137,18 +129,18 @@ def test_batches_go_on_from_a_saved_position(tokenizer):
 
 
 def test_a_packed_row_has_the_loss_of_its_conversations_one_by_one(tokenizer):
-    config = load_config(PRETRAIN_TINY, [*SMALL, "--model.num_hidden_layers=2", "--train.mode=full"])
+    config = load_config(PRETRAIN_TINY, [*SMALL, "--train.mode=full"])
     weights = initialize(declare(config.model, dtype="float32", packed=False), stddev=0.3)
     row = data.to_batch(next(data.open_data(DataConfig(batch_size=1), tokenizer).batches()))
     metrics = make_eval_step(config)(weights, {}, row)
-    apply = jax.jit(lambda weights, tokens: GptOss(config.model, weights)(tokens))
+    summed = jax.jit(lambda weights, tokens, *wanted: loss.cross_entropy(GptOss(config.model, weights)(tokens), *wanted))
     total = count = 0.0
     for segment in range(1, row.segment_ids.max() + 1):
         mine = row.segment_ids[0] == segment
         tokens, targets, learnt, positions = (part[0][mine] for part in (row.tokens, row.targets, row.loss_weights, row.positions))
         assert (positions == np.arange(mine.sum())).all()
-        padded = np.pad(tokens, (0, row.tokens.shape[1] - len(tokens)))  # behind, where no token sees it
-        part_total, part_count = loss.cross_entropy(apply(weights, padded[None])[:, : len(tokens)], targets[None], learnt[None])
+        padding = 0, row.tokens.shape[1] - len(tokens)  # behind, where no token sees it
+        part_total, part_count = summed(weights, *(np.pad(part, padding)[None] for part in (tokens, targets, learnt)))
         total, count = total + float(part_total), count + float(part_count)
     assert segment > 1
     assert metrics["tokens"] == count
@@ -189,48 +181,9 @@ def test_only_matrices_decay():
 # --- runs --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, tokenizer_file, capsys, monkeypatch):
-    whole = loop.train(small_config(tmp_path / "whole", tokenizer_file, "--run.steps=6"))
-
-    class Killed(BaseException):
-        pass
-
-    def step_then_die(*arguments):
-        step = make_train_step(*arguments)
-
-        def train_step(state, *rest):
-            if state.step == 5:
-                raise Killed
-            return step(state, *rest)
-
-        return train_step
-
-    halves = small_config(tmp_path / "halves", tokenizer_file, "--run.steps=6")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "make_train_step", step_then_die)
-        loop.train(halves)
-    capsys.readouterr()
-    resumed = loop.train(halves)
-    assert "resumed from step 4" in capsys.readouterr().err
-    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert load_tokenizer(resumed).vocab_size == 1536
-    assert GptOssConfig.from_file(resumed / "config.json") == halves.model
-    metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in metrics] == [2, 4, 6]
-    assert "eval_loss" in metrics[1] and metrics[-1]["loss"] < 8.0
-    with pytest.raises(TrainingConfigError, match="optimizer.beta1: 0.5 found, expected 0.9 as in the checkpoints"):
-        loop.train(small_config(tmp_path / "halves", tokenizer_file, "--run.steps=6", "--optimizer.beta1=0.5"))
-
-
 def test_a_vocabulary_of_another_size_is_refused(tmp_path, tokenizer_file):
     with pytest.raises(TrainingConfigError, match="model.vocab_size: 1600 found, expected 1536"):
-        loop.train(small_config(tmp_path, tokenizer_file, "--model.vocab_size=1600"))
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, tokenizer_file):
-    with pytest.raises(loop.TrainingError, match="loss is nan"):
-        loop.train(small_config(tmp_path, tokenizer_file, "--run.steps=4", "--optimizer.learning_rate=1e30", "--optimizer.warmup_steps=0"))
-    assert not os.path.exists(tmp_path / "export")
+        loop.train(load_config(PRETRAIN_TINY, [*SMALL, f"--data.tokenizer={tokenizer_file}", f"--output.directory={tmp_path}", "--model.vocab_size=1600"]))
 
 
 def test_a_save_that_comes_while_another_is_being_written_is_not_left_out(tmp_path):
