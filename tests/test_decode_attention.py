@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 
 from gptoss_jax.inference import measure
-from gptoss_jax.inference.engine import Engine
-from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.attention import say_once
 from gptoss_jax.kernels.decode_attention import decode_attention, hopper_check, mosaic_gpu, reference
-from gptoss_jax.model import GptOss, arrangement
+from gptoss_jax.model import GptOss, arrangement, make_cache
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -147,9 +145,13 @@ def test_a_model_arranged_for_a_hopper_decodes_the_same_and_gives_its_sinks_back
     other.arrange()  # again, what was replaced
     assert other.arrays().keys() == joined.arrays().keys()
     np.testing.assert_array_equal(other.weights()[name], weights[name] + 1)
-    prompts, answers = [[1, 2, 3], list(range(20))], []
+    step = jax.jit(lambda model, tokens, real, cache: model(tokens, segment_ids=real, cache=cache))
+    tokens, real, found = jnp.arange(40).reshape(2, 20), (jnp.arange(20) < jnp.asarray([[3], [20]])).astype(jnp.int32), []
     for model in (apart, joined):
-        answers.append(Engine(model, arrange=False).generate(prompts, Sampling(temperature=0), max_new_tokens=6))
-    assert [answer.ids for answer in answers[0]] == [answer.ids for answer in answers[1]]
-    for one, other in zip(*answers):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+        logits, cache = step(model, tokens, real, make_cache(config, 2, 32, "float32"))
+        found.append([np.asarray(logits)[np.asarray(real) > 0]])
+        for token in range(6):
+            logits, cache = step(model, jnp.full((2, 1), token), jnp.ones((2, 1), jnp.int32), cache)
+            found[-1].append(np.asarray(logits)[:, 0])
+    for one, other in zip(*map(np.concatenate, found), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)

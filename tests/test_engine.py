@@ -172,13 +172,14 @@ def test_a_seed_reproduces_its_tokens_in_any_batch(engine):
 
 @pytest.mark.parametrize("axes", [dict(data=2, expert=2, fsdp=2), dict(context=4, expert=2)], ids=str)
 def test_a_model_loaded_on_a_mesh_generates_the_same_tokens(oracle, axes):
-    """Prompts of unequal lengths in chunks; and in a single chunk, whose tokens `context` splits."""
+    """Prompts of unequal lengths in chunks; and, where `context` splits tokens, in a single chunk."""
     engine = Engine(checkpoint.load(DATA / "tiny_checkpoint", dtype="float32", mesh=sharding.make_mesh(**axes)), prefill_chunk=32)
     assert engine.mesh is not None
     names = ["g150", "g16"]
     completions = engine.generate([oracle[f"{name}.prompt"].tolist() for name in names], GREEDY, max_new_tokens=8)
     assert [c.ids for c in completions] == [oracle[f"{name}.new"].tolist()[:8] for name in names]
-    assert engine.generate([oracle["g16.prompt"].tolist(), [1, 2, 3]], GREEDY, max_new_tokens=3)[0].ids == oracle["g16.new"].tolist()[:3]
+    if "context" in axes:
+        assert engine.generate([oracle["g16.prompt"].tolist(), [1, 2, 3]], GREEDY, max_new_tokens=3)[0].ids == oracle["g16.new"].tolist()[:3]
 
 
 def test_the_context_ends_a_row(model):
@@ -248,7 +249,7 @@ LARGEST_0 = {
     "denormals": [0, -1e-45, -1e-40, -1e-38, -2e-45, -1e-30],
     "minus zero": [-0.0, 0, -0.0, -1e-45, -1],
     "neighbours": [*(np.float32(-3).view(np.int32) + np.arange(-20, 20, dtype=np.int32)).view(np.float32), 0, -3],
-} | {f"{size} random": np.append(-5 * np.abs(np.random.default_rng(size).standard_normal(size - 1)), 0) for size in (2, 513, 7000, 201_088)}
+} | {f"{size} random": np.append(-5 * np.abs(np.random.default_rng(size).standard_normal(size - 1)), 0) for size in (2, 513, 7000, 70_001)}
 search = jax.jit(sampling._search, static_argnames=("ways", "passes"))
 
 

@@ -174,7 +174,7 @@ def test_chat_remembers_changes_effort_resets_and_saves(tmp_path):
 
 def test_a_turn_whose_cache_does_not_fit_is_refused_and_the_chat_goes_on(monkeypatch, capfd, tmp_path):
     saved = tmp_path / "talk.json"
-    lines = iter(["What is 5 + 6?", "What is 2 + 3?" * 200, f"/save {saved}", "What is 2 + 2?"])
+    lines = iter(["What is 5 + 6?", "What is 2 + 3?" * 60, f"/save {saved}", "What is 2 + 2?"])
     monkeypatch.setattr(chat, "read_line", lambda prompt: next(lines, None))
     load = generate.load
 
@@ -184,11 +184,11 @@ def test_a_turn_whose_cache_does_not_fit_is_refused_and_the_chat_goes_on(monkeyp
         return found
 
     monkeypatch.setattr(generate, "load", filled)
-    assert chat.main(["--hide-analysis"]) == 0
+    assert chat.main(["--hide-analysis", "--max-new-tokens", "100"]) == 0
     out, err = capfd.readouterr()
     assert out.splitlines() == ["5 + 6 = 11", "2 + 2 = 4"]
     refusal = err[err.index("  cache of 1 x ") :]
-    assert "  left " in refusal and "of 1 x 4,096 tokens takes 2.70 MB, more than the 0.00 MB free on this host; /reset starts anew" in refusal
+    assert "  left " in refusal and "of 1 x 1,024 tokens takes 0.74 MB, more than the 0.00 MB free on this host; /reset starts anew" in refusal
     assert [text(m) for m in json.loads(saved.read_text())["messages"] if m["role"] == "user"] == ["What is 5 + 6?"]
 
 
