@@ -64,6 +64,8 @@ def _run(args: argparse.Namespace) -> None:
         raise command.UsageError(f"--json {args.json}: can't be written, expected a file in a directory that is there")
     if args.overrides and args.mode != "train":
         raise command.UsageError(f"{args.overrides[0]}: of a training configuration, found with {args.mode}")
+    if args.profile:
+        os.makedirs(args.profile, exist_ok=True)  # JAX does so when all has run
     args.body(args)
 
 
@@ -335,7 +337,6 @@ def _trace(args: argparse.Namespace):
 
     if not args.profile:
         return None
-    os.makedirs(args.profile, exist_ok=True)  # which JAX does when all has run
     return functools.partial(jax.profiler.trace, args.profile)
 
 
