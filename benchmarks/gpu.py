@@ -285,11 +285,46 @@ def model(arguments, record) -> None:
         if what == "prefill":
             return measure.prefill(model, batch, context, limits, repetitions=3)
         sampling = Sampling(top_p=0.95) if what == "decode sampled" else measure.GREEDY  # of the sampler's three kinds the one that does most
-        return measure.decode(model, batch, context, limits, steps=arguments.steps, repetitions=3, sampling=sampling)
+        decode = functools.partial(measure.decode, model, batch, context, limits, steps=arguments.steps, repetitions=3, sampling=sampling)
+        return traced_as_well(decode, record) if (what, batch, context) == traced else decode()
 
+    traced = None if before else next(iter(needs))
     for group in together(needs, free):
         measured(arguments, record, [(dict(zip(POINT, point)), functools.partial(ready, *point)) for point in group])
     record(what="memory", **{name: size for name, size in (jax.devices()[0].memory_stats() or {}).items() if "bytes" in name})
+
+
+def traced_as_well(decode, record) -> Callable[[], dict]:
+    """Get a measurement ready, which when it is made is made once more with a trace, whose GPU's part is recorded."""
+    import jax
+
+    options, contexts = jax.profiler.ProfileOptions(), [contextlib.nullcontext()]
+    options.python_tracer_level = 0  # which would slow the host
+    run = decode(trace=lambda: contexts.pop())
+
+    def measured() -> dict:
+        found = run()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                contexts.append(jax.profiler.trace(folder, profiler_options=options))
+                run()
+                record(what="trace", **gpu_events(folder))
+        except Exception as error:  # a profiler that can't run here costs its trace alone
+            record(what="trace", failed=f"{type(error).__name__}: {error}"[:300])
+        return found
+
+    return measured
+
+
+def gpu_events(folder: str) -> dict:
+    """Return the kernels of a trace in the order in which they began: their names, and [name's index, start, duration] of each in us, the last 4,000."""
+    import jax
+
+    traces = (jax.profiler.ProfileData.from_file(str(path)) for path in pathlib.Path(folder).rglob("*.xplane.pb"))
+    found = sorted((event.start_ns, event.duration_ns, event.name) for trace in traces for plane in trace.planes if plane.name.startswith("/device:GPU")
+                   for line in plane.lines if line.name.startswith("Stream") for event in line.events)[-4000:]
+    names = sorted({name for *_, name in found})
+    return {"names": names, "events": [[names.index(name), round((start - found[0][0]) / 1e3, 2), round(duration / 1e3, 2)] for start, duration, name in found]}
 
 
 def model_points(arguments, config) -> list[tuple[str, int, int]]:
@@ -345,6 +380,10 @@ def show(rows: list[dict]) -> None:
             found.add((row["model"], *(row[name] for name in POINT)))
             print(f"{row['model']} {row['what']:14} batch {row['batch']:4} context {row['context']:7,}: {row['tokens_per_second']:12,.1f} tokens/s, "
                   f"{row['floor_fraction']:6.1%} of the floor {row['xla_flags']}".rstrip())
+        elif row.get("what") == "trace" and row.get("events"):
+            for index, count in collections.Counter(index for index, *_ in row["events"]).most_common(12):
+                times = sorted(time for other, _, time in row["events"] if other == index)
+                print(f"{row['model']} {row['names'][index][:60]}: {count} x {times[len(times) // 2]:,.1f} us")
         elif row.get("op") == "hopper" and row["what"] == "check":
             print(f"Hopper kernel of {row['kernel']}: {row['missing'] and 'needs ' + row['missing'] or 'equals the reference'}")
         elif "error" in row and not row["error"] <= WRONG:  # NaN is wrong

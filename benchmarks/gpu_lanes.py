@@ -119,7 +119,7 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def write(path: pathlib.Path, row: dict) -> None:
-    """Append a row to a file of results, and print it."""
+    """Append a row to a file of results, and print it, as far as one can read it."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+    print(json.dumps(row)[:2000], flush=True)

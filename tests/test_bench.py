@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import importlib
 import io
@@ -10,6 +11,7 @@ import pathlib
 import shutil
 import sys
 import time
+import types
 import weakref
 
 import jax
@@ -319,6 +321,37 @@ def test_the_gpu_script_begins_as_many_points_as_find_time_and_measures_ceilings
     assert [gpu.begin(arguments, lambda **row: record(row))[1] for _ in range(2)] == [(4e9, 5e12)] * 2
     (row,) = gpu.read(arguments.out)[4:]
     assert row["package"] is None or len(row["package"]) == 40
+
+
+def test_the_gpu_script_traces_what_matters_most_after_it_was_measured(gpu, monkeypatch, capsys):
+    def line(name, *events):
+        return types.SimpleNamespace(name=name, events=[types.SimpleNamespace(name=name, start_ns=at, duration_ns=time) for name, at, time in events])
+
+    planes = [types.SimpleNamespace(name="/host:CPU", lines=[line("Stream", ("host", 1, 1))]),
+              types.SimpleNamespace(name="/device:GPU:0", lines=[line("Stream #7(Compute)", ("b", 5000, 1500), ("a", 3000, 900), ("b", 7000, 2500)), line("XLA Ops", ("x", 1, 1))])]
+    rows, ways = [], []
+
+    def decode(trace):
+        def run():
+            with trace() as way:
+                ways.append(way)
+            return {"seconds": 1.0}
+
+        return run
+
+    @contextlib.contextmanager
+    def traced(folder, profiler_options):
+        assert profiler_options.python_tracer_level == 0
+        yield (pathlib.Path(folder) / "host.xplane.pb").touch() or "traced"
+
+    monkeypatch.setattr(jax.profiler, "trace", traced)
+    monkeypatch.setattr(jax.profiler, "ProfileData", types.SimpleNamespace(from_file=lambda path: types.SimpleNamespace(planes=planes)))
+    assert gpu.traced_as_well(decode, lambda **row: rows.append(row))() == {"seconds": 1.0} and ways == [None, "traced"]
+    assert rows == [{"what": "trace", "names": ["a", "b"], "events": [[0, 0, 0.9], [1, 2, 1.5], [1, 4, 2.5]]}]
+    gpu.show([rows[0] | {"model": "tiny", "section": "model"}])
+    assert "tiny b: 2 x 2.5 us" in capsys.readouterr().out
+    planes[1].lines = 5
+    assert gpu.traced_as_well(decode, lambda **row: rows.append(row))() == {"seconds": 1.0} and rows[1]["failed"].startswith("TypeError")
 
 
 def test_the_gpu_script_refuses_what_it_cannot_use_before_it_begins(gpu, tmp_path, monkeypatch, capsys):
