@@ -107,7 +107,7 @@ def measured(arguments, record, points: list[tuple[dict, Callable]]) -> None:
     only, or of none, where more would take longer than is left, by what a point took so far.
     """
     begun = time.monotonic()
-    most = len(points) if not arguments.took else max(0, int((arguments.end - begun) / arguments.took))
+    most = len(points) if not arguments.took else max(0, min(len(points), int((arguments.end - begun) / arguments.took)))
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         waiting = [(row, pool.submit(prepare) if index < most else None) for index, (row, prepare) in enumerate(points)]
     with alone() if most else contextlib.nullcontext():
@@ -117,7 +117,7 @@ def measured(arguments, record, points: list[tuple[dict, Callable]]) -> None:
             except Exception as error:
                 record(**row, failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
     if most:
-        arguments.took = max(arguments.took, (time.monotonic() - begun) / max(len(points[:most]), AT_ONCE // 2))  # one alone says little of others
+        arguments.took = max(arguments.took, (time.monotonic() - begun) / max(most, AT_ONCE // 2))  # one alone says little of others
 
 
 def begin(arguments, record):

@@ -335,9 +335,7 @@ def _model(args: argparse.Namespace, config: GptOssConfig):
 def _trace(args: argparse.Namespace):
     import jax
 
-    if not args.profile:
-        return None
-    return functools.partial(jax.profiler.trace, args.profile)
+    return functools.partial(jax.profiler.trace, args.profile) if args.profile else None
 
 
 def _peak(jax) -> dict:

@@ -169,7 +169,8 @@ def _lines(facts: dict, plan) -> list[str]:
         lines[-1] = f"{' and '.join(plan.parts)} fit; whether temporaries do, too, is found by compiling"
     if "longest_context" in facts:
         longest, largest = facts["longest_context"], facts["largest_batch"]
-        lines += [f"longest context at batch {facts['batch']:,}: " + (f"{longest:,} tokens, in steps of {CONTEXT_STEP:,}" if longest else "none fits"),
+        steps = f"steps of {CONTEXT_STEP:,}" if longest and longest >= CONTEXT_STEP else "powers of two"
+        lines += [f"longest context at batch {facts['batch']:,}: " + (f"{longest:,} tokens, in {steps}" if longest else "none fits"),
                   f"largest batch at {facts['context']:,} tokens: "
                   + (f"{largest:,}{' or more' if largest >= MOST_ROWS else ''}" if largest else "none fits")]
     for step, kinds in plan.collectives.items():

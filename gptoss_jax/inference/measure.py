@@ -103,10 +103,8 @@ def random_weights(config: GptOssConfig, dtype: str = "bfloat16", *, seed: int =
 
 
 def _kind(name: str) -> str:
-    for ending in ("_blocks", "_scales", "norm.weight", "bias", "sinks", "embed_tokens.weight", "experts.gate_up_proj", "experts.down_proj"):
-        if name.endswith(ending):
-            return ending
-    return "matrix"
+    endings = "_blocks", "_scales", "norm.weight", "bias", "sinks", "embed_tokens.weight", "experts.gate_up_proj", "experts.down_proj"
+    return next((ending for ending in endings if name.endswith(ending)), "matrix")
 
 
 def _draw(kind: str, shape, dtype, key):
