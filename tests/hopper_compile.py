@@ -28,12 +28,13 @@ DEVICE = """gpu_device_info {{
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0" }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}" """
 DEVICES = {"NVIDIA H100 80GB HBM3": (3350000000000, 85520809984), "NVIDIA H200": (4800000000000, 151397597184)}
-# device, rows (at multiples of 8), experts, outputs, inputs, gate and up, whether all tiles take a single token
+# device, rows (at multiples of 8), experts, outputs, inputs, gate and up
 CASES = [
-    ("NVIDIA H200", 32, 128, 5760, 2880, True, True), ("NVIDIA H200", 32, 128, 2880, 2880, False, False),  # decode, batch 1
-    ("NVIDIA H100 80GB HBM3", 32, 32, 5760, 2880, True, True), ("NVIDIA H200", 128, 128, 5760, 2880, True, False),
-    ("NVIDIA H100 80GB HBM3", 65536, 128, 5760, 2880, True, False), ("NVIDIA H100 80GB HBM3", 65536, 128, 2880, 2880, False, False),  # prefill, 16k tokens
+    ("NVIDIA H200", 32, 128, 2880, 2880, False), ("NVIDIA H200", 128, 128, 5760, 2880, True),  # decode
+    ("NVIDIA H100 80GB HBM3", 65536, 128, 5760, 2880, True), ("NVIDIA H100 80GB HBM3", 65536, 128, 2880, 2880, False),  # prefill, 16k tokens
 ]
+# device, experts, width, hidden, processors: a single token's four
+LONE_CASES = [("NVIDIA H200", 128, 2880, 2880, 132), ("NVIDIA H100 80GB HBM3", 32, 2880, 2880, 114), ("NVIDIA H100 80GB HBM3", 32, 576, 448, 132)]
 # device, rows, slots, ring; for each 8 key-value heads of 8 queries
 DECODE_CASES = [("NVIDIA H200", 1, 131_072, False), ("NVIDIA H200", 1, 128, True), ("NVIDIA H100 80GB HBM3", 64, 8192, False)]
 # device, tokens, experts, parts of scores: routing of four experts a token; the experts of a single one
@@ -61,7 +62,7 @@ def missing():
 
 
 def main(folder):
-    cases = [(compile_, case) for compile_, cases in ((compile_experts, CASES), (compile_decode, DECODE_CASES), (compile_routing, ROUTINGS),
+    cases = [(compile_, case) for compile_, cases in ((compile_experts, CASES), (compile_lone, LONE_CASES), (compile_decode, DECODE_CASES), (compile_routing, ROUTINGS),
                                                       (compile_product, PRODUCTS)) for case in cases]
     for number, (compile_, case) in enumerate(cases):
         dump = pathlib.Path(folder) / str(number)
@@ -82,26 +83,41 @@ def described(device):
     return functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(topology.devices[0]))
 
 
-def compile_experts(shape, rows, experts, outputs, inputs, gated, lone):
+def compile_experts(shape, rows, experts, outputs, inputs, gated):
     import jax
     import jax.numpy as jnp
 
     from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_kernel
 
-    def weight(kind, outputs, inputs):
-        groups = (experts, outputs // 64, inputs // 64)
-        return kind(shape((*groups, 4, 128), jnp.uint32), shape((*groups, 32), jnp.uint32))
+    own = weight(shape, HopperGateUpWeight if gated else HopperWeight, experts, outputs, inputs)
+    plan = hopper_kernel.plan(rows, own)
 
-    own = weight(HopperGateUpWeight if gated else HopperWeight, outputs, inputs)
-    plan, x = hopper_kernel.plan(rows, own, 8 if lone else None), shape((1 if lone else rows, inputs), jnp.bfloat16)
+    def run(x, own, bias, sizes):
+        return hopper_kernel.matmul(x, own, bias, hopper_kernel.tiles(sizes, rows, plan.rows), plan, limit=7.0, alpha=1.702)
 
-    def run(x, own, bias, tiles, factor):
-        tiles = hopper_kernel.Tiles(tiles) if lone else hopper_kernel.tiles(tiles, rows, plan.rows)
-        return hopper_kernel.matmul(x, own, bias, tiles, plan, factor=factor, slots=rows if lone else None, limit=7.0, alpha=1.702)
-
-    jax.jit(run).lower(x, own, shape((experts, outputs), jnp.bfloat16), shape((rows // 8 if lone else experts,), jnp.int32),
-                       shape((1,), jnp.float32) if lone else None).compile()
+    jax.jit(run).lower(shape((rows, inputs), jnp.bfloat16), own, shape((experts, outputs), jnp.bfloat16), shape((experts,), jnp.int32)).compile()
     return {"op": "experts", "all_rows": rows, "gated": gated, **plan._asdict()}
+
+
+def compile_lone(shape, experts, width, hidden, processors):
+    import jax.numpy as jnp
+
+    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_one_token
+
+    gate_up, down = weight(shape, HopperGateUpWeight, experts, 2 * hidden, width), weight(shape, HopperWeight, experts, width, hidden)
+    plan = hopper_one_token.plan(gate_up, down, 4, processors)
+    biases = [shape((experts, outputs), jnp.bfloat16) for outputs in (2 * hidden, width)]
+    program = hopper_one_token.mlp.lower(
+        shape((1, width), jnp.bfloat16), shape((4,), jnp.int32), shape((1,), jnp.float32), shape((1,), jnp.int32), gate_up, biases[0], down, biases[1], plan,
+        limit=7.0, alpha=1.702).compile()
+    return {"op": "lone", "experts": experts, "temp": program.memory_analysis().temp_size_in_bytes, **plan._asdict()}
+
+
+def weight(shape, kind, experts, outputs, inputs):
+    import jax.numpy as jnp
+
+    groups = (experts, outputs // 64, inputs // 64)
+    return kind(shape((*groups, 4, 128), jnp.uint32), shape((*groups, 32), jnp.uint32))
 
 
 def compile_decode(shape, rows, slots, ring):

@@ -1,9 +1,10 @@
-"""Run a Pallas Mosaic GPU kernel's PTX on no GPU: one block at a time, its warps in turn, as the PTX manual says of each instruction.
+"""Run a Pallas Mosaic GPU kernel's PTX on no GPU: all blocks' warps in turn, as the PTX manual says of each instruction.
 
 What interpret mode can't show is shown here: the fragments in which wgmma takes and gives matrices, layouts made by hand, TMA descriptors, mbarrier
 counts, and whether warps wait for each other for ever. It is no timing model. `late` picks when asynchronous work is done: as soon as it is
 asked for, or as late as the waits in the program allow; a program that doesn't wait for what it needs can't be right with both. What a thread
-stored in shared memory must have been fenced by that thread before TMA copies it, or writes there, or wgmma reads it.
+stored in shared memory must have been fenced by that thread before TMA copies it, or writes there, or wgmma reads it; and a warp must have
+fenced its copies since it looked at a counter before TMA reads what was stored in the arguments meanwhile.
 
 Source: NVIDIA's PTX ISA 9.0: sections on wgmma, matrix descriptors, mbarrier, cp.async.bulk.tensor, stmatrix.
 """
@@ -37,11 +38,11 @@ class Tensor(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What the host does with a kernel: number of blocks and threads, the argument each parameter points to, the descriptors in the last one."""
+    """What the host does with a kernel: number of blocks and threads, the argument each parameter points to, None for that of the descriptors."""
 
     blocks: tuple[int, int, int]
     threads: int
-    parameters: tuple[int, ...]
+    parameters: tuple[int | None, ...]
     tensors: dict[int, Tensor]  # by offset in bytes
 
 
@@ -76,9 +77,9 @@ def read_host(log: str) -> Launch:
         sizes, strides, box = (array(name) for name in re.findall(r"(%[\w#]+) = (?:memref|llvm)\.alloca\b", text[: at.start()])[-3:])
         tensors[int(offset.group(1)) if offset else 0] = Tensor(argument(at.group(2)), sizes, strides, box, number(at.group(3)))
     grid, block, given = re.search(r"launch_func.* blocks in \((.*?)\) threads in \((.*?)\).*? args\((.*?)\)", text).groups()
-    names = [part.split(":")[0].strip() for part in given.split(",")]
+    parameters = (re.match(r"\s*(\S+) : (.*)", part).groups() for part in given.split(","))
     return Launch(tuple(number(name.strip()) for name in grid.split(",")), number(block.split(",")[0].strip()),
-                  tuple(argument(name) for name in (names[:-1] if tensors else names)), tensors)
+                  tuple(None if "array" in kind else argument(name) for name, kind in parameters), tensors)
 
 
 class Program:
@@ -120,12 +121,16 @@ class Warp:
         self.stores: list = []
         self.waiting = None  # for a bar.sync
         self.stored: list = []  # (lane, bytes of shared memory) not yet fenced
+        self.on_their_way: list = []  # (address, bytes) stored in the arguments, which others needn't see yet
+        self.polled = None  # (where, what) it last read of a counter
+        self.reads_stored = False  # whether its copies may read what was stored in the arguments
 
 
 class Machine:
-    """One block of a kernel. memory: the arguments, numpy arrays which are written in place."""
+    """One block of a kernel. arguments: numpy arrays, which are written in place; written: which of their bytes were, by any block."""
 
-    def __init__(self, program: Program, launch: Launch, arguments: list[np.ndarray], block: tuple[int, int, int], *, late: bool):
+    def __init__(self, program: Program, launch: Launch, arguments: list[np.ndarray], block: tuple[int, int, int], *, late: bool, written=None):
+        self.written = written or [np.zeros(argument.nbytes, bool) for argument in arguments]
         self.program, self.launch, self.block, self.late = program, launch, block, late
         self.arguments = [argument.reshape(-1).view(np.uint8) for argument in arguments]
         self.itemsize = [argument.itemsize for argument in arguments]
@@ -137,23 +142,15 @@ class Machine:
         self.warps = [Warp(index) for index in range(launch.threads // LANES)]
         self.counts: dict[str, int] = {}
 
-    @np.errstate(all="ignore")
-    def run(self) -> None:
-        """Run to the end. Raises Deadlock; AssertionError if a copy to shared memory is on its way after that."""
-        end = len(self.program.steps)
-        while running := [warp for warp in self.warps if warp.pc.min() < end]:
-            moved = False
-            for warp in running:
-                moved |= self._turn(warp, end)
-            if not moved:
-                if not self.loads:
-                    raise Deadlock(f"block {self.block}: warps at {[(warp.index, self.program.steps[warp.pc.min()][2]) for warp in running]}")
-                self.loads.pop(0)()
-        assert not self.loads, f"block {self.block}: {len(self.loads)} copies are left on their way"
+    def running(self) -> list[Warp]:
+        """Return the warps that haven't ended. Raises AssertionError if none is left, but a copy to shared memory on its way."""
+        running = [warp for warp in self.warps if warp.pc.min() < len(self.program.steps)]
+        assert running or not self.loads, f"block {self.block}: {len(self.loads)} copies are left on their way"
+        return running
 
-    def _turn(self, warp: Warp, end: int) -> bool:
+    def turn(self, warp: Warp) -> bool:
         """Run a warp until it waits for somebody; return whether anything happened."""
-        moved = False
+        moved, end, looked = False, len(self.program.steps), False
         while warp.waiting is None and (pc := int(warp.pc.min())) < end:
             active = warp.pc == pc
             predicate, negated, operation, operands = self.program.steps[pc]
@@ -174,6 +171,11 @@ class Machine:
                 if done is False:  # a try_wait in vain: others go on, then it is asked again
                     warp.pc[active] = pc
                     return moved
+                if operation.startswith("ld.relaxed"):  # likewise of a counter that is what it was
+                    polled, warp.polled = warp.polled, (pc, *warp.registers[operands[0]][mask])
+                    if polled == warp.polled:
+                        return looked
+                    looked = True
             moved = True
         return moved
 
@@ -380,6 +382,9 @@ class Machine:
         dtype = np.dtype(_TYPES[parts[-1]])
         names = [name.strip() for name in operands[0].strip("{}").split(",")]
         address = self._address(warp, operands[1])
+        warp.reads_stored &= parts[1] != "relaxed"
+        if warp.on_their_way and {*address[mask].tolist()} & {int(stored) for stored, _ in warp.on_their_way}:
+            self.deliver(warp)
         values = np.zeros((LANES, len(names)), dtype)
         for lane in np.flatnonzero(mask):
             values[lane] = self.memory(address[lane], len(names) * dtype.itemsize).view(dtype)
@@ -392,6 +397,13 @@ class Machine:
         values = np.stack([self._get(warp, name.strip(), dtype) for name in operands[1].strip("{}").split(",")], axis=-1)
         for lane in np.flatnonzero(mask):
             self._store(warp, lane, address[lane], values[lane])
+
+    def _red(self, warp, mask, parts, operands):
+        assert parts[1:] == ["release", "gpu", "global", "add", "u32"], parts
+        address, value = self._address(warp, operands[0]), self._get(warp, operands[1], np.uint32)
+        self.deliver(warp)
+        for lane in np.flatnonzero(mask):
+            self.memory(address[lane], 4).view(np.uint32)[:] += value[lane]
 
     def _stmatrix(self, warp, mask, parts, operands):
         assert mask.all() and "m8n8" in parts
@@ -410,14 +422,31 @@ class Machine:
 
     def _store(self, warp, lane: int, address, values) -> None:
         values = np.ascontiguousarray(values).view(np.uint8)
-        self.memory(address, len(values))[:] = values
+        if address >= len(self.shared) and self.late:
+            warp.on_their_way.append((address, values))
+        else:
+            self.memory(address, len(values))[:] = values
         if address < len(self.shared):
             stored = slice(int(address), int(address) + len(values))
             self.unfenced[stored] = True
             warp.stored.append((lane, stored))
+        else:
+            argument, offset = divmod(int(address), 1 << 32)
+            self.written[argument - 1][offset : offset + len(values)] = True
+
+    def deliver(self, warp) -> None:
+        """Let others see what a warp stored in the arguments."""
+        for address, values in warp.on_their_way:
+            self.memory(address, len(values))[:] = values
+        warp.on_their_way = []
 
     def _fence(self, warp, mask, parts, operands):
         if parts[1:3] != ["proxy", "async"]:
+            return
+        if parts[3:] != ["shared::cta"]:
+            assert mask.all(), "a fence of some lanes"
+            warp.reads_stored = True
+        if parts[3:] == ["global"]:
             return
         for lane, stored in warp.stored:
             if mask[lane]:
@@ -456,6 +485,7 @@ class Machine:
             self._set(warp, mask, predicate, valid)
 
     def _bar(self, warp, mask, parts, operands):
+        self.deliver(warp)
         index = int(self._get(warp, operands[0], np.uint32)[0])
         most = int(self._get(warp, operands[1], np.uint32)[0]) if len(operands) > 1 else self.launch.threads
         here = self.named.setdefault(index, [])
@@ -498,9 +528,12 @@ class Machine:
         if "commit_group" in parts:
             return
         if "wait_group" in parts:
-            for store in warp.stores:
-                store()
-            warp.stores.clear()
+            if "read" in parts:
+                warp.stores = [copy.read() for copy in warp.stores]
+            else:
+                for copy in warp.stores:
+                    copy.store()
+                warp.stores = []
             return
         assert parts[2] == "bulk", parts
         loads = next(part for part in parts if part.startswith(("global", "shared"))) != "global"  # the target comes first
@@ -515,7 +548,9 @@ class Machine:
                 target, source = (int(self._address(warp, operand)[lane]) for operand in operands[:2])
                 copy = _Bytes(self, target, source, int(self._get(warp, operands[2], np.uint32)[lane]))
             self.fenced(copy.in_shared)
+            argument, bytes_ = copy.in_memory
             if loads:
+                assert warp.reads_stored or not self.written[argument][bytes_].any(), "a copy of what was stored and not fenced since"
                 barrier = int(self._address(warp, operands[-1])[lane])
 
                 def load(copy=copy, barrier=barrier):
@@ -523,10 +558,9 @@ class Machine:
                     self._arrive(barrier, 0, -copy.bytes)
 
                 self.loads.append(load) if self.late else load()
-            elif self.late:
-                warp.stores.append(copy.store)
-            else:
-                copy.store()
+                continue
+            self.written[argument][bytes_] = True
+            warp.stores.append(copy) if self.late else copy.store()
 
     # Matrix products.
 
@@ -626,14 +660,22 @@ class _Box:
         self.in_shared = inner[self.inside]
         self.inner, self.bytes = inner // size, len(index) * size
         self.argument, self.shared = machine.arguments[tensor.argument].view(dtype), machine.shared.view(dtype)
+        self.in_memory = tensor.argument, (self.outer[:, None] * size + np.arange(size)).ravel()
+        self.values = None
 
     def load(self) -> None:
         values = np.zeros(len(self.inner), self.argument.dtype)
         values[self.inside] = self.argument[self.outer]
         self.shared[self.inner] = values
 
+    def read(self):
+        """Take what is to be stored."""
+        if self.values is None:
+            self.values = self.shared[self.inner[self.inside]]
+        return self
+
     def store(self) -> None:
-        self.argument[self.outer] = self.shared[self.inner[self.inside]]
+        self.argument[self.outer] = self.read().values
 
 
 class _Bytes:
@@ -641,23 +683,48 @@ class _Bytes:
 
     def __init__(self, machine: Machine, target: int, source: int, count: int):
         assert not (target | source | count) % 16, f"a copy of {count} bytes from {source} to {target}, expected multiples of 16"
-        self.target, self.source, self.bytes = machine.memory(target, count), machine.memory(source, count), count
-        shared = min(target, source)  # arguments are above it
-        self.in_shared = slice(shared, shared + count)
+        self.target, self.source, self.bytes, self.values = machine.memory(target, count), machine.memory(source, count), count, None
+        shared, (argument, offset) = min(target, source), divmod(max(target, source), 1 << 32)  # arguments are above it
+        self.in_shared, self.in_memory = slice(shared, shared + count), (argument - 1, slice(offset, offset + count))
 
-    def load(self) -> None:
-        self.target[:] = self.source
+    def read(self):
+        """Take what is to be stored."""
+        if self.values is None:
+            self.values = self.source.copy()
+        return self
 
-    store = load
+    def store(self) -> None:
+        self.target[:] = self.read().values
+
+    load = store
+
+
+@np.errstate(all="ignore")
+def run_together(machines: list[Machine]) -> None:
+    """Run blocks to their ends. Raises Deadlock; AssertionError if a copy to shared memory is on its way after that."""
+    while running := [(machine, warp) for machine in machines for warp in machine.running()]:
+        if not sum(machine.turn(warp) for machine, warp in running):
+            loads = next((machine.loads for machine in machines if machine.loads), None)
+            if loads is None:
+                waiting = [(machine.block, warp.index, machine.program.steps[warp.pc.min()][2]) for machine, warp in running]
+                raise Deadlock(f"blocks' warps at {waiting}")
+            loads.pop(0)()
+    for machine in machines:
+        for warp in machine.warps:
+            machine.deliver(warp)
+            for copy in warp.stores:  # a block may end before what was read of it has arrived
+                assert copy.values is not None, f"block {machine.block}: ended before what it stores was read"
+                copy.store()
 
 
 def run(ptx: str, log: str, arguments: list[np.ndarray], *, late: bool) -> dict[str, int]:
-    """Run all blocks of a kernel, one after the other, on its arguments, outputs last, which are written. Returns how often each operation ran."""
+    """Run all blocks of a kernel together on its arguments, outputs last, which are written. Returns how often each operation ran."""
     program, launch = Program(ptx), read_host(log)
+    written = [np.zeros(argument.nbytes, bool) for argument in arguments]
+    machines = [Machine(program, launch, arguments, (x, y, z), late=late, written=written) for z, y, x in np.ndindex(*launch.blocks[::-1])]
+    run_together(machines)
     counts: dict[str, int] = {}
-    for z, y, x in np.ndindex(*launch.blocks[::-1]):
-        machine = Machine(program, launch, arguments, (x, y, z), late=late)
-        machine.run()
+    for machine in machines:
         for name, count in machine.counts.items():
             counts[name] = counts.get(name, 0) + count
     return counts

@@ -75,10 +75,10 @@ COPY = """.entry kernel(
 def test_threads_that_wait_for_too_few_are_found_out():
     launch = ptx_machine.Launch((1, 1, 1), 64, (0,), {})
     out = np.zeros(64, np.int32)
-    ptx_machine.Machine(ptx_machine.Program(WAIT.replace("ARRIVING", "64")), launch, [out], (0, 0, 0), late=False).run()
+    ptx_machine.run_together([ptx_machine.Machine(ptx_machine.Program(WAIT.replace("ARRIVING", "64")), launch, [out], (0, 0, 0), late=False)])
     np.testing.assert_array_equal(out, np.arange(64))
     with pytest.raises(ptx_machine.Deadlock, match="try_wait"):
-        ptx_machine.Machine(ptx_machine.Program(WAIT.replace("ARRIVING", "63")), launch, [out], (0, 0, 0), late=False).run()
+        ptx_machine.run_together([ptx_machine.Machine(ptx_machine.Program(WAIT.replace("ARRIVING", "63")), launch, [out], (0, 0, 0), late=False)])
 
 
 @asynchronous
@@ -87,11 +87,11 @@ def test_stored_numbers_that_a_thread_has_not_fenced_before_they_are_copied_are_
     out = np.zeros(64, np.int32)
     machine = ptx_machine.Machine(ptx_machine.Program(COPY.replace("FENCE", fence)), ptx_machine.Launch((1, 1, 1), 64, (0,), {}), [out], (0, 0, 0), late=late)
     if fence.startswith("fence"):
-        machine.run()
+        ptx_machine.run_together([machine])
         np.testing.assert_array_equal(out, np.arange(64))
     else:
         with pytest.raises(AssertionError, match="not fenced"):
-            machine.run()
+            ptx_machine.run_together([machine])
 
 
 @needs_compiler
@@ -122,33 +122,80 @@ def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
     assert any(name.startswith("wgmma.mma_async") for name in ran[0])
 
 
-@needs_compiler
-@asynchronous
-@pytest.mark.parametrize("tokens", [1, 3, 8, 17])
-def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
-    """Routed, gathered or, where all tokens fit a tile, shared by all tiles: fewer rows than a TMA copy takes, too."""
+def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden=64, first=0):
+    """Return what the experts of some tokens come to in the simulator and by the reference, and which operations each kernel ran."""
     from hopper_machine import on_machine
 
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
-    random, E, D, F = np.random.default_rng(0), 8, 192, 64
+    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=blocks))
+    monkeypatch.setattr(hopper, "processors", lambda: blocks)
+    random, E = np.random.default_rng(0), 8
     weights = [Mxfp4Weight(random.integers(0, 256, (E, out, inputs // 32, 16), np.uint8), random.integers(119, 122, (E, out, inputs // 32), np.uint8))
-               for out, inputs in ((2 * F, D), (D, F))]
-    biases = [np.asarray(random.standard_normal((E, out)), jnp.bfloat16) for out in (2 * F, D)]
-    x = np.asarray(random.standard_normal((tokens, D)), jnp.bfloat16)
-    scores = random.standard_normal((tokens, E)).astype(np.float32)
+               for out, inputs in ((2 * hidden, width), (width, hidden))]
+    biases = [jnp.asarray(random.standard_normal((E, out)), jnp.bfloat16) for out in (2 * hidden, width)]
+    x = np.asarray(random.standard_normal((tokens, width)), jnp.bfloat16)
+    scores = random.standard_normal((tokens, 16 if first else E)).astype(np.float32)
     top, expert = jax.lax.top_k(scores, 4)
-    weight = jax.nn.softmax(top, axis=-1)
+    weight, here = jax.nn.softmax(top, axis=-1), jnp.where((expert >= first) & (expert < first + E), expert - first, E)
     (gate_up, down), constants = weights, dict(limit=7.0, alpha=1.702)
-    expected = np.asarray(expert_mlp(x.astype(np.float32), expert, weight, gate_up, biases[0], down, biases[1], **constants, implementation="reference"))
+    expected = np.asarray(expert_mlp(x.astype(np.float32), here, weight, gate_up, biases[0], down, biases[1], **constants, implementation="reference"))
     arranged = [hopper_layout.pack(part, kind) for part, kind in zip(weights, (HopperGateUpWeight, HopperWeight))]
-    router = Router(jnp.asarray(scores), jnp.zeros(E), None, jnp.zeros(1, jnp.int32))
+    router = Router(jnp.asarray(scores), jnp.zeros(scores.shape[1]), None, jnp.full(1, first, jnp.int32))
     with on_machine(late=late) as ran:
-        found = mosaic_gpu.expert_mlp(jnp.asarray(x), expert, weight, arranged[0], jnp.asarray(biases[0]), arranged[1], jnp.asarray(biases[1]), router,
-                                      **constants)
+        found = mosaic_gpu.expert_mlp(jnp.asarray(x), here, weight, arranged[0], biases[0], arranged[1], biases[1], router, **constants)
+    return np.asarray(found), expected, ran
+
+
+@needs_compiler
+@asynchronous
+@pytest.mark.parametrize("tokens", [3, 8, 17])
+def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
+    """Routed, gathered or, where all tokens fit a tile, shared by all tiles: fewer rows than a TMA copy takes, too."""
+    found, expected, ran = experts_on_machine(tokens, monkeypatch, late=late)
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
     assert len(ran) == 3
+
+
+@needs_compiler
+@asynchronous
+@pytest.mark.parametrize("sizes", [{}, dict(blocks=7, width=192, hidden=192), dict(blocks=7, width=320, hidden=704), dict(blocks=1, width=64, hidden=128)],
+                         ids=["few blocks", "steps of three groups", "more steps than stages", "one block"])
+@pytest.mark.parametrize("first", [0, 4, 40], ids=["all here", "some here", "none here"])
+def test_the_experts_of_one_token(sizes, first, late, monkeypatch):
+    """By one kernel, whose blocks wait for each other, however many there are, and with some of the token's experts elsewhere."""
+    found, expected, ran = experts_on_machine(1, monkeypatch, late=late, first=first, **sizes)
+    np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
+    assert len(ran) == 2 and (expected.any() or first)
+
+
+@needs_compiler
+@pytest.mark.parametrize("lacking", ["barrier", "wait", "fence"])
+def test_blocks_that_do_not_wait_for_each_other_as_they_should_are_found_out(lacking, monkeypatch):
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from gptoss_jax.kernels.expert_matmul.hopper_instructions import Mosaic
+
+    def of_counter(emit):
+        return lambda counter, *_: plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(lambda _, ref: emit(utils.SemaphoreRef(utils.memref_ptr(ref))))(counter)
+
+    if lacking == "barrier":  # between what a warpgroup's threads store and the one of them that counts
+        monkeypatch.setattr(Mosaic, "count", of_counter(lambda counter: counter.signal(1, memory_scope="gpu")))
+    else:  # for all that is counted, or what fences copies
+        await_count, number = Mosaic.await_count, 1 if lacking == "wait" else 4 * 6
+        unfenced = of_counter(lambda counter: counter.wait(number, decrement=False, memory_scope="gpu"))
+        monkeypatch.setattr(Mosaic, "await_count", unfenced if lacking == "fence" else lambda counter, _, counted: await_count(counter, number, counted))
+
+    def run():
+        return experts_on_machine(1, monkeypatch, late=True, blocks=7, width=192, hidden=192)
+
+    if lacking == "fence":
+        with pytest.raises(AssertionError, match="stored and not fenced"):
+            run()
+    else:
+        found, expected, _ = run()
+        assert not np.allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
 
 
 @needs_compiler
@@ -225,12 +272,13 @@ def test_decode_products_with_scores(case, late):
 @needs_compiler
 @asynchronous
 def test_a_single_rows_decode_step(late, monkeypatch):
-    """Six kernels a layer, each fed by the one before: what the several ops of another device make of it, but for roundings at other places."""
+    """Five kernels a layer, each fed by the one before: what the several ops of another device make of it, but for roundings at other places."""
     from hopper_machine import on_machine
 
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
     monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
+    monkeypatch.setattr(hopper, "processors", lambda: 3)
     config = GptOssConfig(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_local_experts=32, num_experts_per_tok=4,
                           num_attention_heads=8, num_key_value_heads=1, head_dim=64, sliding_window=8, max_position_embeddings=64)
     apart, joined = (GptOss(config, measure.random_weights(config)) for _ in range(2))
@@ -243,5 +291,5 @@ def test_a_single_rows_decode_step(late, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **kernels: kernels.get("cuda", default)(*arrays))
     with on_machine(late=late) as ran:
         found, _ = joined(jnp.full((1, 1), 11), cache=cache)
-    assert len(ran) == 12
+    assert len(ran) == 10
     np.testing.assert_allclose(found, expected, atol=2**-5 * float(expected.std()))

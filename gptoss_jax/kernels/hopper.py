@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 OLDEST_JAX = (0, 11, 2)
+SMS = 132  # multiprocessors of an H100 or H200 (SXM)
 
 
 def jax_unmet() -> str | None:
@@ -30,6 +31,12 @@ def device_unmet(op: str, device: jax.Device | None = None) -> str | None:
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"a Hopper GPU (found {device.device_kind})"
     return wrong_here(op) if device in jax.local_devices() else None
+
+
+def processors() -> int:
+    """Return how many blocks run at the same time that each need a multiprocessor, here or, where no GPU is, on an SXM board."""
+    device = jax.local_devices()[0]
+    return min(SMS, getattr(device, "core_count", SMS)) if device.platform == "gpu" else SMS
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, memref, vector
 
 from gptoss_jax.kernels.expert_matmul.hopper_layout import GROUP
 
@@ -82,6 +82,35 @@ class Mosaic:
     def accumulator(accumulate, _, __, rows):
         return pl.run_scoped(accumulate, plgpu.ACC((GROUP, rows)))
 
+    @staticmethod
+    def store(ref, x):
+        """Store numbers in COLUMN's layout to memory, one by one, as Pallas stores no fewer than four bytes a thread."""
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), COLUMN))
+        def one_by_one(_, ref, x):
+            x.foreach(lambda number, index: memref.store(number, ref, index))
+
+        one_by_one(ref, x)
+
+    @staticmethod
+    def count(counter, _):
+        """Add one to a number in memory; who waits for it sees what this warpgroup had stored."""
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def signal(_, counter):
+            mgpu.utils.warpgroup_barrier()
+            mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+        signal(counter)
+
+    @staticmethod
+    def await_count(counter, number, _):
+        """Wait until the number has come to so much; then copies read what was stored before."""
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def wait(_, counter):
+            mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(counter)).wait(number, decrement=False, memory_scope="gpu")
+            mgpu.utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+
+        wait(counter)
+
 
 def _part(register, index):
     """Return one element of a register's vector, as a vector of one."""
@@ -131,3 +160,15 @@ class Interpreted:
         acc = acc_smem.at[me, :, pl.ds(0, rows)]
         acc[...] = jnp.zeros((GROUP, rows), jnp.float32)
         return accumulate(acc)
+
+    @staticmethod
+    def store(ref, x):
+        ref[...] = x
+
+    @staticmethod
+    def count(_, counted):
+        plgpu.barrier_arrive(*counted)
+
+    @staticmethod
+    def await_count(_, __, counted):
+        plgpu.barrier_wait(*counted)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gptoss_jax.kernels.hopper import SMS
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import Interpreted, Mosaic, decode
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight
 
-SMS = 132  # of an H100 or H200 (SXM)
 SHARED_BYTES = 232448 - 4096  # of a block, less barriers and what the compiler takes
 _FEWEST_STAGES, _MOST_STAGES = 4, 8
 _MOST_ROWS = 152  # of a tile: what the registers of three warpgroups hold, by ptxas's reckoning beside half as many
@@ -80,13 +80,13 @@ def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
 class Tiles(NamedTuple):
     """Of each tile its expert, first row and number of rows, int32 [T], the last two in ALIGNMENTs; count: int32 [1], how many there are.
 
-    Arrays apart, not a table: what is constant of them takes no kernel. Only expert where all tiles are full, one after the other.
+    Arrays apart, not a table: what is constant of them takes no kernel.
     """
 
     expert: jax.Array
-    first: jax.Array | None = None
-    rows: jax.Array | None = None
-    count: jax.Array | None = None
+    first: jax.Array
+    rows: jax.Array
+    count: jax.Array
 
 
 def tiles(group_sizes_E, num_rows: int, rows: int) -> Tiles:
@@ -110,11 +110,10 @@ def ends(sizes_E):
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha"))  # so that a kernel is made once for all layers
-def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, factor=None, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
+def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None = None, limit: float = 0.0, alpha: float = 0.0):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT; bias bfloat16 or float32 [E, out]; tiles of at most `plan.rows`.
 
     slots: M of the result where every tile takes the same rows, all of x's: at most `plan.rows`, and fewer than ALIGNMENT or a multiple.
-    factor: float32 [1], what x lacks: the products get it, before the bias.
     Returns [M, out] of a HopperWeight, in bfloat16, or in float32 [splits, M, out] to be summed where the plan splits the sum; of a
     HopperGateUpWeight clamped SwiGLU's [M, out/2], bfloat16. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
@@ -126,28 +125,24 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, factor=None, slot
     out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
     each = GROUP // 2 if gated else GROUP  # outputs of a warpgroup
     ops = Interpreted if plan.interpret else Mosaic
-    table = [part for part in tiles if part is not None]
-    scaled = [] if factor is None else [factor]
 
-    def body(*refs):
-        table_refs, (x, words, scales, bias, *rest) = refs[: len(table)], refs[len(table) :]
-        factor_refs, (out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty) = rest[: len(scaled)], rest[len(scaled) :]
+    def body(experts, firsts, tall, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        count = table_refs[3][0] if len(table) > 1 else len(tiles.expert)
 
         def by_height(rows, run, *operands):
             """Return run(height, *operands) of the least height that so many rows, in ALIGNMENTs, fit."""
             runs = [functools.partial(run, height) for height in plan.heights]
             return jax.lax.cond(rows * ALIGNMENT > plan.heights[0], *reversed(runs), *operands) if len(runs) > 1 else runs[0](*operands)
 
-        units = count * (columns * splits)
+        units = count[0] * (columns * splits)
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
 
         def unit(i):
             """Return (expert, first row and rows of its tile, column of outputs, part of the sum, its first step, its number of steps) of this
             block's i-th unit, or anything past the last: a unit ahead is looked up, so that its tile isn't waited for."""
             at = block + i * plan.blocks
-            (expert, first, rows), part, column = _tile(table_refs, at // (columns * splits), N), at // columns % splits, at % columns
+            tile, part, column = jnp.minimum(at // (columns * splits), experts.shape[0] - 1), at // columns % splits, at % columns
+            expert, first, rows = experts[tile], firsts[tile], tall[tile]
             begin, end = part * steps // splits, (part + 1) * steps // splits
             return expert, first, rows, column, part, begin, jnp.where(expert < E, end - begin, 0)
 
@@ -213,18 +208,16 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, factor=None, slot
                         def multiply(decoded, slot, group):
                             ops.multiply(acc, decoded, x_smem.at[slot, pl.ds(0, height), pl.ds(group * GROUP, GROUP)])
 
-                        ring_after = _multiply_steps(length, ring, plan, ops, load, multiply, lambda slot: plgpu.barrier_arrive(empty.at[slot]))
+                        ring_after = multiply_steps(length, ring, plan, ops, load, multiply, lambda slot: plgpu.barrier_arrive(empty.at[slot]))
                         return acc[...], ring_after
 
                     product, ring = ops.accumulator(accumulate, acc_smem, me, height)
                     # Rows of no expert get no bias, parts of a sum get it once.
                     added = raw_bias.astype(jnp.float32) * jnp.where((expert < E) & (part == 0), jnp.float32(1), jnp.float32(0))
-                    if scaled:
-                        product *= loaded_factor
                     if gated:
-                        y = _swiglu(*ops.halves(product, added), limit, alpha).astype(out_dtype)
+                        y = swiglu(*ops.halves(product, added), limit, alpha).astype(out_dtype)
                     else:
-                        y = product + _across(added, height)
+                        y = product + across(added, height)
                         y = y.astype(out_dtype) if splits == 1 else plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out_smem.at[me, pl.ds(0, height)].T[...] = y
@@ -236,7 +229,6 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, factor=None, slot
                 return following, following_bias, ring
 
             # What isn't in shared memory is loaded ahead of what is waited for there.
-            loaded_factor = factor_refs[0][0] if scaled else None
             begun = unit(0)
             begun_bias = load_bias(begun[0], begun[3])
             jax.lax.fori_loop(0, mine, compute_unit, (begun, begun_bias, (jnp.int32(stages - 1), jnp.int32(0), load(0))))
@@ -256,11 +248,11 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, factor=None, slot
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plan.interpret)
-    out = run(*table, x_MI, weight.words, weight.scales, bias_EO, *scaled)
+    out = run(*tiles, x_MI, weight.words, weight.scales, bias_EO)
     return out[0] if splits == 1 else out
 
 
-def _multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back):
+def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back):
     """Take so many steps through the ring: (slot of the step before, this step's, its loaded words and scales), returned as the next unit finds it.
 
     While a group of inputs is multiplied the next one is decoded, in registers of its own, over the steps' ends too. load(slot) waits for a
@@ -290,19 +282,12 @@ def _multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back):
     return before, slot, loaded
 
 
-def _tile(refs, tile, rows):
-    """Return (expert, first row, rows) of a tile, the last two in ALIGNMENTs; of one past the last, the last one's."""
-    experts, *places = refs
-    tile = jnp.minimum(tile, experts.shape[0] - 1)
-    return experts[tile], *((ref[tile] for ref in places[:2]) if places else (tile * (rows // ALIGNMENT), rows // ALIGNMENT))
-
-
-def _across(x, rows):
+def across(x, rows):
     return jax.lax.broadcast_in_dim(x, (x.shape[0], rows), (0,))
 
 
-def _swiglu(gate, up, gate_bias, up_bias, limit, alpha):
-    gate, up = gate + _across(gate_bias, gate.shape[1]), up + _across(up_bias, up.shape[1])
+def swiglu(gate, up, gate_bias, up_bias, limit, alpha):
+    gate, up = gate + across(gate_bias, gate.shape[1]), up + across(up_bias, up.shape[1])
     gate, up = jnp.minimum(gate, limit), jnp.maximum(jnp.minimum(up, limit), -limit)
     return gate / (1 + jnp.exp(-alpha * gate)) * (up + 1)
 

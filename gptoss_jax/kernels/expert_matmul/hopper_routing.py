@@ -218,7 +218,8 @@ def choose_for_one(scores, bias_E, first, *, count: int, experts: int, interpret
 
     scores: float32 [1, E], or the parts of EarlyScores, a multiple of 8, which four warpgroups sum. first: int32 [1], of the `experts` that are here.
     Returns int32 [count] by descending logit, `experts` for one that isn't here and of a NaN; their weights float32 [count]; the factor of the
-    token's norm, float32 [1], which is 1 for scores. The lower of equals comes first; -inf counts as the lowest number.
+    token's norm, float32 [1], which is 1 for scores; and int32 [1], a zero, for the next kernel to count up. The lower of equals comes first;
+    -inf counts as the lowest number.
     """
     E, parts = bias_E.shape[0], scores.shape[1] > bias_E.shape[0]
     # A row for each choice, and a layout with few columns a thread where they can be shared out so.
@@ -226,7 +227,7 @@ def choose_for_one(scores, bias_E, first, *, count: int, experts: int, interpret
     rows = -(-count // rows) * rows
     shares = range(_SHARES if parts else 1)
 
-    def body(scores, bias, first, expert, weight, factor_out, expert_smem, weight_smem, sums_smem, summed):
+    def body(scores, bias, first, expert, weight, factor_out, counter, expert_smem, weight_smem, sums_smem, summed):
         me = jax.lax.axis_index("warpgroup")
         biases, start = in_rows(bias, rows, layout), first[0]  # on their way before the scores are, so as not to be waited for
         if parts:
@@ -252,10 +253,11 @@ def choose_for_one(scores, bias_E, first, *, count: int, experts: int, interpret
             expert_smem[...], weight_smem[...] = among(chosen, start, experts, E), powers / total
             for index in range(count):
                 expert[index], weight[index] = expert_smem[index], weight_smem[index]
-            factor_out[0] = factor
+            factor_out[0], counter[0] = factor, 0
 
     run = plgpu.kernel(
-        body, out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((count,), jnp.int32), ((count,), jnp.float32), ((1,), jnp.float32))],
+        body, out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+            ((count,), jnp.int32), ((count,), jnp.float32), ((1,), jnp.float32), ((1,), jnp.int32))],
         grid=(1,), grid_names=("block",), num_threads=len(shares), thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((rows,), jnp.int32), plgpu.SMEM((rows,), jnp.float32), plgpu.SMEM((len(shares), scores.shape[1]), jnp.float32),
                        plgpu.Barrier(num_arrivals=len(shares))],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-import numpy as np
 
 from gptoss_jax import mxfp4
 from gptoss_jax.kernels import hopper
@@ -77,41 +76,38 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
 
     Few tokens are routed here, by one kernel, if `router` says from what; the rows of others are sorted by expert.
     """
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_routing
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_one_token, hopper_routing
 
     (T, A), E = expert_TA.shape, gate_up_bias.shape[0]
     all_experts = router.scores.shape[1] if router else E  # of which a mesh has some here
-    matmul = functools.partial(hopper_kernel.matmul, bias_EO=gate_up_bias, limit=limit, alpha=alpha)
     routed = router is not None and hopper_routing.takes(*router.scores.shape, A)
     if routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0:
-        rows, slots = ALIGNMENT, A * ALIGNMENT
-        first, second = (planned(slots, weight, interpret, rows) for weight in (gate_up, down))
         x_1D, scores = router.early or (x_TD, router.scores)
-        expert_A, weight_A, factor = hopper_routing.choose_for_one(scores, router.bias, router.first, count=A, experts=E, interpret=interpret)
-        weight_AT, slot_AT = weight_A[:, None], np.arange(A, dtype=np.int32)[:, None] * rows
-        tiles = hopper_kernel.Tiles(expert_A)
-        h_SF = matmul(x_1D, gate_up, tiles=tiles, plan=first, slots=slots, factor=factor if router.early else None)
+        expert_A, weight_A, *begun = hopper_routing.choose_for_one(scores, router.bias, router.first, count=A, experts=E, interpret=interpret)
+        plan = hopper_one_token.plan(gate_up, down, A, hopper.processors())
+        plan = plan._replace(interpret=interpret, blocks=1) if interpret else plan
+        y_PAD = hopper_one_token.mlp(x_1D, expert_A, *begun, gate_up, gate_up_bias, down, down_bias, plan, limit=limit, alpha=alpha)
+        return functools.reduce(jnp.add, (y_PAD[:, place].sum(axis=0, keepdims=True) * weight_A[place] for place in range(A)))
+    if routed:
+        rows = hopper_kernel.tile_rows(T * A, all_experts)
+        _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router[:4], count=A, experts=E, rows=rows, interpret=interpret)
+        slots = expected = hopper_routing.most_tiles(T * A, E, rows) * rows
+        if token_S is not None:
+            x_SD = x_TD.at[token_S].get(mode="clip")
+        else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
+            x_SD = x_TD if T <= ALIGNMENT else jnp.pad(x_TD, ((0, -T % ALIGNMENT), (0, 0)))
     else:
-        if routed:
-            rows = hopper_kernel.tile_rows(T * A, all_experts)
-            _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router[:4], count=A, experts=E, rows=rows, interpret=interpret)
-            slots = expected = hopper_routing.most_tiles(T * A, E, rows) * rows
-            if token_S is not None:
-                x_SD = x_TD.at[token_S].get(mode="clip")
-            else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
-                x_SD = x_TD if T <= ALIGNMENT else jnp.pad(x_TD, ((0, -T % ALIGNMENT), (0, 0)))
-        else:
-            order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
-            row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
-            slots, rows, token_S, weight_AT = len(row_S), None, row_S, weight_TA.T
-            slot_AT = jnp.where(expert_TA < E, slot_M[place_M].reshape(T, A), slots).T
-            x_SD = x_TD[order_M[row_S] // A]
-            expected = max(ALIGNMENT, slots * E // all_experts)  # of these rows, if tokens choose evenly
-            height = planned(expected, gate_up, None).rows
-            tiles = hopper_kernel.tiles(group_sizes_E, slots, height)
-            tiles = tiles._replace(count=(-(-group_sizes_E // height)).sum(keepdims=True))  # nobody's rows aren't read
-        first, second = (planned(expected, weight, interpret, rows) for weight in (gate_up, down))
-        h_SF = matmul(x_SD, gate_up, tiles=tiles, plan=first, slots=slots if token_S is None else None)
+        order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
+        row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
+        slots, rows, token_S, weight_AT = len(row_S), None, row_S, weight_TA.T
+        slot_AT = jnp.where(expert_TA < E, slot_M[place_M].reshape(T, A), slots).T
+        x_SD = x_TD[order_M[row_S] // A]
+        expected = max(ALIGNMENT, slots * E // all_experts)  # of these rows, if tokens choose evenly
+        height = planned(expected, gate_up, None).rows
+        tiles = hopper_kernel.tiles(group_sizes_E, slots, height)
+        tiles = tiles._replace(count=(-(-group_sizes_E // height)).sum(keepdims=True))  # nobody's rows aren't read
+    first, second = (planned(expected, weight, interpret, rows) for weight in (gate_up, down))
+    h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, first, slots=slots if token_S is None else None, limit=limit, alpha=alpha)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second).reshape(second.splits, slots, -1)
 
     def rows_of(slot_T):  # zeros for somebody else's
