@@ -95,7 +95,8 @@ def main() -> None:
         counts = [kernels(step(text)) for text in texts]
         one_chunk = compiled_steps("gpt-oss-120b", 2, 1, ["prefill"], 8192)["prefill"]
         gradient = gradient_of_attention()
-        samplers = [sampler(Sampling(temperature=0), 1), sampler(Sampling(), 1), *(sampler(Sampling(top_k=1), batch) for batch in (1, 8, 256))]
+        samplers = [sampler(Sampling(temperature=0), 1), sampler(Sampling(), 1), sampler(Sampling(top_p=0.9), 1),
+                    *(sampler(Sampling(top_k=1), batch) for batch in (1, 8, 256))]
         found = {"kernels": counts, "sorts": [re.findall(r"\b(?:sort|scatter)\(", text) for text in texts],
                  "kernels_per_layer": (counts[1].total() - counts[0].total()) / 2,
                  "kernels_per_layer_of_4_rows": (counts[3].total() - counts[2].total()) / 2,

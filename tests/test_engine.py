@@ -281,7 +281,8 @@ def test_a_cut_by_probability_keeps_no_more_than_reaches_it(share, ways, passes)
 
 
 def test_a_gpu_samples_the_same_tokens(monkeypatch):
-    """By what it runs instead of what CPUs do, run here; the rows of each kind, of ties and of masked logits, too."""
+    """By what it runs instead of what CPUs do, run here; the rows of each kind, of ties and of masked logits, too. Rows without a top-k get the same
+    where others have one."""
     rng = np.random.default_rng(0)
     settings = [Sampling(temperature=0), Sampling(seed=5), Sampling(top_k=1), Sampling(top_k=50, temperature=1.3), Sampling(top_p=0.8, seed=9),
                 Sampling(top_k=300, top_p=0.95, min_p=0.01), Sampling(top_p=1e-30), Sampling(top_k=10**6, temperature=1e-3)]
@@ -292,9 +293,12 @@ def test_a_gpu_samples_the_same_tokens(monkeypatch):
     def tokens():
         run = jax.jit(lambda *args, kind: sample(*args, kind=kind, sampleable=2990), static_argnames="kind")
         return [run(logits, stack(settings)[1], np.full(len(settings), step, np.int32), kind=kind)
-                for logits in several for step in range(3) for kind in ("greedy", "plain", "filtered")]
+                for logits in several for step in range(3) for kind in sampling._KINDS]
 
     expected = tokens()
+    uncounted = [index for index, each in enumerate(settings) if not each.top_k]
+    for (nucleus, _), (filtered, _) in zip(expected[2::4], expected[3::4], strict=True):
+        np.testing.assert_array_equal(nucleus[np.asarray(uncounted)], filtered[np.asarray(uncounted)])
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
     for (ids, logprobs), (expected_ids, expected_logprobs) in zip(tokens(), expected):
         np.testing.assert_array_equal(ids, expected_ids)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_KINDS = ("greedy", "plain", "nucleus", "filtered")  # of compiled samplers: each serves what those before it do
 _LOWEST = -1e30
 _BLOCK = 512  # ids a block: about the square root of their number
 _IMPOSSIBLE = -1e8  # a logit whose probability is 0 by far; 1,287,568,417 float32 from here to 0
@@ -57,7 +58,9 @@ class Sampling:
         """The cheapest of the compiled samplers that serves these settings."""
         if self.temperature == 0:
             return "greedy"
-        return "plain" if self.top_k == 0 and self.top_p == 1 and self.min_p == 0 else "filtered"
+        if self.top_k:
+            return "filtered"
+        return "plain" if self.top_p == 1 and self.min_p == 0 else "nucleus"
 
 
 class SamplingArrays(NamedTuple):
@@ -74,9 +77,7 @@ def stack(settings: Sequence[Sampling]) -> tuple[str, SamplingArrays]:
     """Return (which compiled sampler serves all rows, their settings as arrays)."""
     columns = {name: np.asarray([getattr(s, name) for s in settings]) for name in SamplingArrays._fields}
     dtypes = SamplingArrays(np.float32, np.int32, np.float32, np.float32, np.uint32)
-    kinds = {s.kind for s in settings}
-    kind = "filtered" if "filtered" in kinds else "plain" if "plain" in kinds else "greedy"
-    return kind, SamplingArrays(*(columns[name].astype(dtype) for name, dtype in zip(SamplingArrays._fields, dtypes)))
+    return max((s.kind for s in settings), key=_KINDS.index), SamplingArrays(*(columns[name].astype(dtype) for name, dtype in zip(SamplingArrays._fields, dtypes)))
 
 
 def sample(logits_BV, settings: SamplingArrays, step_B, *, kind: str, sampleable: int):
@@ -84,7 +85,7 @@ def sample(logits_BV, settings: SamplingArrays, step_B, *, kind: str, sampleable
 
     step: how many tokens the row has generated, so that its random numbers depend on nothing but its seed and the step.
     kind: from `stack`. sampleable: ids from here up are never chosen and have no probability. Compiled for one row on an H100 the greedy kind
-    starts 3 kernels, plain 11, filtered 52.
+    starts 3 kernels, plain 11, nucleus (top-p and min-p) 32, filtered (top-k, too) 52.
     """
     id_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     logits_BV = jnp.where(id_V < sampleable, logits_BV, _LOWEST)
@@ -94,8 +95,8 @@ def sample(logits_BV, settings: SamplingArrays, step_B, *, kind: str, sampleable
     logits_BV -= largest_B[:, None]
     if kind != "greedy":
         scaled = jnp.maximum(logits_BV / jnp.maximum(settings.temperature, 1e-6)[:, None], _LOWEST)
-        if kind == "filtered":
-            scaled = jax.vmap(_filter)(scaled, settings)
+        if kind in ("nucleus", "filtered"):
+            scaled = jax.vmap(functools.partial(_filter, counting=kind == "filtered"))(scaled, settings)
         drawn_B = jax.vmap(_draw)(scaled, settings.seed, step_B)
         ids_B = jnp.where(settings.temperature > 0, drawn_B, ids_B)
     logprobs_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0] - jnp.log(total_B)
@@ -143,11 +144,12 @@ def _invert(weights, uniform):
     return jnp.argmax(jnp.where(passed, jnp.inf, weights))  # the first that passed; where rounding let none, the largest
 
 
-def _filter(logits_V, settings: SamplingArrays):
-    """Lower what the row's settings exclude. logits: scaled by temperature, largest 0."""
-    weights = jnp.exp(logits_V)
-    top_k = jnp.where(settings.top_k > 0, settings.top_k, logits_V.shape[0])
-    cut = _cut(logits_V, jnp.ones_like(logits_V), top_k.astype(jnp.float32), jnp.float32(_IMPOSSIBLE))
+def _filter(logits_V, settings: SamplingArrays, *, counting: bool):
+    """Lower what the row's settings exclude. logits: scaled by temperature, largest 0. counting: whether a row has a top-k."""
+    weights, cut = jnp.exp(logits_V), jnp.float32(_IMPOSSIBLE)
+    if counting:
+        top_k = jnp.where(settings.top_k > 0, settings.top_k, logits_V.shape[0])
+        cut = _cut(logits_V, jnp.ones_like(logits_V), top_k.astype(jnp.float32), cut)
     cut = _cut(logits_V, weights, settings.top_p * jnp.where(logits_V >= cut, weights, 0).sum(), cut)
     return jnp.where((logits_V >= cut) & (weights >= settings.min_p), logits_V, _LOWEST)
 
