@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     opening, sampling = generate.opening_messages(args), generate.sampling_of(args)
-    engine, tokenizer = generate.load(args, opening)
+    engine, tokenizer = generate.load(args, opening, sampling)
     chat = Chat(args, engine, tokenizer, opening, sampling)
     print(f"{args.checkpoint}, reasoning {args.reasoning}; /help lists the commands", file=sys.stderr)
     while True:
