@@ -224,7 +224,35 @@ def variants(arguments, record) -> None:
                 row = {"what": "variant", "size": case.size, "splits": plan.splits, "stages": plan.stages, "planned": plan == planned}
                 points.append((row, functools.partial(measure.kernel, case, "", limits, repetitions=3, seconds=0.02)))
         measured(arguments, record, points)
+    one_token_variants(arguments, record, config, limits)
     product_variants(arguments, record, config, limits)
+
+
+def one_token_variants(arguments, record, config, limits) -> None:
+    """The same for a single token's experts."""
+    import jax
+    import jax.numpy as jnp
+
+    from gptoss_jax.inference import measure
+    from gptoss_jax.kernels import hopper
+    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_layout, hopper_one_token
+
+    E, D, F, A = config.num_local_experts, config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    key, points = jax.random.key(0, impl="rbg"), []
+    gate_up, down = hopper_layout.random(key, E, 2 * F, D, HopperGateUpWeight), hopper_layout.random(key, E, D, F, HopperWeight)
+    weights = gate_up, jnp.zeros((E, 2 * F), jnp.bfloat16), down, jnp.zeros((E, D), jnp.bfloat16)
+    planned = hopper_one_token.plan(gate_up, down, A, hopper.processors())
+    for plan in {planned, planned._replace(stages=5), *(planned._replace(splits=splits) for splits in (1, 2, 3))}:
+
+        def run(how, x, first, *weights, plan=plan):
+            experts, one, zero = (first + jnp.arange(A, dtype=jnp.int32)) % E, jnp.ones(1), jnp.zeros(1, jnp.int32)
+            return hopper_one_token.mlp(x, experts, one, zero, *weights, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
+
+        case = measure.Case("hopper", f"one token's {A} experts", (), run, jax.random.normal(key, (1, D), jnp.bfloat16), (jnp.int32(0), *weights),
+                            A * 3 * F * D * 17 // 32, 6 * A * F * D)
+        row = {"what": "variant", "size": case.size, "splits": plan.splits, "stages": plan.stages, "planned": plan == planned}
+        points.append((row, functools.partial(measure.kernel, case, "", limits, repetitions=3, seconds=0.02)))
+    measured(arguments, record, points)
 
 
 def product_variants(arguments, record, config, limits) -> None:

@@ -22,6 +22,7 @@ from gptoss_jax import command
 from gptoss_jax.config import PRESETS, GptOssConfig
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
+_MOST_DEVICES = 65_536
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,6 +144,8 @@ def mesh_axes(text: str, known: Sequence[str]) -> dict[str, int]:
         if name not in known or name in axes or not size.isdecimal() or int(size) < 1:
             raise command.UsageError(f"--mesh {text!r}: {part!r} found, expected each of {', '.join(known)} once at most, as in expert=8,data=2")
         axes[name] = int(size)
+    if (count := math.prod(axes.values())) > _MOST_DEVICES:
+        raise command.UsageError(f"--mesh {text!r}: {count:,} devices, expected at most {_MOST_DEVICES:,}")
     return axes
 
 

@@ -214,6 +214,7 @@ def test_arithmetic_gives_a_device_the_memory_that_the_compiled_plan_does(monkey
     (["gpt-oss-20b", "--context", "131073"], "context is 131073, expected"),
     (["gpt-oss-20b", "--batch", "3"], "batch is 3, expected a power of two"),
     (["gpt-oss-20b", "--mesh", "experts=8"], "--mesh 'experts=8': 'experts=8' found, expected each of data, fsdp, expert, tensor once"),
+    (["gpt-oss-20b", "--mesh", "expert=99999,data=99999"], "9,999,800,001 devices, expected at most 65,536"),
     (["gpt-oss-20b", "--mesh", "expert=²"], "'expert=²' found, expected each of data, fsdp, expert, tensor once"),
     (["gpt-oss-20b", "--mesh", "context=2"], "'context=2' found, expected each of data, fsdp, expert, tensor once"),
     (["gpt-oss-20b", "--data.batch_size", "8"], "--data.batch_size: of a training configuration, found with model 'gpt-oss-20b'"),
