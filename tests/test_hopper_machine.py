@@ -122,7 +122,7 @@ def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
     assert any(name.startswith("wgmma.mma_async") for name in ran[0])
 
 
-def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden=64, first=0):
+def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden=64, first=0, count=4):
     """Return what the experts of some tokens come to in the simulator and by the reference, and which operations each kernel ran."""
     from hopper_machine import on_machine
 
@@ -136,7 +136,7 @@ def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden
     biases = [jnp.asarray(random.standard_normal((E, out)), jnp.bfloat16) for out in (2 * hidden, width)]
     x = np.asarray(random.standard_normal((tokens, width)), jnp.bfloat16)
     scores = random.standard_normal((tokens, 16 if first else E)).astype(np.float32)
-    top, expert = jax.lax.top_k(scores, 4)
+    top, expert = jax.lax.top_k(scores, count)
     weight, here = jax.nn.softmax(top, axis=-1), jnp.where((expert >= first) & (expert < first + E), expert - first, E)
     (gate_up, down), constants = weights, dict(limit=7.0, alpha=1.702)
     expected = np.asarray(expert_mlp(x.astype(np.float32), here, weight, gate_up, biases[0], down, biases[1], **constants, implementation="reference"))
@@ -159,11 +159,13 @@ def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
 
 @needs_compiler
 @asynchronous
-@pytest.mark.parametrize("sizes", [{}, dict(blocks=7, width=192, hidden=192), dict(blocks=7, width=320, hidden=704), dict(blocks=1, width=64, hidden=128)],
-                         ids=["few blocks", "steps of three groups", "more steps than stages", "one block"])
+@pytest.mark.parametrize("sizes", [{}, dict(blocks=7, width=576, hidden=192), dict(blocks=7, width=320, hidden=704, count=2), dict(blocks=1, width=64, hidden=128, count=1),
+                                   dict(blocks=40, width=128, hidden=256, count=3)],
+                         ids=["few blocks", "warpgroups of three groups", "more steps than stages", "one block", "more blocks than units"])
 @pytest.mark.parametrize("first", [0, 4, 40], ids=["all here", "some here", "none here"])
 def test_the_experts_of_one_token(sizes, first, late, monkeypatch):
-    """By one kernel, whose blocks wait for each other, however many there are, and with some of the token's experts elsewhere."""
+    """By one kernel, whose blocks wait for each other, however many there are, and with some of the token's experts elsewhere. In one block the second
+    product begins while the first's last unit waits for the next step's weights."""
     found, expected, ran = experts_on_machine(1, monkeypatch, late=late, first=first, **sizes)
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
     assert len(ran) == 2 and (expected.any() or first)
@@ -183,12 +185,12 @@ def test_blocks_that_do_not_wait_for_each_other_as_they_should_are_found_out(lac
     if lacking == "barrier":  # between what a warpgroup's threads store and the one of them that counts
         monkeypatch.setattr(Mosaic, "count", of_counter(lambda counter: counter.signal(1, memory_scope="gpu")))
     else:  # for all that is counted, or what fences copies
-        await_count, number = Mosaic.await_count, 1 if lacking == "wait" else 4 * 6
+        await_count, number = Mosaic.await_count, 1 if lacking == "wait" else 6
         unfenced = of_counter(lambda counter: counter.wait(number, decrement=False, memory_scope="gpu"))
-        monkeypatch.setattr(Mosaic, "await_count", unfenced if lacking == "fence" else lambda counter, _, counted: await_count(counter, number, counted))
+        monkeypatch.setattr(Mosaic, "await_count", unfenced if lacking == "fence" else lambda counter, *_: await_count(counter, number))
 
     def run():
-        return experts_on_machine(1, monkeypatch, late=True, blocks=7, width=192, hidden=192)
+        return experts_on_machine(1, monkeypatch, late=True, blocks=24, width=192, hidden=192)
 
     if lacking == "fence":
         with pytest.raises(AssertionError, match="stored and not fenced"):

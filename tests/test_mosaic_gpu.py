@@ -340,5 +340,5 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
         # For each height, or both products, a loop over a step of three groups, or over two steps of one and an odd one behind it.
         assert report["loops"] == (2 if report["op"] == "lone" else len(report["heights"])) and report["hgmma"] == 12 * report["loops"], report
         assert 0 < report["shared_bytes"] <= 232448 and report["registers_each"] * 128 * (report["warpgroups"] + 1) <= 65536, report
-        # 2.62 and 3.08 when written: everything in a loop, over the weights it decodes.
-        assert 0 < report["instructions_per_weight"] <= {3: 2.7, 1: 3.2}[report["groups"]], report
+        # 2.62 (2.70 of a single token's experts) and 3.08 when written: everything in a loop, over the weights it decodes.
+        assert 0 < report["instructions_per_weight"] <= {3: 2.75, 1: 3.2}[report["groups"]], report

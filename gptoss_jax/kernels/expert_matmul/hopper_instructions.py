@@ -92,7 +92,7 @@ class Mosaic:
         one_by_one(ref, x)
 
     @staticmethod
-    def count(counter, _):
+    def count(counter, *_):
         """Add one to a number in memory; who waits for it sees what this warpgroup had stored."""
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def signal(_, counter):
@@ -102,7 +102,7 @@ class Mosaic:
         signal(counter)
 
     @staticmethod
-    def await_count(counter, number, _):
+    def await_count(counter, number, *_):
         """Wait until the number has come to so much; then copies read what was stored before."""
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def wait(_, counter):
@@ -166,9 +166,9 @@ class Interpreted:
         ref[...] = x
 
     @staticmethod
-    def count(_, counted):
-        plgpu.barrier_arrive(*counted)
+    def count(_, counted, index):
+        plgpu.barrier_arrive(counted[0].at[index])
 
     @staticmethod
-    def await_count(_, __, counted):
-        plgpu.barrier_wait(*counted)
+    def await_count(_, __, counted, index):
+        plgpu.barrier_wait(counted[0].at[index])

@@ -215,7 +215,8 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                     # Rows of no expert get no bias, parts of a sum get it once.
                     added = raw_bias.astype(jnp.float32) * jnp.where((expert < E) & (part == 0), jnp.float32(1), jnp.float32(0))
                     if gated:
-                        y = swiglu(*ops.halves(product, added), limit, alpha).astype(out_dtype)
+                        gate, up, *biases = ops.halves(product, added)
+                        y = swiglu(*(y + across(bias, height) for y, bias in zip((gate, up), biases)), limit, alpha).astype(out_dtype)
                     else:
                         y = product + across(added, height)
                         y = y.astype(out_dtype) if splits == 1 else plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -286,8 +287,7 @@ def across(x, rows):
     return jax.lax.broadcast_in_dim(x, (x.shape[0], rows), (0,))
 
 
-def swiglu(gate, up, gate_bias, up_bias, limit, alpha):
-    gate, up = gate + across(gate_bias, gate.shape[1]), up + across(up_bias, up.shape[1])
+def swiglu(gate, up, limit, alpha):
     gate, up = jnp.minimum(gate, limit), jnp.maximum(jnp.minimum(up, limit), -limit)
     return gate / (1 + jnp.exp(-alpha * gate)) * (up + 1)
 

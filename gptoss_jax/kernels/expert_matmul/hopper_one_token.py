@@ -1,8 +1,9 @@
 """A single token's experts on NVIDIA Hopper GPUs by one kernel: gate and up, SwiGLU, and down.
 
-Each block has units of the first product, then of the second, whose packed weights are on their way, and the first of them decoded, while others
-still multiply the first; only the rows h wait for all blocks, by a counter in memory. So all blocks must run at the same time, which they do where
-there are no more than multiprocessors, as each has room for one.
+A unit is 64 outputs of an expert, whose inputs a block's warpgroups share out. A block has every so manyth unit of the first product, then of the
+second, in the order of the token's experts; so the first experts' rows h are long there when their units of the second product come, and memory is
+read without a pause. A counter of each expert in memory tells when they are. That needs all blocks to run at the same time, which they do where there
+are no more than multiprocessors, as each has room for one.
 """
 
 from __future__ import annotations
@@ -12,28 +13,37 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul import hopper_kernel
-from gptoss_jax.kernels.expert_matmul.hopper_instructions import MATRIX, Interpreted, Mosaic
+from gptoss_jax.kernels.expert_matmul.hopper_instructions import COLUMN, MATRIX, Interpreted, Mosaic
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import SHARED_BYTES, Plan
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP
 from gptoss_jax.kernels.hopper import SMS
 
-_MOST_STAGES = 9  # so that a block's part of down is all on its way while the first product ends, at the published sizes
+_HALF = GROUP // 2
+_MOST_STAGES = 8
+_ROW = plgpu.Layout.WGMMA.reduce(1)  # of a product's numbers for one row
 
 
 def plan(gate_up, down, experts: int, blocks: int = SMS) -> Plan:
-    """Choose step, ring and split of the sum of down for so many experts of a token."""
-    dims = [weight.scales.shape[dim] for weight in (gate_up, down) for dim in (1, 2)]
-    warpgroups = next(n for n in (3, 2, 1) if dims[0] % n == dims[2] % n == 0)
-    groups = next(n for n in (3, 2, 1) if dims[1] % n == dims[3] % n == 0)
-    stage = groups * (warpgroups * (2048 + 128) + ALIGNMENT * 2 * GROUP)
-    stages = min(_MOST_STAGES, SHARED_BYTES // stage)
-    units, steps = experts * (dims[2] // warpgroups), dims[3] // groups
-    splits = min((1, 2, 3), key=lambda n: -(-units * n // blocks) * -(-steps // n)) if units < blocks else 1  # fill the grid with parts of sums
-    return Plan((ALIGNMENT,), warpgroups, groups, stages, splits, blocks)
+    """Choose step, ring and split of down's sum for so many experts of a token. A step is `groups` of 64 inputs for each warpgroup."""
+    (_, columns, F), (_, outputs, D) = (weight.scales.shape[:3] for weight in (down, gate_up))
+    shares = [(warpgroups, groups) for warpgroups in (3, 2, 1) for groups in (3, 2, 1) if D % (warpgroups * groups) == F % (warpgroups * groups) == 0]
+    warpgroups, groups = max(shares, key=lambda share: share[0] * share[1])
+    stage = warpgroups * groups * (2048 + 128 + ALIGNMENT * 2 * GROUP)
+    steps = [ins // (warpgroups * groups) for ins in (D, F)]
+
+    def longest(splits):
+        """Return the most steps of a block."""
+        first, at = experts * outputs, np.arange(experts * (outputs + columns * splits))
+        ends = (np.arange(splits + 1) * steps[1]) // splits
+        lengths = np.where(at < first, steps[0], np.diff(ends)[(at - first) // columns % splits])
+        return np.bincount(at % blocks, lengths).max()
+
+    return Plan((ALIGNMENT,), warpgroups, groups, min(_MOST_STAGES, SHARED_BYTES // stage), min((1, 2, 3), key=longest), blocks)
 
 
 class _Product(NamedTuple):
@@ -43,34 +53,48 @@ class _Product(NamedTuple):
     words: object
     scales: object
     bias: object
-    columns: int  # of `warpgroups` times 64 outputs
+    before: int  # units of the other product
+    columns: int  # of 64 outputs
     steps: int
     splits: int
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "limit", "alpha"))  # so that a kernel is made once for all layers
-def mlp(x_1D, expert_A, factor, counter, gate_up, gate_up_bias, down, down_bias, plan: Plan, *, limit: float, alpha: float):
-    """Run the kernel: x bfloat16 [1, D]; experts int32 [A], E for one that isn't here; the factor that x lacks, float32 [1], and a zero, int32 [1].
+def mlp(x_1D, expert_A, factor, counter_A, gate_up, gate_up_bias, down, down_bias, plan: Plan, *, limit: float, alpha: float):
+    """Run the kernel: x bfloat16 [1, D]; experts int32 [A], E for one that isn't here; the factor that x lacks, float32 [1]; zeros, int32 [A].
 
     Biases in bfloat16 or float32. Returns down's products and biases in parts to be summed, float32 [splits, A, D], zeros of experts E.
     """
-    wgs, groups, stages = plan.warpgroups, plan.groups, plan.stages
-    A, E, (D, F) = expert_A.shape[0], down.scales.shape[0], (dim * GROUP for dim in down.scales.shape[1:3])
+    wgs, groups, stages, splits = plan.warpgroups, plan.groups, plan.stages, plan.splits
+    A, (E, outs, ins) = expert_A.shape[0], down.scales.shape[:3]  # of down: D and F in groups of 64
+    each = wgs * groups  # groups of inputs in a step
+
+    def shared_out(array, dims):
+        """Give groups of inputs, which are dim `dims`, two dims, of warpgroups' shares and of what is in one."""
+        return array.reshape(*array.shape[:dims], array.shape[dims] // groups, groups, *array.shape[dims + 1 :])
+
+    def flat(weight):  # as a TMA copy takes up to 5 dims
+        return (shared_out(part.reshape(-1, *part.shape[2:]), 1) for part in weight)
+
     ops = Interpreted if plan.interpret else Mosaic
 
     def body(experts, factor, x, *refs):
-        weights, (counter, h, out, x_smem, words_smem, scales_smem, acc_smem, full, rows, empty, *counted) = refs[:6], refs[6:]
-        first = _Product(x, *weights[:3], 2 * F // GROUP // wgs, D // GROUP // groups, 1)
-        second = _Product(h, *weights[3:], D // GROUP // wgs, F // GROUP // groups, plan.splits)
+        weights, (counter, h, out, x_smem, words_smem, scales_smem, sums_smem, acc_smem, full, rows, empty, together, *counted) = refs[:6], refs[6:]
+        first = _Product(x, *weights[:3], 0, 2 * ins, outs // each, 1)
+        second = _Product(h, *weights[3:], A * first.columns, outs, ins // each, splits)
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
 
-        def mine(product):
-            return jnp.maximum(0, (A * product.columns * product.splits - block + plan.blocks - 1) // plan.blocks)
+        def up_to(units):
+            """Return how many of so many units are this block's."""
+            return jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
+
+        def range_of(product):
+            return up_to(product.before), up_to(product.before + A * product.columns * product.splits)
 
         def unit(product, i):
             """Return (expert's place among the token's, expert, column of outputs, part of the sum, its first step, its number of steps) of this
             block's i-th unit, or anything past the last."""
-            at = block + i * plan.blocks
+            at = block + i * plan.blocks - product.before
             place = jnp.minimum(at // (product.columns * product.splits), A - 1)
             expert, part = experts[place], at // product.columns % product.splits
             begin, end = part * product.steps // product.splits, (part + 1) * product.steps // product.splits
@@ -91,36 +115,39 @@ def mlp(x_1D, expert_A, factor, counter, gate_up, gate_up_bias, down, down_bias,
 
                 return slot
 
-            def copy_unit(product, first_step, i, done):
+            def copy_unit(product, first_step, i, carry):
+                done, known = carry  # steps so far; the expert whose rows are known to be there
                 place, expert, column, _, begin, length = unit(product, i)
 
                 def copy_weights(step, _):
-                    slot, outputs, inputs = free(done + step), pl.ds(column * wgs, wgs), pl.ds((begin + step) * groups, groups)
-                    plgpu.copy_gmem_to_smem(product.words.at[expert, outputs, inputs], words_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(product.scales.at[expert, outputs, inputs], scales_smem.at[slot], full.at[slot])
+                    slot, outputs, inputs = free(done + step), expert * product.columns + column, pl.ds((begin + step) * wgs, wgs)
+                    plgpu.copy_gmem_to_smem(product.words.at[outputs, inputs], words_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(product.scales.at[outputs, inputs], scales_smem.at[slot], full.at[slot])
                     return slot
 
                 def copy_rows(step, slot, barrier):  # past the end of x, zeros are read
-                    x, inputs = product.x.at[place] if product is second else product.x, pl.ds((begin + step) * groups * GROUP, groups * GROUP)
-                    plgpu.copy_gmem_to_smem(x.at[pl.ds(place * 0, ALIGNMENT), inputs], x_smem.at[slot], barrier)
+                    x = product.x.at[place] if product is second else product.x
+                    plgpu.copy_gmem_to_smem(x.at[pl.ds((begin + step) * wgs, wgs), :, pl.ds(place * 0, ALIGNMENT)], x_smem.at[slot], barrier)
 
                 ahead = 0
-                if product is second:  # as many steps' weights as there is room for before the first product's last slot is given back
+                if product is second:
+                    # The first steps' weights come before it is waited for rows: who looks for them may not have counted its own of the first product yet.
                     ahead = jnp.where(done == first_step, jnp.minimum(length, stages - 1), 0)
                     jax.lax.fori_loop(0, ahead, lambda step, _: plgpu.barrier_arrive(full.at[copy_weights(step, _)]), None)
+                    pl.when((place != known) & (length > 0))(lambda: ops.await_count(counter.at[place], first.columns, counted, place))
+                    known = jnp.where(length > 0, place, known)
 
-                    @pl.when(ahead > 0)  # not in a unit of no steps: who looks for a step's weights hasn't counted yet
+                    @pl.when(ahead > 0)
                     def _():
-                        ops.await_count(counter, A * first.columns * wgs, counted)
                         jax.lax.fori_loop(0, ahead, lambda step, _: copy_rows(step, jax.lax.rem(done + step, stages), rows), None)
                         jax.lax.fori_loop(ahead, stages - 1, lambda step, _: plgpu.barrier_arrive(rows), None)
 
                 jax.lax.fori_loop(ahead, length, lambda step, _: copy_rows(step, slot := copy_weights(step, _), full.at[slot]), None)
-                return done + length
+                return done + length, known
 
             done = jnp.int32(0)
             for product in (first, second):
-                done = jax.lax.fori_loop(0, mine(product), functools.partial(copy_unit, product, done), done)
+                done, _ = jax.lax.fori_loop(*range_of(product), functools.partial(copy_unit, product, done), (done, jnp.int32(-1)))
             last = free(done)
             for _ in range(3):  # nothing comes in the step that is looked for while the last one is multiplied
                 plgpu.barrier_arrive(full.at[last])
@@ -134,24 +161,19 @@ def mlp(x_1D, expert_A, factor, counter, gate_up, gate_up_bias, down, down_bias,
                 plgpu.barrier_wait(full.at[slot])
                 return [(words_smem[slot, me, group], scales_smem[slot, me, group]) for group in range(groups)]
 
-            def load_bias(product, expert, column):
-                outputs = product.bias.at[jnp.minimum(expert, E - 1), pl.ds((column * wgs + me) * GROUP, GROUP)]
-                return ops.load_bias(outputs, product is first)
-
             def begun(product, i):
-                found = unit(product, i)
-                return found, load_bias(product, found[1], found[2])
+                _, expert, column, *_ = found = unit(product, i)
+                return found, ops.load_bias(product.bias.at[jnp.minimum(expert, E - 1), pl.ds(column * GROUP, GROUP)], product is first)
 
             def compute_unit(product, i, carry):
                 ((place, expert, column, part, _, length), raw_bias), ring, steps = carry
                 following = begun(product, i + 1)
-
                 if product is second:
                     pl.when((steps == 0) & (length > 0))(functools.partial(plgpu.barrier_wait, rows))
 
                 def accumulate(acc):
                     def multiply(decoded, slot, group):
-                        ops.multiply(acc, decoded, x_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
+                        ops.multiply(acc, decoded, x_smem.at[slot, me, group])
 
                     ring_after = hopper_kernel.multiply_steps(length, ring, plan, ops, load, multiply, lambda slot: plgpu.barrier_arrive(empty.at[slot]))
                     return acc[...], ring_after
@@ -159,39 +181,60 @@ def mlp(x_1D, expert_A, factor, counter, gate_up, gate_up_bias, down, down_bias,
                 y, ring = ops.accumulator(accumulate, acc_smem, me, ALIGNMENT)
                 # An expert that isn't here gets no bias, parts of a sum get it once.
                 bias = raw_bias.astype(jnp.float32) * jnp.where((expert < E) & (part == 0), jnp.float32(1), jnp.float32(0))
+                sums = sums_smem.at[jax.lax.rem(i, 2)]  # who has met for a unit is done with the one before
                 if product is first:
-                    y = hopper_kernel.swiglu(*ops.halves(y * loaded_factor, bias), limit, alpha)
-                    ops.store(h.at[place, 0, pl.ds((column * wgs + me) * (GROUP // 2), GROUP // 2)], _of_token(y, MATRIX).astype(jnp.bfloat16))
-                    ops.count(counter, counted)
+                    gate, up, gate_bias, up_bias = ops.halves(y, bias)
+                    sums[me, pl.ds(0, _HALF)], sums[me, pl.ds(_HALF, _HALF)] = _of_row(gate, MATRIX), _of_row(up, MATRIX)
                 else:
-                    out[part, place, pl.ds((column * wgs + me) * GROUP, GROUP)] = _of_token(y, plgpu.Layout.WGMMA) + bias
+                    sums[me] = _of_row(y, plgpu.Layout.WGMMA)
+                plgpu.barrier_arrive(together)
+                plgpu.barrier_wait(together)
+
+                def in_all(part, layout):
+                    return sum(plgpu.load(sums.at[i, part], layout=layout, optimized=False) for i in range(wgs))
+
+                @pl.when(me == 0)
+                def _():
+                    if product is first:
+                        gate, up = (in_all(pl.ds(half * _HALF, _HALF), COLUMN) * loaded_factor for half in range(2))
+                        y = hopper_kernel.swiglu(gate + gate_bias, up + up_bias, limit, alpha).astype(jnp.bfloat16)
+                        group = column // 2
+                        ops.store(h.at[place, group // groups, group % groups, 0, pl.ds(column % 2 * _HALF, _HALF)], y)
+                        ops.count(counter.at[place], counted, place)
+                    else:
+                        out[part, place, pl.ds(column * GROUP, GROUP)] = in_all(pl.ds(0, GROUP), _ROW) + bias
+
                 return following, ring, steps + length
 
             # What isn't in shared memory is loaded ahead of what is waited for there.
-            loaded_factor, units = factor[0], [begun(product, 0) for product in (first, second)]
+            loaded_factor, ranges = factor[0], [range_of(product) for product in (first, second)]
+            units = [begun(product, begin) for product, (begin, _) in zip((first, second), ranges)]
             ring = jnp.int32(stages - 1), jnp.int32(0), load(0)
-            for product, at in zip((first, second), units):
-                _, ring, _ = jax.lax.fori_loop(0, mine(product), functools.partial(compute_unit, product), (at, ring, jnp.int32(0)))
+            for product, mine, at in zip((first, second), ranges, units):
+                _, ring, _ = jax.lax.fori_loop(*mine, functools.partial(compute_unit, product), (at, ring, jnp.int32(0)))
 
     swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     run = plgpu.kernel(
-        body, out_type=(jax.ShapeDtypeStruct((A, 1, F), jnp.bfloat16), jax.ShapeDtypeStruct((plan.splits, A, D), jnp.float32)),
+        body, out_type=(jax.ShapeDtypeStruct((A, ins // groups, groups, 1, GROUP), jnp.bfloat16), jax.ShapeDtypeStruct((splits, A, outs * GROUP), jnp.float32)),
         grid=(plan.blocks,), grid_names=("block",), num_threads=wgs + 1, thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((stages, ALIGNMENT, groups * GROUP), jnp.bfloat16, transforms=swizzle),
+            plgpu.SMEM((stages, wgs, groups, ALIGNMENT, GROUP), jnp.bfloat16, transforms=swizzle),
             plgpu.SMEM((stages, wgs, groups, 4, 128), jnp.uint32),
             plgpu.SMEM((stages, wgs, groups, 32), jnp.uint32),
+            plgpu.SMEM((2, wgs, GROUP), jnp.float32),
             plgpu.SMEM((wgs, GROUP, ALIGNMENT) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=stages - 1),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-            *([plgpu.Barrier(num_arrivals=A * (2 * F // GROUP))] if plan.interpret else []),  # the counter of the only block
+            plgpu.Barrier(num_arrivals=wgs),
+            *([plgpu.Barrier(num_arrivals=2 * ins, num_barriers=A)] if plan.interpret else []),  # the counters of the only block
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plan.interpret)
-    return run(expert_A, factor, x_1D, gate_up.words, gate_up.scales, gate_up_bias, down.words, down.scales, down_bias, jax.new_ref(counter))[1]
+    x = shared_out(x_1D.reshape(outs, 1, GROUP), 0)
+    return run(expert_A, factor, x, *flat(gate_up), gate_up_bias, *flat(down), down_bias, jax.new_ref(counter_A))[1]
 
 
-def _of_token(y, layout):
+def _of_row(y, layout):
     """Return the first of a product's columns, which alone is of a row."""
     return jnp.where(plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=layout) == 0, y, 0).sum(axis=1)
