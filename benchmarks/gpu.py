@@ -191,93 +191,14 @@ def kernels(arguments, record) -> None:
 def variants(arguments, record) -> None:
     """Time the Hopper kernels by tile, parts of the sum, steps and stages: which plan is best can't be told from the compiled program."""
     config, limits = begin(arguments, record)
-    import jax
-    import jax.numpy as jnp
-
-    from gptoss_jax.inference import measure
     from gptoss_jax.kernels import hopper
-    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_layout
 
     if missing := hopper.device_unmet("expert_matmul"):
         return record(skipped=f"needs {missing}")
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+    import gpu_variants
 
-    E, D, F = config.num_local_experts, config.hidden_size, config.intermediate_size
-    key = jax.random.key(0, impl="rbg")
-    for kind, outputs, inputs in ((HopperGateUpWeight, 2 * F, D), (HopperWeight, D, F)):
-        weight, bias, points = hopper_layout.random(key, E, outputs, inputs, kind), jnp.zeros((E, outputs), jnp.bfloat16), []
-        for active, rows in [(config.num_experts_per_tok, 8), *((E // 2, rows) for rows in (8, 16, 32, 64, 128))]:
-            x = jax.random.normal(key, (active * rows, inputs), jnp.bfloat16)
-            planned = hopper_kernel.plan(len(x), weight, rows)
-            plans = {planned} if rows > 8 else {planned, planned._replace(stages=max(planned.stages // 2, 2))}
-            if kind is HopperWeight and active == config.num_experts_per_tok:
-                plans |= {planned._replace(splits=splits) for splits in (1, 2, 3)}
-            for plan in plans:
-
-                def run(how, x, first, weight, bias, plan=plan, active=active, rows=rows):
-                    index, height = jnp.arange(active, dtype=jnp.int32), rows // 8
-                    tiles = hopper_kernel.Tiles((first + index) % E, index * height, jnp.full(active, height), jnp.full(1, active))
-                    return hopper_kernel.matmul(x, weight, bias, tiles, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
-
-                case = measure.Case("hopper", f"{kind.__name__} {active} x {rows} rows", (), run, x, (jnp.int32(0), weight, bias),
-                                    active * outputs * inputs * 17 // 32, 2 * len(x) * outputs * inputs)
-                row = {"what": "variant", "size": case.size, "splits": plan.splits, "stages": plan.stages, "planned": plan == planned}
-                points.append((row, functools.partial(measure.kernel, case, "", limits, repetitions=3, seconds=0.02)))
+    for points in gpu_variants.groups(config, limits):
         measured(arguments, record, points)
-    one_token_variants(arguments, record, config, limits)
-    product_variants(arguments, record, config, limits)
-
-
-def one_token_variants(arguments, record, config, limits) -> None:
-    """The same for a single token's experts."""
-    import jax
-    import jax.numpy as jnp
-
-    from gptoss_jax.inference import measure
-    from gptoss_jax.kernels import hopper
-    from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_layout, hopper_one_token
-
-    E, D, F, A = config.num_local_experts, config.hidden_size, config.intermediate_size, config.num_experts_per_tok
-    key, points = jax.random.key(0, impl="rbg"), []
-    gate_up, down = hopper_layout.random(key, E, 2 * F, D, HopperGateUpWeight), hopper_layout.random(key, E, D, F, HopperWeight)
-    weights = gate_up, jnp.zeros((E, 2 * F), jnp.bfloat16), down, jnp.zeros((E, D), jnp.bfloat16)
-    planned = hopper_one_token.plan(gate_up, down, A, hopper.processors())
-    for plan in {planned, planned._replace(stages=5), *(planned._replace(splits=splits) for splits in (1, 2, 3))}:
-
-        def run(how, x, first, *weights, plan=plan):
-            experts, one, zero = (first + jnp.arange(A, dtype=jnp.int32)) % E, jnp.ones(1), jnp.zeros(1, jnp.int32)
-            return hopper_one_token.mlp(x, experts, one, zero, *weights, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
-
-        case = measure.Case("hopper", f"one token's {A} experts", (), run, jax.random.normal(key, (1, D), jnp.bfloat16), (jnp.int32(0), *weights),
-                            A * 3 * F * D * 17 // 32, 6 * A * F * D)
-        row = {"what": "variant", "size": case.size, "splits": plan.splits, "stages": plan.stages, "planned": plan == planned}
-        points.append((row, functools.partial(measure.kernel, case, "", limits, repetitions=3, seconds=0.02)))
-    measured(arguments, record, points)
-
-
-def product_variants(arguments, record, config, limits) -> None:
-    """The same for a decode step's dense products of one row."""
-    import jax.numpy as jnp
-
-    from gptoss_jax.inference import measure
-    from gptoss_jax.kernels.decode_matmul import hopper_kernel
-
-    points = []
-    for case in measure.cases(config, 1, 128):
-        if case.op != "decode_matmul":
-            continue
-        added, *_, weight = case.arrays
-        planned, of_eight = (hopper_kernel.plan(rows, *weight.shape, added is not None) for rows in (1, 8))
-        plans = {planned, planned._replace(stages=4), of_eight, of_eight._replace(groups=1, stages=12)}
-        for plan in plans:
-
-            def multiply(*arrays, plan=plan):
-                return hopper_kernel.matmul(*arrays, plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
-
-            run = case._replace(run=lambda _, *arrays, multiply=multiply: measure.products(multiply, *arrays))
-            row = {"what": "variant", "size": case.size, "rows": plan.rows, "groups": plan.groups, "stages": plan.stages, "planned": plan == planned}
-            points.append((row, functools.partial(measure.kernel, run, "", limits, repetitions=3, seconds=0.02)))
-    measured(arguments, record, points)
 
 
 def model(arguments, record) -> None:

@@ -24,7 +24,7 @@ CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576,
 
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
-    one_token = (functools.partial(_one_token, parts=parts, inputs=inputs, hidden=hidden) for parts, inputs, hidden in ((0, 192, 320), (16, 384, 192)))
+    one_token = functools.partial(_one_token, parts=0, inputs=192, hidden=320, count=2), functools.partial(_one_token, parts=16, inputs=1152, hidden=576, count=1)
     return first_disagreement([*(functools.partial(_compare, *case) for case in CASES), _misrouted, *one_token], interpret)
 
 
@@ -76,7 +76,7 @@ def _misrouted(*, interpret, tokens=40, experts=32, count=4, rows=8):
     return f"a kernel that routes right here (found {1 - right.mean():.1%} of choices wrong, {found.tiles.count[0]} tiles)"
 
 
-def _one_token(*, interpret, parts, inputs, hidden, experts=32, count=2):
+def _one_token(*, interpret, parts, inputs, hidden, count, experts=32):
     """Compare a token's experts, chosen by its scores or by so many parts of them."""
     random = np.random.default_rng(0)
     gate_up, down = (Mxfp4Weight(random.integers(0, 256, (experts, rows, columns // 32, 16), np.uint8),

@@ -1,0 +1,87 @@
+"""Plans of the Hopper kernels, as section `variants` of `gpu.py` times them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.inference import measure
+from gptoss_jax.kernels import hopper
+from gptoss_jax.kernels.decode_matmul import hopper_kernel as product_kernel
+from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_kernel, hopper_layout, hopper_one_token
+
+
+def groups(config, limits) -> Iterator[list]:
+    """Yield what `gpu.measured` takes, a group for all that shares arrays: of each product of experts, of a single token's, of dense products."""
+    yield from _experts(config, limits)
+    yield _one_token(config, limits)
+    yield _products(config, limits)
+
+
+def _point(case, plan, planned, limits, **facts):
+    row = {"what": "variant", "size": case.size, **facts, "stages": plan.stages, "planned": plan == planned}
+    return row, functools.partial(measure.kernel, case, "", limits, repetitions=3, seconds=0.02)
+
+
+def _experts(config, limits):
+    E, D, F = config.num_local_experts, config.hidden_size, config.intermediate_size
+    key = jax.random.key(0, impl="rbg")
+    for kind, outputs, inputs in ((HopperGateUpWeight, 2 * F, D), (HopperWeight, D, F)):
+        weight, bias, points = hopper_layout.random(key, E, outputs, inputs, kind), jnp.zeros((E, outputs), jnp.bfloat16), []
+        for active, rows in [(config.num_experts_per_tok, 8), *((E // 2, rows) for rows in (8, 16, 32, 64, 128))]:
+            x = jax.random.normal(key, (active * rows, inputs), jnp.bfloat16)
+            planned = hopper_kernel.plan(len(x), weight, rows)
+            plans = {planned} if rows > 8 else {planned, planned._replace(stages=max(planned.stages // 2, 2))}
+            if kind is HopperWeight and active == config.num_experts_per_tok:
+                plans |= {planned._replace(splits=splits) for splits in (1, 2, 3)}
+            for plan in plans:
+
+                def run(how, x, first, weight, bias, plan=plan, active=active, rows=rows):
+                    index, height = jnp.arange(active, dtype=jnp.int32), rows // 8
+                    tiles = hopper_kernel.Tiles((first + index) % E, index * height, jnp.full(active, height), jnp.full(1, active))
+                    return hopper_kernel.matmul(x, weight, bias, tiles, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
+
+                case = measure.Case("hopper", f"{kind.__name__} {active} x {rows} rows", (), run, x, (jnp.int32(0), weight, bias),
+                                    active * outputs * inputs * 17 // 32, 2 * len(x) * outputs * inputs)
+                points.append(_point(case, plan, planned, limits, splits=plan.splits))
+        yield points
+
+
+def _one_token(config, limits):
+    E, D, F, A = config.num_local_experts, config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    key, points = jax.random.key(0, impl="rbg"), []
+    gate_up, down = hopper_layout.random(key, E, 2 * F, D, HopperGateUpWeight), hopper_layout.random(key, E, D, F, HopperWeight)
+    weights = gate_up, jnp.zeros((E, 2 * F), jnp.bfloat16), down, jnp.zeros((E, D), jnp.bfloat16)
+    planned = hopper_one_token.plan(gate_up, down, A, hopper.processors())
+    for plan in {planned, planned._replace(stages=5), *(planned._replace(splits=splits) for splits in (1, 2, 3))}:
+
+        def run(how, x, first, *weights, plan=plan):
+            experts, one, zeros = (first + jnp.arange(A, dtype=jnp.int32)) % E, jnp.ones(1), jnp.zeros(A, jnp.int32)
+            return hopper_one_token.mlp(x, experts, one, zeros, *weights, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
+
+        case = measure.Case("hopper", f"one token's {A} experts", (), run, jax.random.normal(key, (1, D), jnp.bfloat16), (jnp.int32(0), *weights),
+                            A * 3 * F * D * 17 // 32, 6 * A * F * D)
+        points.append(_point(case, plan, planned, limits, splits=plan.splits))
+    return points
+
+
+def _products(config, limits):
+    """A decode step's dense products of one row."""
+    points = []
+    for case in measure.cases(config, 1, 128):
+        if case.op != "decode_matmul":
+            continue
+        added, *_, weight = case.arrays
+        planned, of_eight = (product_kernel.plan(rows, *weight.shape, added is not None) for rows in (1, 8))
+        plans = {planned, planned._replace(stages=4), of_eight, of_eight._replace(groups=1, stages=12)}
+        for plan in plans:
+
+            def multiply(*arrays, plan=plan):
+                return product_kernel.matmul(*arrays, plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
+
+            run = case._replace(run=lambda _, *arrays, multiply=multiply: measure.products(multiply, *arrays))
+            points.append(_point(run, plan, planned, limits, rows=plan.rows, groups=plan.groups))
+    return points
