@@ -159,7 +159,7 @@ def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
 
 @needs_compiler
 @asynchronous
-@pytest.mark.parametrize("sizes", [{}, dict(blocks=7, width=192, hidden=192), dict(blocks=7, width=320, hidden=704), dict(blocks=1, width=64, hidden=128)],
+@pytest.mark.parametrize("sizes", [{}, dict(blocks=7, width=192, hidden=192), dict(blocks=3, width=128, hidden=704), dict(blocks=1, width=64, hidden=128)],
                          ids=["few blocks", "steps of three groups", "more steps than stages", "one block"])
 @pytest.mark.parametrize("first", [0, 4, 40], ids=["all here", "some here", "none here"])
 def test_the_experts_of_one_token(sizes, first, late, monkeypatch):
@@ -182,13 +182,13 @@ def test_blocks_that_do_not_wait_for_each_other_as_they_should_are_found_out(lac
 
     if lacking == "barrier":  # between what a warpgroup's threads store and the one of them that counts
         monkeypatch.setattr(Mosaic, "count", of_counter(lambda counter: counter.signal(1, memory_scope="gpu")))
-    else:  # for all that is counted, or what fences copies
-        await_count, number = Mosaic.await_count, 1 if lacking == "wait" else 4 * 6
+    else:  # for the last that is counted, or what fences copies
+        await_count, number = Mosaic.await_count, 4 * 6 - (lacking == "wait")
         unfenced = of_counter(lambda counter: counter.wait(number, decrement=False, memory_scope="gpu"))
         monkeypatch.setattr(Mosaic, "await_count", unfenced if lacking == "fence" else lambda counter, _, counted: await_count(counter, number, counted))
 
     def run():
-        return experts_on_machine(1, monkeypatch, late=True, blocks=7, width=192, hidden=192)
+        return experts_on_machine(1, monkeypatch, late=lacking == "barrier", blocks=7, width=192, hidden=192)
 
     if lacking == "fence":
         with pytest.raises(AssertionError, match="stored and not fenced"):
