@@ -701,9 +701,13 @@ class _Bytes:
 
 @np.errstate(all="ignore")
 def run_together(machines: list[Machine]) -> None:
-    """Run blocks to their ends. Raises Deadlock; AssertionError if a copy to shared memory is on its way after that."""
+    """Run blocks to their ends. Raises Deadlock; AssertionError if a copy to shared memory is on its way after that.
+
+    Late, warps take turns; early, one runs only where none behind it can, so that who doesn't wait for the last of all is found out.
+    """
+    turns = sum if machines[0].late else any
     while running := [(machine, warp) for machine in machines for warp in machine.running()]:
-        if not sum(machine.turn(warp) for machine, warp in running):
+        if not turns(machine.turn(warp) for machine, warp in reversed(running)):
             loads = next((machine.loads for machine in machines if machine.loads), None)
             if loads is None:
                 waiting = [(machine.block, warp.index, machine.program.steps[warp.pc.min()][2]) for machine, warp in running]

@@ -159,8 +159,8 @@ def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
 
 @needs_compiler
 @asynchronous
-@pytest.mark.parametrize("sizes", [{}, dict(blocks=7, width=576, hidden=192), dict(blocks=7, width=320, hidden=704, count=2), dict(blocks=1, width=64, hidden=128, count=1),
-                                   dict(blocks=40, width=128, hidden=256, count=3)],
+@pytest.mark.parametrize("sizes", [{}, dict(blocks=5, width=576, hidden=576, count=1), dict(blocks=3, width=128, hidden=704, count=2),
+                                   dict(blocks=1, width=64, hidden=128, count=1), dict(blocks=40, width=128, hidden=256, count=3)],
                          ids=["few blocks", "warpgroups of three groups", "more steps than stages", "one block", "more blocks than units"])
 @pytest.mark.parametrize("first", [0, 4, 40], ids=["all here", "some here", "none here"])
 def test_the_experts_of_one_token(sizes, first, late, monkeypatch):
@@ -184,13 +184,13 @@ def test_blocks_that_do_not_wait_for_each_other_as_they_should_are_found_out(lac
 
     if lacking == "barrier":  # between what a warpgroup's threads store and the one of them that counts
         monkeypatch.setattr(Mosaic, "count", of_counter(lambda counter: counter.signal(1, memory_scope="gpu")))
-    else:  # for all that is counted, or what fences copies
-        await_count, number = Mosaic.await_count, 1 if lacking == "wait" else 6
+    else:  # for the last that is counted, or what fences copies
+        await_count, number = Mosaic.await_count, 6 - (lacking == "wait")
         unfenced = of_counter(lambda counter: counter.wait(number, decrement=False, memory_scope="gpu"))
         monkeypatch.setattr(Mosaic, "await_count", unfenced if lacking == "fence" else lambda counter, *_: await_count(counter, number))
 
     def run():
-        return experts_on_machine(1, monkeypatch, late=True, blocks=24, width=192, hidden=192)
+        return experts_on_machine(1, monkeypatch, late=lacking == "barrier", blocks=24, width=192, hidden=192)
 
     if lacking == "fence":
         with pytest.raises(AssertionError, match="stored and not fenced"):
@@ -277,9 +277,7 @@ def test_a_single_rows_decode_step(late, monkeypatch):
     """Five kernels a layer, each fed by the one before: what the several ops of another device make of it, but for roundings at other places."""
     from hopper_machine import on_machine
 
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel
-
-    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
+    monkeypatch.setattr(hopper, "processors", lambda: 3)
     monkeypatch.setattr(hopper, "processors", lambda: 3)
     config = GptOssConfig(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_local_experts=32, num_experts_per_tok=4,
                           num_attention_heads=8, num_key_value_heads=1, head_dim=64, sliding_window=8, max_position_embeddings=64)
