@@ -278,7 +278,6 @@ def test_a_single_rows_decode_step(late, monkeypatch):
     from hopper_machine import on_machine
 
     monkeypatch.setattr(hopper, "processors", lambda: 3)
-    monkeypatch.setattr(hopper, "processors", lambda: 3)
     config = GptOssConfig(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_local_experts=32, num_experts_per_tok=4,
                           num_attention_heads=8, num_key_value_heads=1, head_dim=64, sliding_window=8, max_position_embeddings=64)
     apart, joined = (GptOss(config, measure.random_weights(config)) for _ in range(2))
