@@ -62,8 +62,8 @@ def missing():
 
 
 def main(folder):
-    cases = [(compile_, case) for compile_, cases in ((compile_experts, CASES), (compile_lone, LONE_CASES), (compile_decode, DECODE_CASES), (compile_routing, ROUTINGS),
-                                                      (compile_product, PRODUCTS)) for case in cases]
+    kinds = (compile_experts, CASES), (compile_lone, LONE_CASES), (compile_decode, DECODE_CASES), (compile_routing, ROUTINGS), (compile_product, PRODUCTS)
+    cases = [(compile_, case) for compile_, cases in kinds for case in cases]
     for number, (compile_, case) in enumerate(cases):
         dump = pathlib.Path(folder) / str(number)
         dump.mkdir(parents=True)

@@ -77,7 +77,8 @@ def stack(settings: Sequence[Sampling]) -> tuple[str, SamplingArrays]:
     """Return (which compiled sampler serves all rows, their settings as arrays)."""
     columns = {name: np.asarray([getattr(s, name) for s in settings]) for name in SamplingArrays._fields}
     dtypes = SamplingArrays(np.float32, np.int32, np.float32, np.float32, np.uint32)
-    return max((s.kind for s in settings), key=_KINDS.index), SamplingArrays(*(columns[name].astype(dtype) for name, dtype in zip(SamplingArrays._fields, dtypes)))
+    kind = max((s.kind for s in settings), key=_KINDS.index)
+    return kind, SamplingArrays(*(columns[name].astype(dtype) for name, dtype in zip(SamplingArrays._fields, dtypes)))
 
 
 def sample(logits_BV, settings: SamplingArrays, step_B, *, kind: str, sampleable: int):

@@ -34,7 +34,7 @@ def device_unmet(op: str, device: jax.Device | None = None) -> str | None:
 
 
 def processors() -> int:
-    """Return how many blocks run at the same time that each need a multiprocessor, here or, where no GPU is, on an SXM board."""
+    """Return how many blocks that fill a multiprocessor each run at the same time: here, or where there is no GPU on an SXM board."""
     device = jax.local_devices()[0]
     return min(SMS, getattr(device, "core_count", SMS)) if device.platform == "gpu" else SMS
 

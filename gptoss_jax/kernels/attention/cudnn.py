@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels.attention import reference, xla
+from gptoss_jax.kernels.hopper import SMS
 
 try:
     from jax._src.cudnn import fused_attention_stablehlo as fused
@@ -27,7 +28,6 @@ except (ImportError, AttributeError):
     fused = None
 
 LOWEST = -1e30
-PROCESSORS = 132  # of an H100 or H200; a decode step is split until it has about as many blocks
 SHORTEST_SPLIT = 256  # keys
 _APART = 1024  # by which the score of a key of another segment is lowered: exp of it is zero
 
@@ -136,7 +136,7 @@ def merge(parts, sinks):
 def _splits(blocks: int, slots: int) -> int:
     """Return into how many parts to cut the slots, so that `blocks` thread blocks a part fill the processors once."""
     splits = 1
-    while 2 * splits * blocks <= PROCESSORS and slots % (2 * splits) == 0 and slots // (2 * splits) >= SHORTEST_SPLIT:
+    while 2 * splits * blocks <= SMS and slots % (2 * splits) == 0 and slots // (2 * splits) >= SHORTEST_SPLIT:
         splits *= 2
     return splits
 

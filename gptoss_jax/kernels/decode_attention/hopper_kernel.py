@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gptoss_jax.kernels.attention.cudnn import LOWEST, PROCESSORS, SHORTEST_SPLIT, merge
+from gptoss_jax.kernels.attention.cudnn import LOWEST, SHORTEST_SPLIT, merge
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import EIGHT_ROWS
+from gptoss_jax.kernels.hopper import SMS
 
 HEADS = 8  # wgmma's N: query heads of a key-value head, spare ones included
 WIDTH = 64  # of a head
@@ -41,7 +42,7 @@ class Plan(NamedTuple):
 
 def plan(rows: int, slots: int, kv_heads: int) -> Plan:
     """Split the keys so that there are about as many blocks as processors, but never a full cache in shorter parts than SHORTEST_SPLIT."""
-    return Plan(max(1, min(PROCESSORS // (rows * kv_heads), slots // SHORTEST_SPLIT)), min(_STAGES, -(-slots // TILE)))
+    return Plan(max(1, min(SMS // (rows * kv_heads), slots // SHORTEST_SPLIT)), min(_STAGES, -(-slots // TILE)))
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "ring"))  # so that a kernel is made once for all layers

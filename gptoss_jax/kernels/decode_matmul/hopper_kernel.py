@@ -20,8 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import EIGHT_ROWS, MATRIX, Interpreted, Mosaic, fragments
-from gptoss_jax.kernels.expert_matmul.hopper_kernel import SHARED_BYTES, SMS
+from gptoss_jax.kernels.expert_matmul.hopper_kernel import SHARED_BYTES
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS
+from gptoss_jax.kernels.hopper import SMS
 
 GROUP, ROWS = 64, 8  # of inputs, and the most at once
 _WARPGROUPS = 4

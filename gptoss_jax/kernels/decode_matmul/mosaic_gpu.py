@@ -25,7 +25,7 @@ def unmet(x_TD, added_TD, scale_D, weight_OD, bias_O, dtype) -> str | None:
         return f"1 to {hopper_kernel.ROWS} rows (found {x_TD.shape[0]})"
     if hopper_kernel.plan(x_TD.shape[0], *weight_OD.shape, added_TD is not None):
         return None
-    return f"inputs in multiples of 64, few enough, and outputs that {hopper_kernel.SMS} blocks share in multiples of 8 (found {inputs} and {outputs})"
+    return f"inputs in multiples of 64, few enough, and outputs that {hopper.SMS} blocks share in multiples of 8 (found {inputs} and {outputs})"
 
 
 def run(x_TD, added_TD, scale_D, weight_OD, bias_O, *, epsilon: float, dtype, interpret=None):

@@ -24,8 +24,9 @@ CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576,
 
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
-    one_token = functools.partial(_one_token, parts=0, inputs=192, hidden=320, count=2), functools.partial(_one_token, parts=16, inputs=1152, hidden=576, count=1)
-    return first_disagreement([*(functools.partial(_compare, *case) for case in CASES), _misrouted, *one_token], interpret)
+    one_token = (dict(parts=0, inputs=192, hidden=320, count=2), dict(parts=16, inputs=1152, hidden=576, count=1))
+    checks = [*(functools.partial(_compare, *case) for case in CASES), _misrouted, *(functools.partial(_one_token, **case) for case in one_token)]
+    return first_disagreement(checks, interpret)
 
 
 def _compare(kind, outputs, inputs, sizes, shared, interpret):

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gptoss_jax.kernels.hopper import SMS
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import Interpreted, Mosaic, decode
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight
+from gptoss_jax.kernels.hopper import SMS
 
 SHARED_BYTES = 232448 - 4096  # of a block, less barriers and what the compiler takes
 _FEWEST_STAGES, _MOST_STAGES = 4, 8
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that copies and of one that multiplies: together no more than the block got at launch."""
-        each, copying = 65536 // (128 * (self.warpgroups + 1)) // 8 * 8, 40 if len(self.heights) == 1 else 24  # which has experts to choose, too
+        each, copying = 65536 // (128 * (self.warpgroups + 1)) // 8 * 8, 40 if len(self.heights) == 1 else 24  # which may have counters to wait for, too
         return copying, min(240, (each * (self.warpgroups + 1) - copying) // self.warpgroups // 8 * 8)
 
 
