@@ -69,12 +69,13 @@ def test_a_single_tokens_experts_are_chosen_by_its_scores_or_their_parts(experts
     sums[-1, 5] = np.nan if special == "nan" else sums[-1, 5]
     bias = random.integers(-3, 4, experts) / np.float32(2)
     given = np.concatenate([sums, np.full((parts, FACTORS), 4 / parts)], axis=1, dtype=np.float32) if parts else sums
-    expert, weight, factor = map(np.asarray, hopper_routing.choose_for_one(
+    expert, weight, factor, zeros = map(np.asarray, hopper_routing.choose_for_one(
         jnp.asarray(given), jnp.asarray(bias, jnp.bfloat16), jnp.full(1, first, jnp.int32), count=count, experts=local,
         interpret=plgpu.InterpretGPUParams(detect_races=True)))
     logits = sums.sum(axis=0) * (0.5 if parts else 1) + bias
     chosen = np.argsort(-logits, stable=True)[:count]
     np.testing.assert_allclose(factor, 0.5 if parts else 1, rtol=1e-6)
+    np.testing.assert_array_equal(zeros, [0] * count)
     if special == "nan":
         assert (expert == local).all() and np.isnan(weight).all()
         return
