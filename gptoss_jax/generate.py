@@ -141,11 +141,10 @@ def sampling_of(args: argparse.Namespace):
     return Sampling(temperature=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed)
 
 
-def load(args: argparse.Namespace, messages: Sequence[dict], sampling=None):
+def load(args: argparse.Namespace, messages: Sequence[dict], sampling):
     """Return (engine, tokenizer) for the checkpoint; progress, and the memory that it and an answer to `messages` take, on stderr.
 
-    sampling: of that answer, whose programs are then compiled while the weights are read. Raises PlanError, after the table, where that is more
-    than there is.
+    sampling: of that answer, whose programs are compiled while the weights are read. Raises PlanError, after the table, where that is more than there is.
     """
     status = command.Status()
     status(f"loading {args.checkpoint}")
@@ -175,8 +174,7 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling=None):
         if tokens >= limit:
             raise PromptError(f"the prompt has {tokens} tokens, expected fewer than the context of {limit}")
         memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype, write=tell)
-        if sampling is not None:
-            ahead.append(pool.submit(compiled, config))
+        ahead.append(pool.submit(compiled, config))
 
     def compiled(config):
         engine = Engine(GptOss(config, cost.abstract_weights(config, args.dtype, device=jax.local_devices()[0])), tokenizer)
@@ -188,8 +186,8 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling=None):
         model = checkpoint.load(path, dtype=args.dtype, admit=admit, progress=lambda done, total: status(
             f"loading {args.checkpoint}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {done / 1e6 / (time.perf_counter() - started):,.0f} MB/s"))
         status("compiling")
-        engine = ahead[0].result() if ahead else None
-    if engine is None or not engine.hold(model):
+        engine = ahead[0].result()
+    if not engine.hold(model):
         engine = Engine(model, tokenizer)
     status.clear()
     return engine, tokenizer

@@ -150,17 +150,6 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
         def _copy():
             plgpu.set_max_registers(plan.registers[0], action="decrease")
 
-            def free(step):
-                """Return a step's slot, when it is given back, which happens as the step after it begins: before the first, the last slot's."""
-                slot = jax.lax.rem(step, stages)
-
-                @pl.when(step >= stages - 1)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-                    plgpu.commit_smem()  # it was read otherwise than copies write
-
-                return slot
-
             def copy_unit(i, carry):
                 done, (expert, first, rows, column, _, begin, length) = carry
                 following = unit(i + 1)
@@ -168,7 +157,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                     first = block * 0  # past the end of x, zeros are read
 
                 def copy_step(step, _):
-                    slot, at = free(done + step), begin + step
+                    slot, at = free_slot(done + step, empty, stages), begin + step
                     outputs, inputs = pl.ds(column * wgs, wgs), pl.ds(at * groups, groups)
                     plgpu.copy_gmem_to_smem(words.at[expert, outputs, inputs], words_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(scales.at[expert, outputs, inputs], scales_smem.at[slot], full.at[slot])
@@ -181,10 +170,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                 return done + length, following
 
             done, _ = jax.lax.fori_loop(0, mine, copy_unit, (jnp.int32(0), unit(0)))
-            last = free(done)
-            for _ in range(3):  # nothing comes in the step that is looked for while the last one is multiplied
-                plgpu.barrier_arrive(full.at[last])
-            jax.lax.fori_loop(done + 1, done + stages - 1, lambda step, _: free(step), 0)  # a barrier isn't left while others arrive
+            end_copies(done, full, empty, stages)
 
         @pl.when(me < wgs)
         def _multiply():
@@ -251,6 +237,26 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
         interpret=plan.interpret)
     out = run(*tiles, x_MI, weight.words, weight.scales, bias_EO)
     return out[0] if splits == 1 else out
+
+
+def free_slot(step, empty, stages):
+    """Return a step's slot of the ring when it is given back, which happens as the step after it begins: before the first, the last slot's."""
+    slot = jax.lax.rem(step, stages)
+
+    @pl.when(step >= stages - 1)
+    def _():
+        plgpu.barrier_wait(empty.at[slot])
+        plgpu.commit_smem()  # it was read otherwise than copies write
+
+    return slot
+
+
+def end_copies(done, full, empty, stages):
+    """End what copied so many steps into the ring."""
+    last = free_slot(done, empty, stages)
+    for _ in range(3):  # nothing comes in the step that is looked for while the last one is multiplied
+        plgpu.barrier_arrive(full.at[last])
+    jax.lax.fori_loop(done + 1, done + stages - 1, lambda step, _: free_slot(step, empty, stages), 0)  # a barrier isn't left while others arrive
 
 
 def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back):

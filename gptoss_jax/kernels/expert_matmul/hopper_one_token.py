@@ -3,12 +3,14 @@
 A unit is 64 outputs of an expert, whose inputs a block's warpgroups share out. A block has every so manyth unit of the first product, then of the
 second, in the order of the token's experts; so the first experts' rows h are long there when their units of the second product come, and memory is
 read without a pause. A counter of each expert in memory tells when they are. That needs all blocks to run at the same time, which they do where there
-are no more than multiprocessors, as each has room for one.
+are no more than multiprocessors, as each has room for one. Pallas can't launch cooperatively: where another process's kernels run beside it (MPS), this
+relies on a GPU starting all blocks of a grid before the next one's.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -68,14 +70,6 @@ def mlp(x_1D, expert_A, factor, counter_A, gate_up, gate_up_bias, down, down_bia
     wgs, groups, stages, splits = plan.warpgroups, plan.groups, plan.stages, plan.splits
     A, (E, outs, ins) = expert_A.shape[0], down.scales.shape[:3]  # of down: D and F in groups of 64
     each = wgs * groups  # groups of inputs in a step
-
-    def shared_out(array, dims):
-        """Give groups of inputs, which are dim `dims`, two dims, of warpgroups' shares and of what is in one."""
-        return array.reshape(*array.shape[:dims], array.shape[dims] // groups, groups, *array.shape[dims + 1 :])
-
-    def flat(weight):  # as a TMA copy takes up to 5 dims
-        return (shared_out(part.reshape(-1, *part.shape[2:]), 1) for part in weight)
-
     ops = Interpreted if plan.interpret else Mosaic
 
     def body(experts, factor, x, *refs):
@@ -104,23 +98,13 @@ def mlp(x_1D, expert_A, factor, counter_A, gate_up, gate_up_bias, down, down_bia
         def _copy():
             plgpu.set_max_registers(plan.registers[0], action="decrease")
 
-            def free(step):
-                """Wait until a step's slot is given back, which happens as the step after it begins: before the first, the last slot's."""
-                slot = jax.lax.rem(step, stages)
-
-                @pl.when(step >= stages - 1)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-                    plgpu.commit_smem()  # it was read otherwise than copies write
-
-                return slot
-
             def copy_unit(product, first_step, i, carry):
                 done, known = carry  # steps so far; the expert whose rows are known to be there
                 place, expert, column, _, begin, length = unit(product, i)
 
                 def copy_weights(step, _):
-                    slot, outputs, inputs = free(done + step), expert * product.columns + column, pl.ds((begin + step) * wgs, wgs)
+                    slot = hopper_kernel.free_slot(done + step, empty, stages)
+                    outputs, inputs = expert * product.columns + column, pl.ds((begin + step) * wgs, wgs)
                     plgpu.copy_gmem_to_smem(product.words.at[outputs, inputs], words_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(product.scales.at[outputs, inputs], scales_smem.at[slot], full.at[slot])
                     return slot
@@ -148,10 +132,7 @@ def mlp(x_1D, expert_A, factor, counter_A, gate_up, gate_up_bias, down, down_bia
             done = jnp.int32(0)
             for product in (first, second):
                 done, _ = jax.lax.fori_loop(*range_of(product), functools.partial(copy_unit, product, done), (done, jnp.int32(-1)))
-            last = free(done)
-            for _ in range(3):  # nothing comes in the step that is looked for while the last one is multiplied
-                plgpu.barrier_arrive(full.at[last])
-            jax.lax.fori_loop(done + 1, done + stages - 1, lambda step, _: free(step), 0)  # a barrier isn't left while others arrive
+            hopper_kernel.end_copies(done, full, empty, stages)
 
         @pl.when(me < wgs)
         def _multiply():
@@ -231,8 +212,13 @@ def mlp(x_1D, expert_A, factor, counter_A, gate_up, gate_up_bias, down, down_bia
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plan.interpret)
-    x = shared_out(x_1D.reshape(outs, 1, GROUP), 0)
-    return run(expert_A, factor, x, *flat(gate_up), gate_up_bias, *flat(down), down_bias, jax.new_ref(counter_A))[1]
+    weights = ((*_as_copied(weight, groups), bias) for weight, bias in ((gate_up, gate_up_bias), (down, down_bias)))
+    return run(expert_A, factor, x_1D.reshape(outs // groups, groups, 1, GROUP), *itertools.chain(*weights), jax.new_ref(counter_A))[1]
+
+
+def _as_copied(weight, groups):
+    """Give a weight's words and scales the dims of a TMA copy, at most five: outputs of all experts, shares of inputs, `groups`, and what is in one."""
+    return (part.reshape(-1, part.shape[2] // groups, groups, *part.shape[3:]) for part in weight)
 
 
 def _of_row(y, layout):
