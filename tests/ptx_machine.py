@@ -344,6 +344,14 @@ class Machine:
         value = both << count >> np.uint64(32) if parts[1] == "l" else both >> count
         self._set(warp, mask, operands[0], value.astype(np.uint32))
 
+    def _prmt(self, warp, mask, parts, operands):
+        low, high, selector = (self._get(warp, operand, np.uint32) for operand in operands[1:])
+        from_bytes = np.stack([low, high], axis=-1).copy().view(np.uint8)
+        each = np.stack([selector >> np.uint32(4 * index) & np.uint32(15) for index in range(4)], axis=-1)
+        value = np.take_along_axis(from_bytes, (each & 7).astype(np.int64), axis=1)
+        signs = np.where(value & 128, np.uint8(255), np.uint8(0))  # of a byte, in place of it
+        self._set(warp, mask, operands[0], np.where(each & 8, signs, value).astype(np.uint8).view(np.uint32)[:, 0])
+
     def _setp(self, warp, mask, parts, operands):
         a, b = (self._get(warp, operand, _TYPES[parts[-1]]) for operand in operands[1:3])
         value = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}[parts[1]](a, b)

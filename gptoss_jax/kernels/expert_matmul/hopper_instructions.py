@@ -24,16 +24,41 @@ def decode(words, scales, ops):
 
 
 # Layouts: [4, 128] words, 4 a thread; a vector of one number for each pair of wgmma's rows 8 apart; two; eight rows, both halves of 64
-# columns in the same thread; a matrix of one row for each pair.
+# columns in the same thread; a block of an output, its factor, and its numbers in a thread; a matrix of one row for each pair.
 _WORDS = plgpu.Layout.WG_STRIDED((4, 128), vec_size=4)
 COLUMN = plgpu.Layout.TILED(plgpu.Tiling(((32,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
 _TWO = plgpu.Layout.TILED(plgpu.Tiling(((64,), (16,), (2,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
-EIGHT_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+EIGHT_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((GROUP, GROUP), (16, GROUP), (32,), (8,))), warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1)
+_BLOCKS, _FACTORS = plgpu.Layout.WG_STRIDED((GROUP, GROUP // 2), vec_size=16), plgpu.Layout.WG_STRIDED((2 * GROUP,), vec_size=1)
+_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((GROUP, GROUP), (16, GROUP), (32,), (8,))), warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1)
 MATRIX = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
 
 
 class Mosaic:
     """What runs on the device and can't be interpreted."""
+
+    @staticmethod
+    def decode_stored(blocks, factors):
+        """Take uint8 [64, 32] and bfloat16 [128], as `hopper_stored` has them, to bfloat16 [64, 64]."""
+        @plgpu.inline_mgpu(arg_types=(_BLOCKS, _FACTORS), return_type=plgpu.ShapeDtypeStruct((GROUP, GROUP), jnp.bfloat16, layout=_ROWS))
+        def decoded(_, blocks, factors):
+            i32, two = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
+            words, factor = vector.bitcast(ir.VectorType.get((4,), i32), blocks.registers.item()), factors.registers.item()
+            factor, pieces = vector.shuffle(factor, factor, [0, 0]), []
+            for index in range(4):
+                word = vector.extract(words, [], [index])
+                even, odd = (arith.andi(part, mgpu.utils.c(0x0F0F0F0F, i32)) for part in (word, arith.shrui(word, mgpu.utils.c(4, i32))))
+                pairs = []
+                for byte in range(4):  # a code in bits 0..3 of each half: its sign to bit 15, the others to bits 8 7 6
+                    codes = mgpu.utils.prmt(even, odd, mgpu.utils.c(0x8480 + 0x1111 * byte, i32))  # 8 more: the sign of what has none, zeros
+                    bits = arith.andi(arith.muli(codes, mgpu.utils.c(0x1040, i32)), mgpu.utils.c(0x81C081C0 - (1 << 32), i32))
+                    pairs.append(arith.mulf(mgpu.utils.bitcast(bits, two), factor))
+                four = (vector.shuffle(a, b, [0, 1, 2, 3]) for a, b in (pairs[:2], pairs[2:]))
+                pieces.append(vector.shuffle(*four, [*range(8)]))
+            return fragments(np.array(pieces, object), _ROWS, (GROUP, GROUP))
+
+        return decoded(blocks, factors)
 
     @staticmethod
     def scale(pairs, factors):
@@ -53,6 +78,10 @@ class Mosaic:
     @staticmethod
     def load_bias(ref, gated):
         return plgpu.load(ref, layout=_TWO if gated else None, optimized=False)
+
+    @staticmethod
+    def load_rows(ref):
+        return plgpu.load(ref, layout=_ROWS, optimized=False)
 
     @staticmethod
     def halves(product, bias):
@@ -130,6 +159,10 @@ class Interpreted:
         return ref[...]
 
     @staticmethod
+    def load_rows(ref):
+        return ref[...]
+
+    @staticmethod
     def halves(product, bias):
         product, bias = product.reshape(4, 2, 8, -1), bias.reshape(32, 2)
         return product[:, 0].reshape(32, -1), product[:, 1].reshape(32, -1), bias[:, 0], bias[:, 1]
@@ -148,8 +181,15 @@ class Interpreted:
         return jnp.stack(values).reshape(4, 2, 2, 4, 8, 4, 2).transpose(3, 2, 4, 0, 1, 5, 6).reshape(GROUP, GROUP).astype(jnp.bfloat16)
 
     @staticmethod
+    def decode_stored(blocks, factors):
+        codes = jnp.stack([blocks & 15, blocks >> 4], axis=-1).reshape(GROUP, GROUP).astype(jnp.uint16)
+        code = jax.lax.bitcast_convert_type((codes & 8) << 12 | (codes & 7) << 9, jnp.float16).astype(jnp.float32)  # e2m1 times 2^-14
+        exponents = (jax.lax.bitcast_convert_type(factors, jnp.uint16) >> 7).astype(jnp.int32).reshape(GROUP, 2)
+        return (code * 2.0**14 * jnp.repeat(jnp.exp2((exponents - 253).astype(jnp.float32)), 32, axis=1)).astype(jnp.bfloat16)
+
+    @staticmethod
     def multiply(acc, decoded, x):
-        acc[...] += jnp.dot(decoded.astype(jnp.float32), x[...].T.astype(jnp.float32), precision="highest")
+        acc[...] += jnp.dot(decoded[...].astype(jnp.float32), x[...].T.astype(jnp.float32), precision="highest")
 
     @staticmethod
     def finish(but=0):

@@ -212,7 +212,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
 
                 ring = by_height(rows, compute, ring)
                 plgpu.commit_smem()
-                _store_rows(out_smem.at[me], out.at[part, :, pl.ds((column * wgs + me) * each, each)], first, rows, N)
+                store_rows(out_smem.at[me], out.at[part, :, pl.ds((column * wgs + me) * each, each)], first, rows, N)
                 return following, following_bias, ring
 
             # What isn't in shared memory is loaded ahead of what is waited for there.
@@ -251,19 +251,20 @@ def free_slot(step, empty, stages):
     return slot
 
 
-def end_copies(done, full, empty, stages):
-    """End what copied so many steps into the ring."""
+def end_copies(done, full, empty, stages, copies=3):
+    """End what copied so many steps into the ring, each by so many copies."""
     last = free_slot(done, empty, stages)
-    for _ in range(3):  # nothing comes in the step that is looked for while the last one is multiplied
+    for _ in range(copies):  # nothing comes in the step that is looked for while the last one is multiplied
         plgpu.barrier_arrive(full.at[last])
     jax.lax.fori_loop(done + 1, done + stages - 1, lambda step, _: free_slot(step, empty, stages), 0)  # a barrier isn't left while others arrive
 
 
-def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back):
+def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back, decode=decode, first=None):
     """Take so many steps through the ring: (slot of the step before, this step's, its loaded words and scales), returned as the next unit finds it.
 
     While a group of inputs is multiplied the next one is decoded, in registers of its own, over the steps' ends too. load(slot) waits for a
-    step's words; multiply(decoded, slot, group) begins a product; give_back(slot) lets the slot be filled again.
+    step's words; multiply(decoded, slot, group) begins a product; give_back(slot) lets the slot be filled again. first: what is multiplied in the
+    first step in place of what was loaded.
     """
     def step(state):
         before, slot, decoded, loaded = state
@@ -279,7 +280,7 @@ def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back):
         return slot, following, decoded, loaded
 
     before, slot, loaded = ring
-    state = before, slot, decode(*loaded[0], ops), loaded
+    state = before, slot, decode(*loaded[0], ops) if first is None else first, loaded
     if plan.groups > 1:
         state = jax.lax.fori_loop(0, length, lambda _, state: step(state), state)
     else:  # two by two, as registers that a product reads can't be the next one's
@@ -298,7 +299,7 @@ def swiglu(gate, up, limit, alpha):
     return gate / (1 + jnp.exp(-alpha * gate)) * (up + 1)
 
 
-def _store_rows(smem, gmem, first, rows, most):
+def store_rows(smem, gmem, first, rows, most):
     """Copy the first rows of smem to gmem from row `first`, both in ALIGNMENTs: by powers of two, as a copy's shape is fixed."""
     done = 0
     for power in reversed(range((most // ALIGNMENT).bit_length())):

@@ -7,7 +7,6 @@ expert for every row on CPU and NVIDIA GPUs.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -62,14 +61,8 @@ def backward(residuals, g_MO):
     return dx, dweight, dbias.astype(bias_EO.dtype), no_gradient(group_sizes_E)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def lean_mlp(x_TD, expert_TA, weight_TA, gate_up, down, limit: float, alpha: float):
-    """Return each token's weighted sum over its experts' down(swiglu(gate_up(x))), float32 [T, D]; differentiable in all but packed weights.
-
-    expert: int32 [T, A], a token's all different; one of E or more is somebody else's and adds nothing. gate_up, down: weight and bias as
-    `expert_matmul` takes them and, of a low-rank adapter, A [E, in, r] and B [E, r, out], or None and None. No array of T * A rows is made,
-    forward or backward: what a tile's rows have between the matrices is computed again.
-    """
+    """Return what `lean_mlp` of this package does. No array of T * A rows is made, here or in `lean_backward`."""
     routed = _Routed(expert_TA, weight_TA, gate_up[1].shape[0])
 
     def body(index, out_TD):
@@ -81,7 +74,8 @@ def lean_mlp(x_TD, expert_TA, weight_TA, gate_up, down, limit: float, alpha: flo
     return jax.lax.fori_loop(0, routed.tiles.count, body, jnp.zeros(x_TD.shape, jnp.float32))
 
 
-def _lean_backward(limit, alpha, residuals, g_TD):
+def lean_backward(residuals, g_TD, limit: float, alpha: float):
+    """Return the gradients of `lean_mlp`'s arrays, its first five arguments, which `residuals` are; None of what has none."""
     x_TD, expert_TA, weight_TA, *linears = residuals
     dtype, routed = x_TD.dtype, _Routed(expert_TA, weight_TA, linears[0][1].shape[0])
     g_TD = g_TD.astype(dtype)
@@ -101,10 +95,7 @@ def _lean_backward(limit, alpha, residuals, g_TD):
     carry = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(expert_TA.size, jnp.float32), *sums
     dx_TD, dweight_M, *sums = jax.lax.fori_loop(0, routed.tiles.count, body, carry)
     dweight_TA = dweight_M[routed.place_M].reshape(weight_TA.shape).astype(weight_TA.dtype)
-    return dx_TD.astype(dtype), no_gradient(expert_TA), dweight_TA, *map(_OneExpert.gradients, linears, sums)
-
-
-lean_mlp.defvjp(lambda *arguments: (lean_mlp(*arguments), arguments[:5]), _lean_backward)
+    return dx_TD.astype(dtype), None, dweight_TA, *map(_OneExpert.gradients, linears, sums)
 
 
 class _Tile(NamedTuple):
@@ -175,7 +166,7 @@ class _OneExpert:
     @staticmethod
     def gradients(linear, sums):
         parts = zip(linear, sums)
-        return tuple(no_gradient(part) if isinstance(part, PACKED) else part if part is None else total.astype(part.dtype) for part, total in parts)
+        return tuple(None if part is None or isinstance(part, PACKED) else total.astype(part.dtype) for part, total in parts)
 
 
 def no_gradient(tree):
