@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
 
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
@@ -111,10 +111,10 @@ class MoE(nnx.Module):
             indices_BTA = jnp.where(real_BT[..., None], indices_BTA, self.config.num_local_experts)
         if mesh is None or mesh.size == 1:
             router = Router(scores_BTE, self.router.bias[...], real_BT, np.zeros(1, np.int32), early)
-            return self._local(x_BTD, indices_BTA, weights_BTA, *experts, lean, router).astype(x_BTD.dtype)
+            return self._local(x_BTD, indices_BTA, weights_BTA, *experts, lean, mesh, router).astype(x_BTD.dtype)
         return self._sharded(x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, *experts, mesh=mesh, transport=transport, lean=lean)
 
-    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, lean: bool, router: Router | None = None):
+    def _local(self, x_BTD, indices_BTA, weights_BTA, gate_up: ExpertLinear, down: ExpertLinear, lean: bool, mesh, router: Router | None = None):
         """Compute the experts whose matrices are here, float32 [B, T, D]; an index of E or more is somebody else's and adds nothing.
 
         router: what the indices come from, with scores [B, T, experts] and real [B, T]; None where they aren't a token's own.
@@ -123,7 +123,7 @@ class MoE(nnx.Module):
         rows = x_BTD.reshape(B * T, D), indices_BTA.reshape(B * T, -1), weights_BTA.reshape(B * T, -1)
         limit, alpha = self.experts.limit, self.experts.alpha
         if lean:
-            out_TD = lean_mlp(*rows, tuple(gate_up), tuple(down), limit, alpha)
+            out_TD = lean_mlp(*rows, tuple(gate_up), tuple(down), limit, alpha, _device(mesh))
         elif gate_up.lora_A is None:
             router = router and router._replace(scores=router.scores.reshape(B * T, -1), real=None if router.real is None else router.real.reshape(B * T))
             out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha, router=router)
@@ -146,7 +146,7 @@ class MoE(nnx.Module):
         def compute(x, indices, weights, gate_up, down, router=None):
             if hidden is not None:  # each shard holds part of the sum: the bias belongs to one of them
                 down = down._replace(bias=jnp.where(jax.lax.axis_index(hidden) == 0, down.bias, 0))
-            out = self._local(x, indices, weights, gate_up, down, lean, router)
+            out = self._local(x, indices, weights, gate_up, down, lean, mesh, router)
             return out if hidden is None else jax.lax.psum(out, hidden)
 
         def gather(x, indices, weights, scores, real, bias, gate_up, down):
@@ -179,6 +179,12 @@ class MoE(nnx.Module):
                             in_specs=(rows, rows, rows, rows, P(*rows[:2]), P(), _spec(gate_up, expert, None, hidden),
                                       _spec(down, expert, hidden, None)))
         return run(x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, self.router.bias[...], gate_up, down)
+
+
+def _device(mesh) -> jax.Device | None:
+    """Return a mesh's device, one of this process's if it has any; None where none is known."""
+    devices = mesh.devices.flat if isinstance(mesh, Mesh) else ()
+    return min(devices, key=lambda device: device.process_index != jax.process_index(), default=None)
 
 
 def _spec(linear: ExpertLinear, expert, in_axis, out_axis) -> ExpertLinear:

@@ -100,6 +100,38 @@ def _mlp_backward(limit, alpha, arrays, g_TD):
 _mlp_on_hopper.defvjp(lambda *arguments: (_mlp_on_hopper(*arguments), arguments[:8]), _mlp_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def lean_mlp(x_TD, expert_TA, weight_TA, gate_up, down, limit: float, alpha: float, device: jax.Device | None = None):
+    """Return each token's weighted sum over its experts' down(swiglu(gate_up(x))), float32 [T, D]; differentiable in all but packed weights.
+
+    expert: int32 [T, A], a token's all different; one of E or more is somebody else's and adds nothing. gate_up, down: weight and bias as
+    `expert_matmul` takes them and, of a low-rank adapter, A [E, in, r] and B [E, r, out], or None and None. device: one that the program is for, by
+    default this process's first. Nothing is kept for the backward pass: what rows have between the matrices is computed again, on a Hopper GPU and
+    of weights as the checkpoint stores them by kernels, `hopper_training.ROWS` rows at a time, and elsewhere a tile of one expert's rows.
+    """
+    return _lean(hopper_training.forward, xla.lean_mlp, limit, alpha, device, x_TD, gate_up, down)(x_TD, expert_TA, weight_TA, gate_up, down)
+
+
+def _lean_backward(limit, alpha, device, residuals, g_TD):
+    x_TD, *_, gate_up, down = residuals
+    return _lean(hopper_training.backward, xla.lean_backward, limit, alpha, device, x_TD, gate_up, down)(residuals, g_TD)
+
+
+lean_mlp.defvjp(lambda *arguments: (lean_mlp(*arguments), arguments[:5]), _lean_backward)
+
+
+def _lean(on_hopper, elsewhere, limit, alpha, device, x_TD, *linears):
+    """Return the function that takes these on a device."""
+    on_hopper, elsewhere = (functools.partial(function, limit=limit, alpha=alpha) for function in (on_hopper, elsewhere))
+    device = device or jax.local_devices()[0]
+    if device.platform != "gpu" or not all(isinstance(weight, Mxfp4Weight) for weight, *_ in linears):
+        return elsewhere
+    requirement = next(filter(None, (hopper_training.unmet(x_TD, *linear) for linear in linears)), None) or hopper.device_unmet("expert_matmul", device)
+    say(requirement)
+    # Programs of a process that has a GPU may be for its CPU.
+    return elsewhere if requirement else lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=on_hopper, default=elsewhere)
+
+
 def _check(op, implementation):
     if implementation != "auto" and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{op} implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
@@ -120,48 +152,12 @@ def _matmul(x_MI, weight, bias_EO, group_sizes_E, implementation):
     return xla.expert_matmul(*arguments)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def lean_mlp(x_TD, expert_TA, weight_TA, gate_up, down, limit: float, alpha: float):
-    """Return each token's weighted sum over its experts' down(swiglu(gate_up(x))), float32 [T, D]; differentiable in all but packed weights.
-
-    expert: int32 [T, A], a token's all different; one of E or more is somebody else's and adds nothing. gate_up, down: weight and bias as
-    `expert_matmul` takes them and, of a low-rank adapter, A [E, in, r] and B [E, r, out], or None and None. Nothing is kept for the backward pass:
-    what rows have between the matrices is computed again. Weights as the checkpoint stores them are multiplied by Hopper kernels where the program
-    runs on such a GPU, in parts of some ten thousand rows; anything else a tile of one expert's rows at a time.
-    """
-    run = _on_hopper(hopper_training.forward, xla.lean_mlp, limit, alpha, x_TD, gate_up, down)
-    return run(x_TD, expert_TA, weight_TA, gate_up, down)
-
-
-def _lean_backward(limit, alpha, residuals, g_TD):
-    x_TD, *_, gate_up, down = residuals
-    return _on_hopper(hopper_training.backward, xla.lean_backward, limit, alpha, x_TD, gate_up, down)(residuals, g_TD)
-
-
-lean_mlp.defvjp(lambda *arguments: (lean_mlp(*arguments), arguments[:5]), _lean_backward)
-
-
-def _on_hopper(run, elsewhere, limit, alpha, x_TD, *linears):
-    """Return what runs the former on a Hopper GPU if it takes these, and the latter on anything else."""
-    run, elsewhere = (functools.partial(function, limit=limit, alpha=alpha) for function in (run, elsewhere))
-    if not all(isinstance(weight, Mxfp4Weight) for weight, *_ in linears):
-        return elsewhere
-    requirement = next(filter(None, (hopper_training.unmet(x_TD, *linear) for linear in linears)), None)
-    if not _serves(requirement):
-        return elsewhere
-    return lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=run, default=elsewhere)
-
-
 _matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments[:4]), lambda _, residuals, g_MO: xla.backward(residuals, g_MO))
 
 
 def _takes(x_MI, weight, bias_EO) -> bool:
     """Return whether "auto" compiles the Hopper kernel for these; say which, and why not, once in the log."""
-    return _serves(mosaic_gpu.unmet(x_MI, weight, bias_EO))
-
-
-def _serves(requirement: str | None) -> bool:
-    """Return whether nothing is lacking, nor of the device; say what serves, and why, once in the log."""
+    requirement = mosaic_gpu.unmet(x_MI, weight, bias_EO)
     if requirement is None and jax.default_backend() == "gpu":  # where programs run; one may be compiled for a GPU elsewhere
         requirement = hopper.device_unmet("expert_matmul")
     say(requirement)

@@ -59,7 +59,7 @@ def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
     E, outs, ins = weight.scales.shape[:3]
     most = num_rows // rows if rows else None
     all_as_many, rows = rows is not None, rows or min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
-    heights = (rows,) if all_as_many or rows < 64 else (rows // 2 // ALIGNMENT * ALIGNMENT, rows)  # of less there is little to save
+    heights = (rows,) if all_as_many else heights_up_to(rows)
     warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
     units = (most or _most_tiles(num_rows, E, rows)) * (outs // warpgroups)
     gated, few = isinstance(weight, HopperGateUpWeight), units < SMS
@@ -71,6 +71,11 @@ def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
     if few and not gated:  # fill the grid with parts of sums
         splits = min((1, 2, 3), key=lambda n: -(-units * n // SMS) * -(-steps // n))
     return Plan(heights, warpgroups, groups, min(_MOST_STAGES, room // (groups * group)), splits)
+
+
+def heights_up_to(rows: int) -> tuple[int, ...]:
+    """Return the heights of a tile of at most so many rows: of fewer than 64 there is little to save."""
+    return (rows,) if rows < 64 else (rows // 2 // ALIGNMENT * ALIGNMENT, rows)
 
 
 def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
@@ -129,11 +134,6 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
     def body(experts, firsts, tall, count, x, words, scales, bias, out, x_smem, words_smem, scales_smem, out_smem, acc_smem, full, empty):
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
 
-        def by_height(rows, run, *operands):
-            """Return run(height, *operands) of the least height that so many rows, in ALIGNMENTs, fit."""
-            runs = [functools.partial(run, height) for height in plan.heights]
-            return jax.lax.cond(rows * ALIGNMENT > plan.heights[0], *reversed(runs), *operands) if len(runs) > 1 else runs[0](*operands)
-
         units = count[0] * (columns * splits)
         mine = jnp.maximum(0, (units - block + plan.blocks - 1) // plan.blocks)
 
@@ -161,7 +161,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                     outputs, inputs = pl.ds(column * wgs, wgs), pl.ds(at * groups, groups)
                     plgpu.copy_gmem_to_smem(words.at[expert, outputs, inputs], words_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(scales.at[expert, outputs, inputs], scales_smem.at[slot], full.at[slot])
-                    by_height(rows, lambda height: plgpu.copy_gmem_to_smem(
+                    by_height(plan, rows, lambda height: plgpu.copy_gmem_to_smem(
                         x.at[pl.ds(first * ALIGNMENT, height), pl.ds(at * groups * GROUP, groups * GROUP)],
                         x_smem.at[slot, pl.ds(0, height)], full.at[slot]))
                     return _
@@ -194,7 +194,8 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                         def multiply(decoded, slot, group):
                             ops.multiply(acc, decoded, x_smem.at[slot, pl.ds(0, height), pl.ds(group * GROUP, GROUP)])
 
-                        ring_after = multiply_steps(length, ring, plan, ops, load, multiply, lambda slot: plgpu.barrier_arrive(empty.at[slot]))
+                        ring_after = multiply_steps(
+                            length, ring, plan, ops, load, multiply, lambda slot: plgpu.barrier_arrive(empty.at[slot]), functools.partial(decode, ops=ops))
                         return acc[...], ring_after
 
                     product, ring = ops.accumulator(accumulate, acc_smem, me, height)
@@ -210,7 +211,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
                     out_smem.at[me, pl.ds(0, height)].T[...] = y
                     return ring
 
-                ring = by_height(rows, compute, ring)
+                ring = by_height(plan, rows, compute, ring)
                 plgpu.commit_smem()
                 store_rows(out_smem.at[me], out.at[part, :, pl.ds((column * wgs + me) * each, each)], first, rows, N)
                 return following, following_bias, ring
@@ -239,6 +240,12 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
     return out[0] if splits == 1 else out
 
 
+def by_height(plan: Plan, rows, run, *operands):
+    """Return run(height, *operands) of the least height that so many rows, in ALIGNMENTs, fit."""
+    runs = [functools.partial(run, height) for height in plan.heights]
+    return jax.lax.cond(rows * ALIGNMENT > plan.heights[0], *reversed(runs), *operands) if len(runs) > 1 else runs[0](*operands)
+
+
 def free_slot(step, empty, stages):
     """Return a step's slot of the ring when it is given back, which happens as the step after it begins: before the first, the last slot's."""
     slot = jax.lax.rem(step, stages)
@@ -259,12 +266,11 @@ def end_copies(done, full, empty, stages, copies=3):
     jax.lax.fori_loop(done + 1, done + stages - 1, lambda step, _: free_slot(step, empty, stages), 0)  # a barrier isn't left while others arrive
 
 
-def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back, decode=decode, first=None):
+def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back, decode):
     """Take so many steps through the ring: (slot of the step before, this step's, its loaded words and scales), returned as the next unit finds it.
 
     While a group of inputs is multiplied the next one is decoded, in registers of its own, over the steps' ends too. load(slot) waits for a
-    step's words; multiply(decoded, slot, group) begins a product; give_back(slot) lets the slot be filled again. first: what is multiplied in the
-    first step in place of what was loaded.
+    step's words; multiply(decoded, slot, group) begins a product; give_back(slot) lets the slot be filled again; decode(words, scales).
     """
     def step(state):
         before, slot, decoded, loaded = state
@@ -276,11 +282,11 @@ def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back, dec
             ops.finish(but=1)
             if group == 0:
                 give_back(before)
-            decoded = decode(*loaded[(group + 1) % plan.groups], ops)
+            decoded = decode(*loaded[(group + 1) % plan.groups])
         return slot, following, decoded, loaded
 
     before, slot, loaded = ring
-    state = before, slot, decode(*loaded[0], ops) if first is None else first, loaded
+    state = before, slot, decode(*loaded[0]), loaded
     if plan.groups > 1:
         state = jax.lax.fori_loop(0, length, lambda _, state: step(state), state)
     else:  # two by two, as registers that a product reads can't be the next one's

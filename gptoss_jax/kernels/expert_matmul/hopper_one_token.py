@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul import hopper_kernel
-from gptoss_jax.kernels.expert_matmul.hopper_instructions import COLUMN, MATRIX, Interpreted, Mosaic
+from gptoss_jax.kernels.expert_matmul.hopper_instructions import COLUMN, MATRIX, Interpreted, Mosaic, decode
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import SHARED_BYTES, Plan
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP
 from gptoss_jax.kernels.hopper import SMS
@@ -156,7 +156,8 @@ def mlp(x_1D, expert_A, factor, counter_A, gate_up, gate_up_bias, down, down_bia
                     def multiply(decoded, slot, group):
                         ops.multiply(acc, decoded, x_smem.at[slot, me, group])
 
-                    ring_after = hopper_kernel.multiply_steps(length, ring, plan, ops, load, multiply, lambda slot: plgpu.barrier_arrive(empty.at[slot]))
+                    ring_after = hopper_kernel.multiply_steps(
+                        length, ring, plan, ops, load, multiply, lambda slot: plgpu.barrier_arrive(empty.at[slot]), functools.partial(decode, ops=ops))
                     return acc[...], ring_after
 
                 y, ring = ops.accumulator(accumulate, acc_smem, me, ALIGNMENT)

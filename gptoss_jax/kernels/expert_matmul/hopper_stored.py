@@ -17,16 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import Interpreted, Mosaic
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import (
-    SHARED_BYTES, Plan, Tiles, across, end_copies, free_slot, multiply_steps, store_rows, tile_rows)
+    SHARED_BYTES, Plan, Tiles, across, by_height, end_copies, free_slot, heights_up_to, multiply_steps, store_rows, tile_rows)
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
 _HALF = GROUP // 2
-
-
-def _decode(blocks, factors, ops):
-    return ops.decode_stored(blocks, factors)
-
 
 
 class StoredWeight(NamedTuple):
@@ -47,20 +42,19 @@ def stored(weight: Mxfp4Weight) -> StoredWeight:
 def plan(num_rows: int, weight: StoredWeight, *, transposed: bool) -> Plan:
     """Choose tile and ring for `num_rows` rows over all experts."""
     E, outs, ins = weight.factors.shape[:3]
-    rows = min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)
-    heights = (rows,) if rows < 64 else (rows // 2 // ALIGNMENT * ALIGNMENT, rows)
+    rows = min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
     warpgroups = next(n for n in (3, 2, 1) if (ins if transposed else outs) % n == 0)
     room = SHARED_BYTES - warpgroups * 2 * GROUP * (2 * GROUP + rows)
     stages = room // (warpgroups * (GROUP * _HALF + 4 * GROUP) + 2 * rows * GROUP)
-    return Plan(heights, warpgroups, 1, min(8, stages // 2 * 2), 1)  # an even number: what is decoded alternates between two places
+    return Plan(heights_up_to(rows), warpgroups, 1, min(8, stages // 2 * 2), 1)  # an even number: what is decoded alternates between two places
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "transposed"))  # so that a kernel is made once for all layers
 def matmul(x_MI, weight: StoredWeight, tiles: Tiles, plan: Plan, bias_EO=None, low_rank=None, *, transposed: bool = False):
     """Run the kernel: x bfloat16 [M, in], M a multiple of ALIGNMENT, tiles of at most `plan.rows`; returns [M, out], bfloat16.
 
-    Transposed, x is [M, out] and the result [M, in]. bias: bfloat16 or float32, of the result. low_rank: (bfloat16 [M, R], [E, R, result's
-    columns]), whose product is added, R a multiple of 16 up to 64. Rows of no tile are left as they are in memory; rows of expert E are zeros.
+    Transposed, x is [M, out] and the result [M, in]. bias: bfloat16 or float32 [E, columns of the result]. low_rank: bfloat16 [M, 64] and
+    [E, 64, out], transposed [E, in, 64], whose product is added. Rows of no tile are left as they are in memory; rows of expert E are zeros.
     """
     M, (E, outs, ins) = x_MI.shape[0], weight.factors.shape[:3]
     wgs, N, stages = plan.warpgroups, plan.rows, plan.stages
@@ -71,11 +65,6 @@ def matmul(x_MI, weight: StoredWeight, tiles: Tiles, plan: Plan, bias_EO=None, l
     def body(experts, firsts, tall, count, x, blocks, factors, *refs):
         given, (out, x_smem, blocks_smem, factors_smem, decoded_smem, out_smem, acc_smem, full, empty) = refs[:len(optional)], refs[len(optional):]
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-
-        def by_height(rows, run, *operands):
-            """Return run(height, *operands) of the least height that so many rows, in ALIGNMENTs, fit."""
-            runs = [functools.partial(run, height) for height in plan.heights]
-            return jax.lax.cond(rows * ALIGNMENT > plan.heights[0], *reversed(runs), *operands) if len(runs) > 1 else runs[0](*operands)
 
         mine = jnp.maximum(0, (count[0] * columns - block + plan.blocks - 1) // plan.blocks)
 
@@ -95,7 +84,7 @@ def matmul(x_MI, weight: StoredWeight, tiles: Tiles, plan: Plan, bias_EO=None, l
                 following = unit(i + 1)
 
                 def copy_rows(source, step, slot):
-                    by_height(rows, lambda height: plgpu.copy_gmem_to_smem(
+                    by_height(plan, rows, lambda height: plgpu.copy_gmem_to_smem(
                         source.at[pl.ds(first * ALIGNMENT, height), pl.ds(step * GROUP, GROUP)], x_smem.at[slot, pl.ds(0, height)], full.at[slot]))
 
                 def copy_step(step, _):
@@ -112,7 +101,7 @@ def matmul(x_MI, weight: StoredWeight, tiles: Tiles, plan: Plan, bias_EO=None, l
                     def _():
                         slot = free_slot(done, empty, stages)
                         copy_rows(given[-2], 0, slot)
-                        for _ in range(copies - 1):  # its weights don't come this way
+                        for _ in range(copies - 1):  # what it is multiplied by doesn't come this way
                             plgpu.barrier_arrive(full.at[slot])
 
                     done = done + jnp.where(length > 0, 1, 0)
@@ -130,29 +119,38 @@ def matmul(x_MI, weight: StoredWeight, tiles: Tiles, plan: Plan, bias_EO=None, l
                 plgpu.barrier_wait(full.at[slot])
                 return [(blocks_smem[slot, me], factors_smem[slot, me])]
 
-            def begun(i):
+            def give_back(slot):
+                plgpu.barrier_arrive(empty.at[slot])
+
+            def begin(i):
                 """Return a unit, and what is loaded ahead of it: its bias and the adapter's columns."""
                 expert, _, _, column, _ = found = unit(i)
                 outputs, expert = pl.ds((column * wgs + me) * GROUP, GROUP), jnp.minimum(expert, E - 1)
                 bias = None if bias_EO is None else ops.load_bias(given[0].at[expert, outputs], False)
-                low = None if low_rank is None else ops.load_rows(given[-1].at[(expert, *((slice(None), outputs) if transposed else (outputs, slice(None))))])
+                low = None if low_rank is None else ops.load_rows(given[-1].at[(expert, *((outputs, slice(None)) if transposed else (slice(None), outputs)))])
                 return found, bias, low
 
             def compute_unit(i, carry):
                 ((expert, first, rows, column, length), bias, low), ring = carry
-                following = begun(i + 1)
-                if low_rank:
-                    length = length + jnp.where(length > 0, 1, 0)
+                following = begin(i + 1)
 
                 def compute(height, ring):
                     def accumulate(acc):
-                        def multiply(decoded, slot, _):
+                        def multiply(decoded, slot, _, transposed=transposed):
                             place = decoded_smem.at[me, jax.lax.rem(slot, 2)]
                             place[...] = decoded  # all threads wait first, so that the product before the last, of this place, is done
                             plgpu.commit_smem()
                             ops.multiply(acc, place.T if transposed else place, x_smem.at[slot, pl.ds(0, height)])
 
-                        ring_after = multiply_steps(length, ring, plan, ops, load, multiply, lambda slot: plgpu.barrier_arrive(empty.at[slot]), _decode, low)
+                        def multiply_low(ring):
+                            before, slot, _ = ring
+                            multiply(low, slot, 0, not transposed)
+                            give_back(before)
+                            following = jnp.where(slot + 1 == stages, 0, slot + 1)
+                            return slot, following, load(following)
+
+                        begun = jax.lax.cond(length > 0, multiply_low, lambda ring: ring, ring) if low_rank else ring
+                        ring_after = multiply_steps(length, begun, plan, ops, load, multiply, give_back, ops.decode_stored)
                         return acc[...], ring_after
 
                     y, ring = ops.accumulator(accumulate, acc_smem, me, height)
@@ -162,13 +160,13 @@ def matmul(x_MI, weight: StoredWeight, tiles: Tiles, plan: Plan, bias_EO=None, l
                     out_smem.at[me, pl.ds(0, height)].T[...] = y.astype(jnp.bfloat16)
                     return ring
 
-                ring = by_height(rows, compute, ring)
+                ring = by_height(plan, rows, compute, ring)
                 plgpu.commit_smem()
                 store_rows(out_smem.at[me], out.at[:, pl.ds((column * wgs + me) * GROUP, GROUP)], first, rows, N)
                 return following, ring
 
             # What isn't in shared memory is loaded ahead of what is waited for there.
-            first = begun(0)
+            first = begin(0)
             jax.lax.fori_loop(0, mine, compute_unit, (first, (jnp.int32(stages - 1), jnp.int32(0), load(0))))
             plgpu.wait_smem_to_gmem(0)
 

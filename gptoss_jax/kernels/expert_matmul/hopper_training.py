@@ -137,16 +137,16 @@ class _Linear:
         self._run, self._plans = hopper_stored.matmul, [planned(False), planned(True)]
 
     def __call__(self, x_SI, tiles, low_SR):
-        return self._run(x_SI, self._weight, tiles, self._plans[0], self.bias, self._step(low_SR, jnp.swapaxes(self.b, 1, 2), 2))
+        return self._run(x_SI, self._weight, tiles, self._plans[0], self.bias, _low_rank(low_SR, self.b, 1))
 
     def transposed(self, g_SO, tiles, low_SR):
-        return self._run(g_SO, self._weight, tiles, self._plans[1], None, self._step(low_SR, jnp.swapaxes(self.a, 1, 2), 1), transposed=True)
+        return self._run(g_SO, self._weight, tiles, self._plans[1], None, _low_rank(low_SR, self.a, 2), transposed=True)
 
-    def _step(self, low_SR, factor, axis):
-        if not low_SR.shape[1]:
-            return None
-        missing = GROUP - low_SR.shape[1]
-        return jnp.pad(low_SR, ((0, 0), (0, missing))), jnp.pad(factor, [(0, missing if dim == axis else 0) for dim in range(3)])
+
+def _low_rank(low_SR, factor, dim: int):
+    """Return rows and a factor with as many columns, of which `dim` of the factor has R, as the kernel takes; None if there are none."""
+    missing = GROUP - low_SR.shape[1]
+    return (jnp.pad(low_SR, ((0, 0), (0, missing))), jnp.pad(factor, [(0, missing * (at == dim)) for at in range(3)])) if missing < GROUP else None
 
 
 class _Layer:
