@@ -35,6 +35,9 @@ CASES = [
 ]
 # device, experts, width, hidden, processors: a single token's four
 LONE_CASES = [("NVIDIA H200", 128, 2880, 2880, 132), ("NVIDIA H100 80GB HBM3", 32, 2880, 2880, 114), ("NVIDIA H100 80GB HBM3", 32, 576, 448, 132)]
+# device, rows, experts, outputs, inputs, transposed, adapter: training
+STORED_CASES = [("NVIDIA H200", 16640, 32, 5760, 2880, False, True), ("NVIDIA H100 80GB HBM3", 16640, 32, 5760, 2880, True, True),
+                ("NVIDIA H100 80GB HBM3", 4096, 128, 2880, 2880, True, False), ("NVIDIA H200", 512, 16, 320, 448, False, False)]
 # device, rows, slots, ring; for each 8 key-value heads of 8 queries
 DECODE_CASES = [("NVIDIA H200", 1, 131_072, False), ("NVIDIA H200", 1, 128, True), ("NVIDIA H100 80GB HBM3", 64, 8192, False)]
 # device, tokens, experts, parts of scores: routing of four experts a token; the experts of a single one
@@ -62,7 +65,8 @@ def missing():
 
 
 def main(folder):
-    kinds = (compile_experts, CASES), (compile_lone, LONE_CASES), (compile_decode, DECODE_CASES), (compile_routing, ROUTINGS), (compile_product, PRODUCTS)
+    kinds = (compile_experts, CASES), (compile_lone, LONE_CASES), (compile_stored, STORED_CASES), (compile_decode, DECODE_CASES), \
+        (compile_routing, ROUTINGS), (compile_product, PRODUCTS)
     cases = [(compile_, case) for compile_, cases in kinds for case in cases]
     for number, (compile_, case) in enumerate(cases):
         dump = pathlib.Path(folder) / str(number)
@@ -111,6 +115,25 @@ def compile_lone(shape, experts, width, hidden, processors):
         shape((1, width), jnp.bfloat16), shape((4,), jnp.int32), shape((1,), jnp.float32), shape((1,), jnp.int32), gate_up, biases[0], down, biases[1], plan,
         limit=7.0, alpha=1.702).compile()
     return {"op": "lone", "experts": experts, "temp": program.memory_analysis().temp_size_in_bytes, **plan._asdict()}
+
+
+def compile_stored(shape, rows, experts, outputs, inputs, transposed, adapter):
+    import jax
+    import jax.numpy as jnp
+
+    from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, hopper_kernel, hopper_stored
+
+    own = Mxfp4Weight(shape((experts, outputs, inputs // 32, 16), jnp.uint8), shape((experts, outputs, inputs // 32), jnp.uint8))
+    plan = hopper_stored.plan(rows, jax.eval_shape(hopper_stored.stored, own), transposed=transposed)
+    width, columns = (outputs, inputs) if transposed else (inputs, outputs)
+    low = (shape((rows, 64), jnp.bfloat16), shape((experts, *((columns, 64) if transposed else (64, columns))), jnp.bfloat16)) if adapter else None
+
+    def run(x, own, bias, sizes, low):
+        tiles = hopper_kernel.tiles(sizes, rows, plan.rows)
+        return hopper_stored.matmul(x, hopper_stored.stored(own), tiles, plan, None if transposed else bias, low, transposed=transposed)
+
+    jax.jit(run).lower(shape((rows, width), jnp.bfloat16), own, shape((experts, outputs), jnp.bfloat16), shape((experts,), jnp.int32), low).compile()
+    return {"op": "stored", "all_rows": rows, "transposed": transposed, "adapter": adapter, **plan._asdict()}
 
 
 def weight(shape, kind, experts, outputs, inputs):

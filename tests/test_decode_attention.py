@@ -99,7 +99,7 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     device = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(hopper, "wrong_here", lambda op: "a kernel that computes right here (found 50.0% wrong)")
+    monkeypatch.setattr(hopper, "wrong_here", lambda *_: "a kernel that computes right here (found 50.0% wrong)")
     arrays = arguments(256, 2, 8, (3,))
     with pytest.raises(ValueError, match=r"decode_attention implementation 'mosaic_gpu' needs a kernel that computes right here \(found 50.0% wrong\)"):
         decode_attention(*arrays, ring=False, implementation="mosaic_gpu")

@@ -13,6 +13,7 @@ from test_decode_matmul import SCORED, check_scored, planned, run_scored
 from test_decode_matmul import arguments as product_arguments
 from test_decode_matmul import check as check_product
 
+from gptoss_jax import mxfp4
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference import measure
 from gptoss_jax.kernels import hopper
@@ -120,6 +121,37 @@ def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
         found = mosaic_gpu.run(jnp.asarray(x), hopper_layout.pack(weight, kind), *map(jnp.asarray, rest), kind, **constants)
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=2**-8, atol=2**-8 * expected.std())
     assert any(name.startswith("wgmma.mma_async") for name in ran[0])
+
+
+@needs_compiler
+@asynchronous
+@pytest.mark.parametrize("outputs,inputs,sizes,adapter,transposed", [
+    (192, 128, (8, 0, 16, 8), True, False), (192, 192, (8, 0, 16, 8), True, True), (64, 704, (8, 168), False, False),  # 8 rows are nobody's
+    (704, 64, (8, 168), True, True), (320, 64, (0, 24), True, False), (64, 320, (24, 0), False, True),  # tiles of both heights, many steps; one and few
+])
+def test_products_with_weights_as_they_are_stored(outputs, inputs, sizes, adapter, transposed, late):
+    from hopper_machine import on_machine
+
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_stored
+
+    random, experts, rows = np.random.default_rng(0), min(len(sizes), 3), sum(sizes)
+    weight = Mxfp4Weight(random.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8),
+                         random.integers(118, 123, (experts, outputs, inputs // 32), np.uint8))
+    width, columns = (outputs, inputs) if transposed else (inputs, outputs)
+    x, low_x, low, bias = (np.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in (
+        (rows, width), (rows, 64), (experts, 64, columns), (experts, columns)))
+    sizes = np.asarray(sizes[:experts], np.int32)
+    expected = np.asarray(reference.expert_matmul(x.astype(np.float32), mxfp4.decode(*weight) if transposed else weight, bias, sizes))
+    if adapter:
+        expected = expected + reference.expert_matmul(low_x.astype(np.float32), low.astype(np.float32), np.zeros_like(bias), sizes)
+    stored = hopper_stored.stored(Mxfp4Weight(*map(jnp.asarray, weight)))
+    plan = hopper_stored.plan(rows, stored, transposed=transposed)._replace(blocks=3)
+    arguments = jnp.asarray(x), stored, hopper_kernel.tiles(jnp.asarray(sizes), rows, plan.rows), plan, jnp.asarray(bias)
+    with on_machine(late=late) as ran:
+        found = hopper_stored.matmul(*arguments, tuple(map(jnp.asarray, (low_x, low.swapaxes(1, 2) if transposed else low))) if adapter else None,
+                                     transposed=transposed)
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=2**-8, atol=2**-8 * expected.std())
+    assert ran[0]["prmt.b32"] and any(name.startswith("wgmma.mma_async") for name in ran[0])
 
 
 def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden=64, first=0, count=4):

@@ -22,15 +22,15 @@ def jax_unmet() -> str | None:
     return None if jax.__version_info__ >= OLDEST_JAX else f"jax {'.'.join(map(str, OLDEST_JAX))} or newer (found {jax.__version__})"
 
 
-def device_unmet(op: str, device: jax.Device | None = None) -> str | None:
-    """Return what a device lacks for an op's kernel, by default this process's first.
+def device_unmet(op: str, device: jax.Device | None = None, *, training: bool = False) -> str | None:
+    """Return what a device lacks for an op's kernels, or for those that only training takes; by default this process's first.
 
     None for a Hopper GPU that computes right, or one that isn't here to be asked. op: its folder in `kernels`.
     """
     device = device or jax.local_devices()[0]
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return f"a Hopper GPU (found {device.device_kind})"
-    return wrong_here(op) if device in jax.local_devices() else None
+    return wrong_here(op, training) if device in jax.local_devices() else None
 
 
 def processors() -> int:
@@ -40,9 +40,10 @@ def processors() -> int:
 
 
 @functools.cache
-def wrong_here(op: str) -> str | None:
-    """Look once a process whether an op's kernel computes right on the first device; see the `disagreement` of its `hopper_check`."""
-    return importlib.import_module(f"gptoss_jax.kernels.{op}.hopper_check").disagreement()
+def wrong_here(op: str, training: bool) -> str | None:
+    """Look once a process whether an op's kernels compute right on the first device; see the `disagreement` of its `hopper_check`."""
+    check = importlib.import_module(f"gptoss_jax.kernels.{op}.hopper_check")
+    return check.disagreement_of_training() if training else check.disagreement()
 
 
 def first_disagreement(checks: Sequence[Callable[..., str | None]], interpret) -> str | None:

@@ -126,7 +126,8 @@ def _lean(on_hopper, elsewhere, limit, alpha, device, x_TD, *linears):
     device = device or jax.local_devices()[0]
     if device.platform != "gpu" or not all(isinstance(weight, Mxfp4Weight) for weight, *_ in linears):
         return elsewhere
-    requirement = next(filter(None, (hopper_training.unmet(x_TD, *linear) for linear in linears)), None) or hopper.device_unmet("expert_matmul", device)
+    requirement = next(filter(None, (hopper_training.unmet(x_TD, *linear) for linear in linears)), None)
+    requirement = requirement or hopper.device_unmet("expert_matmul", device, training=True)
     say(requirement)
     # Programs of a process that has a GPU may be for its CPU.
     return elsewhere if requirement else lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=on_hopper, default=elsewhere)

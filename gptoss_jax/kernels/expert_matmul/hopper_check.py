@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptoss_jax import mxfp4
 from gptoss_jax.kernels.expert_matmul import Router, hopper_layout, mosaic_gpu, reference
-from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight
+from gptoss_jax.kernels.expert_matmul.hopper_layout import GROUP, HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS, EarlyScores, Mxfp4Weight
 from gptoss_jax.kernels.hopper import first_disagreement, now
 
@@ -27,6 +28,11 @@ def disagreement(interpret=None) -> str | None:
     one_token = (dict(parts=0, inputs=192, hidden=320, count=2), dict(parts=16, inputs=1152, hidden=576, count=1))
     checks = [*(functools.partial(_compare, *case) for case in CASES), _misrouted, *(functools.partial(_one_token, **case) for case in one_token)]
     return first_disagreement(checks, interpret)
+
+
+def disagreement_of_training(interpret=None) -> str | None:
+    """Return the same of the kernel that training takes."""
+    return first_disagreement([functools.partial(_stored, transposed=transposed) for transposed in (False, True)], interpret)
 
 
 def _compare(kind, outputs, inputs, sizes, shared, interpret):
@@ -99,3 +105,30 @@ def _one_token(*, interpret, parts, inputs, hidden, count, experts=32):
     right = now(expected, x.astype(np.float32) * len(sums) ** -0.5, weight, gate_up, biases[0], down, biases[1], sizes)
     wrong = ~(np.abs(found - right) <= 2**-5 * np.abs(right) + 2**-5 * right.std())  # h and y of each expert are rounded; NaN is wrong
     return f"a kernel that computes right here (found {wrong.mean():.1%} of a token's result wrong)" if wrong.any() else None
+
+
+def _stored(*, interpret, transposed, sizes=(8, 0, 136), outputs=128, inputs=320):
+    """Compare products of both heights with weights as they are stored, or with their transposes, and of adapters."""
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_stored
+
+    random = np.random.default_rng(0)
+    experts, (width, columns) = len(sizes), (outputs, inputs) if transposed else (inputs, outputs)
+    weight = Mxfp4Weight(random.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8),
+                         random.integers(118, 123, (experts, outputs, inputs // 32), np.uint8))
+    x, low_x, low, bias = (np.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in (
+        (sum(sizes), width), (sum(sizes), GROUP), (experts, GROUP, columns), (experts, columns)))
+    sizes = np.asarray(sizes, np.int32)
+
+    def run(x, low_x, low, weight, bias):
+        weight = hopper_stored.stored(weight)
+        plan = mosaic_gpu.interpreted(hopper_stored.plan(len(x), weight, transposed=transposed), interpret)
+        tiles = hopper_kernel.tiles(sizes, len(x), plan.rows)
+        return hopper_stored.matmul(x, weight, tiles, plan, bias, (low_x, low.swapaxes(1, 2) if transposed else low), transposed=transposed)
+
+    def expected(x, low_x, low, weight, bias):
+        matrix = mxfp4.decode(*weight) if transposed else weight
+        return reference.expert_matmul(x, matrix, bias, sizes) + reference.expert_matmul(low_x, low, bias * 0, sizes)
+
+    found, right = now(run, x, low_x, low, weight, bias), now(expected, *(part.astype(np.float32) for part in (x, low_x, low)), weight, bias)
+    wrong = ~(np.abs(found - right) <= 2**-6 * np.abs(right) + 2**-6 * right.std())  # a rounding to bfloat16 is 2^-9; NaN is wrong
+    return f"a kernel that computes right here (found {wrong.mean():.1%} of {'transposed ' * transposed}stored weights' products wrong)" if wrong.any() else None

@@ -28,7 +28,7 @@ def decode(words, scales, ops):
 _WORDS = plgpu.Layout.WG_STRIDED((4, 128), vec_size=4)
 COLUMN = plgpu.Layout.TILED(plgpu.Tiling(((32,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
 _TWO = plgpu.Layout.TILED(plgpu.Tiling(((64,), (16,), (2,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
-EIGHT_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((GROUP, GROUP), (16, GROUP), (32,), (8,))), warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1)
+EIGHT_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 _BLOCKS, _FACTORS = plgpu.Layout.WG_STRIDED((GROUP, GROUP // 2), vec_size=16), plgpu.Layout.WG_STRIDED((2 * GROUP,), vec_size=1)
 _ROWS = plgpu.Layout.TILED(plgpu.Tiling(((GROUP, GROUP), (16, GROUP), (32,), (8,))), warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1)
 MATRIX = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)

@@ -60,8 +60,11 @@ def unmet(weight: Mxfp4Weight) -> str | None:
     outs, ins = weight.scales.shape[-2], weight.scales.shape[-1] * 32
     if outs % GROUP or ins % GROUP:
         return f"dims that divide by {GROUP} (found {outs} outputs, {ins} inputs)"
-    if not isinstance(weight.scales, (jax.core.Tracer, jax.ShapeDtypeStruct)) and (largest := int(weight.scales.max(initial=0))) > LARGEST_SCALE:
-        return f"scale bytes of at most {LARGEST_SCALE} (found {largest})"
+    if not isinstance(weight.scales, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        with jax.ensure_compile_time_eval():  # another array's program may be traced
+            largest = int(weight.scales.max(initial=0))
+        if largest > LARGEST_SCALE:
+            return f"scale bytes of at most {LARGEST_SCALE} (found {largest})"
     return None
 
 

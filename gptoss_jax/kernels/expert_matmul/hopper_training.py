@@ -130,8 +130,7 @@ class _Linear:
             jnp.zeros((E, ins * 32, 0), jnp.bfloat16), jnp.zeros((E, 0, outs), jnp.bfloat16))
 
         def planned(transposed):
-            plan = hopper_stored.plan(rows, self._weight, transposed=transposed)
-            return plan._replace(interpret=interpret, blocks=3) if interpret else plan
+            return mosaic_gpu.interpreted(hopper_stored.plan(rows, self._weight, transposed=transposed), interpret)
 
         self.height = planned(False).rows
         self._run, self._plans = hopper_stored.matmul, [planned(False), planned(True)]

@@ -117,10 +117,14 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
 
 
 def planned(slots: int, weight, interpret, rows: int | None = None):
-    """Return the kernel's plan, of a grid of three blocks where it is interpreted."""
+    """Return the kernel's plan for so many slots."""
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    plan = hopper_kernel.plan(slots, weight, rows)
+    return interpreted(hopper_kernel.plan(slots, weight, rows), interpret)
+
+
+def interpreted(plan, interpret):
+    """Return a kernel's plan, of a grid of three blocks if it is interpreted."""
     return plan._replace(interpret=interpret, blocks=3) if interpret else plan
 
 
