@@ -20,6 +20,7 @@ from gptoss_jax.config import PRESETS
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.sampling import Sampling, sample, stack
 from gptoss_jax.kernels.attention import attention
+from gptoss_jax.kernels.expert_matmul import Mxfp4Weight, lean_mlp
 from gptoss_jax.model import GptOss, cost
 
 CONTEXT = 131_072
@@ -69,6 +70,29 @@ def gradient_of_attention():
     return jax.jit(jax.grad(loss)).lower(arrays, tag, tag).compile()
 
 
+def trained_experts(tokens=4096):
+    """Return the compiled experts of a layer of 20b with adapters of rank 8, forward and backward."""
+    config, device = PRESETS["gpt-oss-20b"], devices.described("H100")[0]
+    E, A, D, F = config.num_local_experts, config.num_experts_per_tok, config.hidden_size, config.intermediate_size
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+
+    def linear(inputs, outputs):
+        packed = Mxfp4Weight(array(E, outputs, inputs // 32, 16, dtype=jnp.uint8), array(E, outputs, inputs // 32, dtype=jnp.uint8))
+        return packed, array(E, outputs), (array(E, inputs, 8), array(E, 8, outputs))
+
+    def run(x_TD, expert_TA, weight_TA, gate_up, down, g_TD):
+        def layer(x_TD, weight_TA, *low_rank):
+            return lean_mlp(x_TD, expert_TA, weight_TA, *((*of[:2], *low) for of, low in zip((gate_up, down), low_rank)), 7.0, 1.702, device)
+
+        out, backward = jax.vjp(layer, x_TD, weight_TA, gate_up[2], down[2])
+        return out, backward(g_TD)
+
+    return jax.jit(run).lower(array(tokens, D), array(tokens, A, dtype=jnp.int32), array(tokens, A, dtype=jnp.float32), linear(D, 2 * F), linear(F, D),
+                              array(tokens, D, dtype=jnp.float32)).compile()
+
+
 def sampler(settings: Sampling, batch: int):
     """Return the compiled sampler of what serves these settings."""
     config, place = PRESETS["gpt-oss-120b"], jax.sharding.SingleDeviceSharding(devices.described("H100")[0])
@@ -94,7 +118,7 @@ def main() -> None:
         texts = [steps["decode"].as_text() for steps in (small, deeper, *others)]
         counts = [kernels(step(text)) for text in texts]
         one_chunk = compiled_steps("gpt-oss-120b", 2, 1, ["prefill"], 8192)["prefill"]
-        gradient = gradient_of_attention()
+        gradient, experts = gradient_of_attention(), trained_experts()
         samplers = [sampler(Sampling(temperature=0), 1), sampler(Sampling(), 1), sampler(Sampling(top_p=0.9), 1),
                     *(sampler(Sampling(top_k=1), batch) for batch in (1, 8, 256))]
         found = {"kernels": counts, "sorts": [re.findall(r"\b(?:sort|scatter)\(", text) for text in texts],
@@ -104,7 +128,8 @@ def main() -> None:
                  "decode": memory(small["decode"]), "prefill": memory(small["prefill"]), "prefill_of_4_layers": memory(deeper["prefill"]),
                  "prefill_kernels": entry(small["prefill"]), "one_chunk": memory(one_chunk), "one_chunk_kernels": entry(one_chunk),
                  "sampler_kernels": [entry(program) for program in samplers], "sampler_of_256_rows": memory(samplers[-1]),
-                 "gradient": memory(gradient), "gradient_kernels": entry(gradient)}
+                 "gradient": memory(gradient), "gradient_kernels": entry(gradient),
+                 "trained_experts": memory(experts), "trained_experts_kernels": entry(experts)}
     print(json.dumps(found, indent=1))
 
 

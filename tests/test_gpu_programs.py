@@ -70,3 +70,11 @@ def test_a_prompt_of_one_chunk_attends_to_nothing_else(programs):
 def test_training_attention_takes_cudnns_backward_pass_and_no_mask(programs):
     """8,192 tokens packed: T x T of bfloat16 for 64 heads would be 8.6 GB."""
     assert programs["gradient_kernels"]["__cudnn$fmhaSoftmaxBackward"] == 1 and programs["gradient"]["temp"] < 500e6
+
+
+def test_training_starts_five_kernels_of_our_own_for_a_layers_experts_and_no_loop(programs):
+    """4,096 tokens of 20b: two products forward, gate and up again and two transposed ones backward. What there is of 16,640 rows takes 0.1 GB of D, or
+    F, and 0.2 of gate and up, which are there twice at most."""
+    found = programs["trained_experts_kernels"]
+    assert found["mosaic_gpu_v2"] == 5 and set(found) == {"fusion", "mosaic_gpu_v2"} and found.total() <= 68  # 65 and 66 when written
+    assert programs["trained_experts"]["temp"] < 800e6
