@@ -1,4 +1,4 @@
-"""Everything worth measuring on one GPU, in under eight minutes: kernels checked and timed, decode, prefill, load, and what else is installed there.
+"""Everything worth measuring on one GPU, in under eight minutes: kernels checked and timed, decode, prefill, training, load, and others' programs.
 
     python benchmarks/gpu.py --out results.jsonl [--seconds 460] [--models gpt-oss-120b gpt-oss-20b]
 
@@ -80,7 +80,7 @@ def main() -> int:
 def hopper_checked(rows: list[dict]) -> bool:
     """Return whether each of the Hopper kernels has been found to equal the reference."""
     checks = [row for row in rows if row.get("op") == "hopper" and row["what"] == "check"]
-    return len(checks) == 3 and not any(row["missing"] for row in checks)
+    return len(checks) == 4 and not any(row["missing"] for row in checks)
 
 
 def run_section(arguments) -> int:
@@ -160,10 +160,11 @@ def check(arguments, record) -> None:
     begin(arguments, record)
     from gptoss_jax.kernels import hopper
 
-    ops = "expert_matmul", "decode_attention", "decode_matmul"
-    with concurrent.futures.ThreadPoolExecutor(len(ops)) as pool:
-        for op, missing in zip(ops, pool.map(hopper.device_unmet, ops)):
-            record(what="check", op="hopper", kernel=op, missing=missing)
+    asked = {op: functools.partial(hopper.device_unmet, op) for op in ("expert_matmul", "decode_attention", "decode_matmul")}
+    asked["training"] = functools.partial(hopper.device_unmet, "expert_matmul", training=True)
+    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+        for kernel, missing in zip(asked, pool.map(lambda ask: ask(), asked.values())):
+            record(what="check", op="hopper", kernel=kernel, missing=missing)
 
 
 def kernels(arguments, record) -> None:
@@ -199,6 +200,25 @@ def variants(arguments, record) -> None:
 
     for points in gpu_variants.groups(config, limits):
         measured(arguments, record, points)
+
+
+def train(arguments, record) -> None:
+    """Time a layer's experts as training takes them, by the kernels and by XLA, checked first; then a step of `sft_lora_20b` with four layers."""
+    config, limits = begin(arguments, record)
+    import gpu_variants
+    from gptoss_jax import bench
+
+    tokens = min(4096, max(arguments.prompts))
+    for points in gpu_variants.trained(config, limits, tokens):
+        measured(arguments, record, points)
+    name = arguments.model if config.hidden_size < 2880 else "four-layer-20b"
+    with tempfile.TemporaryDirectory() as folder, alone():
+        rows = pathlib.Path(folder) / "rows.jsonl"
+        if bench.main(["train", str(ROOT / "configs" / "sft_lora_20b.yaml"), "--random-weights", name, "--json", str(rows), "--steps", "3", "--repetitions", "3",
+                       "--data.row_tokens", str(tokens), "--data.batch_size", "1", "--train.microbatches", "1"]):
+            return record(what="train", failed="bench train ended with an error, which is above")
+        for row in read(rows):
+            record(**row)
 
 
 def model(arguments, record) -> None:
@@ -317,7 +337,7 @@ def load(arguments, record) -> None:
                 record(what="load", read_from=cache, seconds=seconds, gb_per_second=cost.weight_bytes(config) / seconds / 1e9)
 
 
-SECTIONS = {"check": check, "kernels": kernels, "variants": variants, "model": model, "load": load, "torch": torch_ceilings, "triton": triton_rival,
+SECTIONS = {"check": check, "kernels": kernels, "variants": variants, "train": train, "model": model, "load": load, "torch": torch_ceilings, "triton": triton_rival,
             "transformers": transformers_rival}
 
 
@@ -329,6 +349,8 @@ def show(rows: list[dict]) -> None:
             found.add((row["model"], *(row[name] for name in POINT)))
             print(f"{row['model']} {row['what']:14} batch {row['batch']:4} context {row['context']:7,}: {row['tokens_per_second']:12,.1f} tokens/s, "
                   f"{row['floor_fraction']:6.1%} of the floor {row['xla_flags']}".rstrip())
+        elif row.get("what") == "train" and "seconds" in row:
+            print(f"{row['model']} training step of {row['config']}: {row['seconds'] * 1e3:,.1f} ms, {row['floor_fraction']:6.1%} of the floor")
         elif row.get("what") == "trace" and row.get("events"):
             for index, count in collections.Counter(index for index, *_ in row["events"]).most_common(12):
                 times = sorted(time for other, _, time in row["events"] if other == index)

@@ -1,4 +1,4 @@
-"""Plans of the Hopper kernels, as section `variants` of `gpu.py` times them."""
+"""Plans of the Hopper kernels, as section `variants` of `gpu.py` times them, and what training takes, as `train` does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from gptoss_jax.inference import measure
 from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.decode_matmul import hopper_kernel as product_kernel
-from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_kernel, hopper_layout, hopper_one_token
+from gptoss_jax.kernels.expert_matmul import (
+    HopperGateUpWeight, HopperWeight, Mxfp4Weight, hopper_kernel, hopper_layout, hopper_one_token, hopper_stored, lean_mlp)
 
 
 def groups(config, limits) -> Iterator[list]:
@@ -85,3 +86,67 @@ def _products(config, limits):
             run = case._replace(run=lambda _, *arrays, multiply=multiply: measure.products(multiply, *arrays))
             points.append(_point(run, plan, planned, limits, rows=plan.rows, groups=plan.groups))
     return points
+
+
+def trained(config, limits, tokens: int) -> Iterator[list]:
+    """Yield what `gpu.measured` takes: a layer's experts with adapters of rank 8, forward and backward, by "xla" and, on a Hopper GPU, by "mosaic_gpu",
+    compared first, and the products that the kernel does of them.
+
+    The floor is of five products with the matrices: two forward; gate and up again, and two for the gradient of rows, backward.
+    """
+    E, A, D, F, rank = config.num_local_experts, config.num_experts_per_tok, config.hidden_size, config.intermediate_size, 8
+    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 32))
+
+    def linear(inputs, outputs):
+        blocks = jax.random.bits(next(keys), (E, outputs, inputs // 32, 16), jnp.uint8)
+        weight = Mxfp4Weight(blocks, jnp.full((E, outputs, inputs // 32), 120, jnp.uint8))
+        return weight, normal(E, outputs), (normal(E, inputs, rank) * 0.02, normal(E, rank, outputs) * 0.02)
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape, jnp.bfloat16)
+
+    def run(how, x, chosen, weight, gate_up, down):
+        device = jax.devices()[0] if how == "mosaic_gpu" else jax.devices("cpu")[0]
+
+        def layer(x, weight, *low_rank):
+            linears = ((*of[:2], *low) for of, low in zip((gate_up, down), low_rank))
+            return lean_mlp(x, chosen, weight, *linears, config.swiglu_limit, config.swiglu_alpha, device)
+
+        out, backward = jax.vjp(layer, x, weight, gate_up[2], down[2])
+        dx, *others = jax.tree.leaves(backward(out))
+        return dx + sum(part.sum().astype(dx.dtype) for part in others) * 0  # nothing that is timed may be left out
+
+    chosen = jax.lax.top_k(jax.random.uniform(next(keys), (tokens, E)), A)[1].astype(jnp.int32)
+    arrays = chosen, jax.random.uniform(next(keys), (tokens, A)), linear(D, 2 * F), linear(F, D)
+    by_kernels = hopper.device_unmet("expert_matmul", training=True) is None
+    case = measure.Case("lean_mlp", f"{tokens} tokens", ("mosaic_gpu", "xla") if by_kernels else ("xla",), run, normal(tokens, D), arrays, 0, 2 * 8 * tokens * A * D * F)
+
+    def error():
+        ours, expected = (jax.jit(functools.partial(run, how))(case.carry, *arrays).astype(jnp.float32) for how in case.implementations)
+        found = float(jnp.linalg.norm(ours - expected) / jnp.linalg.norm(expected))
+        return lambda: {"error": found}
+
+    row = {"op": case.op, "size": case.size}
+    if by_kernels:
+        yield [(row | {"what": "check", "implementation": "mosaic_gpu"}, error)]
+    yield [(row | {"what": "kernel", "implementation": how}, functools.partial(measure.kernel, case, how, limits, repetitions=3, seconds=0.05))
+           for how in case.implementations]
+    if by_kernels:
+        yield [_stored_product(linear[0], limits, tokens * A, transposed) for linear in arrays[2:] for transposed in (False, True)]
+
+
+def _stored_product(weight, limits, rows: int, transposed: bool):
+    """One product of rows that all experts have as many of."""
+    E, outputs, blocks = weight.scales.shape
+    inputs, weight = blocks * 32, hopper_stored.stored(weight)
+    plan = hopper_stored.plan(rows, weight, transposed=transposed)
+
+    def run(how, x, first, *parts):
+        sizes = jnp.full(E, rows // E, jnp.int32) + first
+        tiles = hopper_kernel.tiles(sizes, rows, plan.rows)
+        return hopper_stored.matmul(x, hopper_stored.StoredWeight(*parts), tiles, plan, transposed=transposed)
+
+    x = jax.random.normal(jax.random.key(0), (rows, outputs if transposed else inputs), jnp.bfloat16)
+    case = measure.Case("stored", f"{outputs} x {inputs}{' transposed' * transposed}, {rows} rows", (), run, x, (jnp.int32(0), *weight),
+                        0, 2 * rows * outputs * inputs)
+    return _point(case, plan, plan, limits)
