@@ -122,9 +122,10 @@ class MoE(nnx.Module):
         B, T, D = x_BTD.shape
         rows = x_BTD.reshape(B * T, D), indices_BTA.reshape(B * T, -1), weights_BTA.reshape(B * T, -1)
         limit, alpha = self.experts.limit, self.experts.alpha
-        if lean:
-            out_TD = lean_mlp(*rows, tuple(gate_up), tuple(down), limit, alpha, _device(mesh))
-        elif gate_up.lora_A is None:
+        device, adapted = _device(mesh), gate_up.lora_A is not None
+        if lean or adapted and device.platform == "gpu":  # where few kernels count for more than what a backward pass computes again
+            out_TD = lean_mlp(*rows, tuple(gate_up), tuple(down), limit, alpha, device)
+        elif not adapted:
             router = router and router._replace(scores=router.scores.reshape(B * T, -1), real=None if router.real is None else router.real.reshape(B * T))
             out_TD = expert_mlp(*rows, gate_up.matrix, gate_up.bias, down.matrix, down.bias, limit=limit, alpha=alpha, router=router)
         else:
@@ -181,10 +182,10 @@ class MoE(nnx.Module):
         return run(x_BTD, indices_BTA, weights_BTA, scores_BTE, real_BT, self.router.bias[...], gate_up, down)
 
 
-def _device(mesh) -> jax.Device | None:
-    """Return a mesh's device, one of this process's if it has any; None where none is known."""
-    devices = mesh.devices.flat if isinstance(mesh, Mesh) else ()
-    return min(devices, key=lambda device: device.process_index != jax.process_index(), default=None)
+def _device(mesh) -> jax.Device:
+    """Return a mesh's device, this process's if it has any of it, or this process's first."""
+    devices = mesh.devices.flat if isinstance(mesh, Mesh) else jax.local_devices()
+    return min(devices, key=lambda device: device.process_index != jax.process_index())
 
 
 def _spec(linear: ExpertLinear, expert, in_axis, out_axis) -> ExpertLinear:
