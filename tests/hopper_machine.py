@@ -19,7 +19,7 @@ from gptoss_jax import devices
 
 
 @contextlib.contextmanager
-def on_machine(*, late: bool):
+def on_machine(*, late: bool | str):
     """Let every kernel that is called run by its PTX, `late` as in `ptx_machine.Machine`; yields a list of how often each of a kernel's operations ran.
 
     Nothing else is compiled meanwhile: a kernel's arguments must be there.

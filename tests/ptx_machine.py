@@ -2,7 +2,8 @@
 
 What interpret mode can't show is shown here: the fragments in which wgmma takes and gives matrices, layouts made by hand, TMA descriptors, mbarrier
 counts, and whether warps wait for each other for ever. It is no timing model. `late` picks when asynchronous work is done: as soon as it is
-asked for, or as late as the waits in the program allow; a program that doesn't wait for what it needs can't be right with both. What a thread
+asked for, or as late as the waits in the program allow; or, with "readers", products and copies from shared memory late and copies to it at
+once: a program that doesn't wait for what it needs can't be right with all of them. What a thread
 stored in shared memory must have been fenced by that thread before TMA copies it, or writes there, or wgmma reads it; and a warp must have
 fenced its copies since it looked at a counter before TMA reads what was stored in the arguments meanwhile.
 
@@ -129,9 +130,10 @@ class Warp:
 class Machine:
     """One block of a kernel. arguments: numpy arrays, which are written in place; written: which of their bytes were, by any block."""
 
-    def __init__(self, program: Program, launch: Launch, arguments: list[np.ndarray], block: tuple[int, int, int], *, late: bool, written=None):
+    def __init__(self, program: Program, launch: Launch, arguments: list[np.ndarray], block: tuple[int, int, int], *, late: bool | str, written=None):
         self.written = written or [np.zeros(argument.nbytes, bool) for argument in arguments]
-        self.program, self.launch, self.block, self.late = program, launch, block, late
+        self.program, self.launch, self.block = program, launch, block
+        self.late, self.loads_late = bool(late), late is True
         self.arguments = [argument.reshape(-1).view(np.uint8) for argument in arguments]
         self.itemsize = [argument.itemsize for argument in arguments]
         self.shared = np.random.default_rng(0).integers(0, 256, 1 << 18, np.uint8)  # nobody has cleaned up
@@ -176,6 +178,8 @@ class Machine:
                     if polled == warp.polled:
                         return looked
                     looked = True
+                if operation.startswith("mbarrier.arrive.release") and self.late and not self.loads_late:
+                    return True  # who waited for it goes on before what this warp has begun is done
             moved = True
         return moved
 
@@ -565,7 +569,7 @@ class Machine:
                     copy.load()
                     self._arrive(barrier, 0, -copy.bytes)
 
-                self.loads.append(load) if self.late else load()
+                self.loads.append(load) if self.loads_late else load()
                 continue
             self.written[argument][bytes_] = True
             warp.stores.append(copy) if self.late else copy.store()
@@ -711,9 +715,9 @@ class _Bytes:
 def run_together(machines: list[Machine]) -> None:
     """Run blocks to their ends. Raises Deadlock; AssertionError if a copy to shared memory is on its way after that.
 
-    Late, warps take turns; early, one runs only where none behind it can, so that who doesn't wait for the last of all is found out.
+    Late, warps take turns; otherwise one runs only where none behind it can, so that who doesn't wait for the last of all is found out.
     """
-    turns = sum if machines[0].late else any
+    turns = sum if machines[0].loads_late else any
     while running := [(machine, warp) for machine in machines for warp in machine.running()]:
         if not turns(machine.turn(warp) for machine, warp in reversed(running)):
             loads = next((machine.loads for machine in machines if machine.loads), None)
@@ -729,7 +733,7 @@ def run_together(machines: list[Machine]) -> None:
                 copy.store()
 
 
-def run(ptx: str, log: str, arguments: list[np.ndarray], *, late: bool) -> dict[str, int]:
+def run(ptx: str, log: str, arguments: list[np.ndarray], *, late: bool | str) -> dict[str, int]:
     """Run all blocks of a kernel together on its arguments, outputs last, which are written. Returns how often each operation ran."""
     program, launch = Program(ptx), read_host(log)
     written = [np.zeros(argument.nbytes, bool) for argument in arguments]

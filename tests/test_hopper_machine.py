@@ -25,7 +25,7 @@ from gptoss_jax.model import GptOss, arrangement, make_cache
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None,
                               reason="no jax-cuda13-plugin and jax-cuda13-pjrt: pip install --no-deps both in JAX's version (no GPU needed)")
-asynchronous = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+asynchronous = pytest.mark.parametrize("late", [False, True, "readers"], ids=["early", "late", "readers late"])
 WAIT = """.entry kernel(
 	.param .u64 kernel_param_0
 )
@@ -93,6 +93,38 @@ def test_stored_numbers_that_a_thread_has_not_fenced_before_they_are_copied_are_
     else:
         with pytest.raises(AssertionError, match="not fenced"):
             ptx_machine.run_together([machine])
+
+
+@needs_compiler
+def test_shared_memory_given_back_before_the_product_that_reads_it_is_done_is_found_out(monkeypatch):
+    """Where products and copies are both late, or both early, nothing is overwritten."""
+    from hopper_machine import on_machine
+
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_stored
+
+    class Late(hopper_stored.Mosaic):
+        finish = staticmethod(lambda but=0: None)
+
+    def too_early(length, ring, plan, ops, load, multiply, give_back, decode):
+        def give_back_and_wait(slot):
+            give_back(slot)
+            ops.finish(but=1)
+
+        return hopper_kernel.multiply_steps(length, ring, plan, Late, load, multiply, give_back_and_wait, decode)
+
+    random = np.random.default_rng(0)
+    weight = Mxfp4Weight(random.integers(0, 256, (1, 64, 36, 16), np.uint8), random.integers(118, 123, (1, 64, 36), np.uint8))
+    x, bias, sizes = jnp.asarray(random.standard_normal((8, 1152)), jnp.bfloat16), jnp.zeros((1, 64)), jnp.full(1, 8, jnp.int32)
+    expected = np.asarray(reference.expert_matmul(x.astype(jnp.float32), weight, bias, sizes))
+    stored = hopper_stored.stored(Mxfp4Weight(*map(jnp.asarray, weight)))
+    plan = hopper_stored.plan(8, stored, transposed=False)._replace(blocks=1)
+    wrong = []
+    for steps in (hopper_kernel.multiply_steps, too_early):
+        monkeypatch.setattr(hopper_stored, "multiply_steps", steps)
+        with on_machine(late="readers"):
+            found = hopper_stored.matmul(x, stored, hopper_kernel.tiles(sizes, 8, plan.rows), plan)
+        wrong.append(float(np.abs(np.asarray(found, np.float32) - expected).max() / expected.std()))
+    assert wrong[0] < 2**-6 and not wrong[1] < 0.1
 
 
 @needs_compiler
