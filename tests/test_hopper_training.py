@@ -119,9 +119,10 @@ def test_a_layer_and_its_gradients_equal_the_references_but_for_roundings(rank, 
 def test_what_is_not_finite_stays_with_its_token(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    x, expert, *rest = layer(tokens=9, chosen=2, experts=3, width=64, hidden=64, rank=2)
+    x, expert, weight, *rest = layer(tokens=9, chosen=2, experts=3, width=64, hidden=64, rank=2)
     constants = dict(limit=LIMIT, alpha=ALPHA, interpret=plgpu.InterpretGPUParams())
-    out = hopper_training.forward(x.at[4].set(jnp.nan), expert, *rest, **constants)
+    weight = jnp.where(expert == 3, jnp.nan, weight)  # of somebody else's expert
+    out = hopper_training.forward(x.at[4].set(jnp.nan), expert, weight, *rest, **constants)
     np.testing.assert_array_equal(np.isnan(out).any(axis=1), np.arange(9) == 4)
 
 

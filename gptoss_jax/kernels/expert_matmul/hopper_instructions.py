@@ -34,7 +34,6 @@ _ROWS = plgpu.Layout.TILED(plgpu.Tiling(((GROUP, GROUP), (16, GROUP), (32,), (8,
 MATRIX = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-
 class Mosaic:
     """What runs on the device and can't be interpreted."""
 

@@ -34,7 +34,7 @@ def forward(x_TD, expert_TA, weight_TA, gate_up, down, limit: float, alpha: floa
     def add(part, out_TD):
         h_SF = layer.hidden(part)[1].astype(x_TD.dtype)
         y_SD = layer.down(h_SF, part.tiles, part.own(_times(h_SF, layer.down.a)))
-        return out_TD + part.to_tokens(y_SD, weight_TA)
+        return out_TD + part.to_tokens(y_SD, layer.weight_TA)
 
     return layer.over_parts(add, jnp.zeros(x_TD.shape, jnp.float32))
 
@@ -69,7 +69,7 @@ def backward(residuals, g_TD, limit: float, alpha: float, interpret=None):
     of_rows = (jnp.zeros(array.shape, jnp.float32) for array in (x_TD, weight_TA))
     of_experts = (jnp.zeros(array.shape, jnp.float32) for array in (first.bias, first.b, second.a))
     dx_TD, dweight_TA, to_first_TER, to_second_TER, dbias, db, da = layer.over_parts(add, (*of_rows, *to_experts, *of_experts))
-    weight_TE = jnp.where(expert_TA[..., None] == jnp.arange(E), weight_TA[..., None], 0).sum(axis=1).astype(dtype)
+    weight_TE = jnp.where(expert_TA[..., None] == jnp.arange(E), layer.weight_TA[..., None], 0).sum(axis=1).astype(dtype)
     gradients = ((dbias, _sum("td,ter->edr", x_TD, to_first_TER), db),
                  (_sum("te,td->ed", weight_TE, g_TD), da, _sum("ter,td->erd", to_second_TER, g_TD)))
     return dx_TD.astype(dtype), None, dweight_TA.astype(weight_TA.dtype), *(
@@ -78,7 +78,7 @@ def backward(residuals, g_TD, limit: float, alpha: float, interpret=None):
 
 
 class _Part(NamedTuple):
-    """Slots of sorted rows, some of them spare: their tokens, experts, weights (0 of spare ones) and tiles.
+    """Slots of sorted rows, some of them spare, with a row of anybody's: their tokens, experts, weights and tiles.
 
     slot: of each choice of each token, or past the last where it isn't in this part. mine: which slots are each expert's.
     """
@@ -151,6 +151,7 @@ def _low_rank(low_SR, factor, dim: int):
 class _Layer:
     def __init__(self, x_TD, expert_TA, weight_TA, gate_up, down, limit, alpha, interpret):
         (T, A), self.experts = expert_TA.shape, gate_up[1].shape[0]
+        self.weight_TA = jnp.where(expert_TA < self.experts, weight_TA, 0)
         order_M, place_M, sizes_E = grouping.group(expert_TA.reshape(-1), self.experts)
         row_S, slot_M, self._sizes_E = mosaic_gpu.align(sizes_E, T * A)
         self._parts = -(-len(row_S) // ROWS)
@@ -159,7 +160,7 @@ class _Layer:
         self._slot_TA = slot_M[place_M].reshape(T, A)
         self._token_S, self._expert_S = choice_S // A, expert_TA.reshape(-1)[choice_S]
         self._is_real_S = self._slot_TA.reshape(-1)[choice_S] == jnp.arange(len(choice_S))
-        self._weight_S = weight_TA.reshape(-1)[choice_S].astype(jnp.float32)
+        self._weight_S = self.weight_TA.reshape(-1)[choice_S].astype(jnp.float32)
         self._x_TD, self._swiglu = x_TD, functools.partial(swiglu, limit=limit, alpha=alpha)
         self.gate_up, self.down = (_Linear(linear, self._rows, interpret) for linear in (gate_up, down))
         self._low_TER = _times(x_TD, self.gate_up.a)
@@ -187,7 +188,7 @@ class _Layer:
         ends_E = hopper_kernel.ends(self._sizes_E) - start
         sizes_E = jnp.clip(ends_E, 0, self._rows) - jnp.clip(ends_E - self._sizes_E, 0, self._rows)
         slot_TA = self._slot_TA - start
-        return _Part(token_S, jnp.minimum(expert_S, self.experts - 1), jnp.where(mine_SE.any(axis=1), weight_S, 0),
+        return _Part(token_S, jnp.minimum(expert_S, self.experts - 1), weight_S,
                      jnp.where(slot_TA < 0, self._rows, slot_TA), mine_SE, hopper_kernel.tiles(sizes_E, self._rows, self.gate_up.height))
 
 
