@@ -336,7 +336,7 @@ def test_decode_products_with_scores(case, late):
 
 
 @needs_compiler
-@asynchronous
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 def test_a_single_rows_decode_step(late, monkeypatch):
     """Five kernels a layer, each fed by the one before: what the several ops of another device make of it, but for roundings at other places."""
     from hopper_machine import on_machine
