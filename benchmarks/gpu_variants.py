@@ -119,7 +119,8 @@ def trained(config, limits, tokens: int) -> Iterator[list]:
     chosen = jax.lax.top_k(jax.random.uniform(next(keys), (tokens, E)), A)[1].astype(jnp.int32)
     arrays = chosen, jax.random.uniform(next(keys), (tokens, A)), linear(D, 2 * F), linear(F, D)
     by_kernels = hopper.device_unmet("expert_matmul", training=True) is None
-    case = measure.Case("lean_mlp", f"{tokens} tokens", ("mosaic_gpu", "xla") if by_kernels else ("xla",), run, normal(tokens, D), arrays, 0, 2 * 8 * tokens * A * D * F)
+    case = measure.Case("lean_mlp", f"{tokens} tokens", ("mosaic_gpu", "xla") if by_kernels else ("xla",), run, normal(tokens, D), arrays,
+                        0, 2 * 8 * tokens * A * D * F)
 
     def error():
         ours, expected = (jax.jit(functools.partial(run, how))(case.carry, *arrays).astype(jnp.float32) for how in case.implementations)
