@@ -129,17 +129,14 @@ class _Linear:
         self.a, self.b = (part.astype(jnp.bfloat16) for part in low_rank) if low_rank and low_rank[0] is not None else (
             jnp.zeros((E, ins * 32, 0), jnp.bfloat16), jnp.zeros((E, 0, outs), jnp.bfloat16))
 
-        def planned(transposed):
-            return mosaic_gpu.interpreted(hopper_stored.plan(rows, self._weight, transposed=transposed), interpret)
-
-        self.height = planned(False).rows
-        self._run, self._plans = hopper_stored.matmul, [planned(False), planned(True)]
+        self._run = hopper_stored.matmul
+        self.plans = [mosaic_gpu.interpreted(hopper_stored.plan(rows, self._weight, transposed=transposed), interpret) for transposed in (False, True)]
 
     def __call__(self, x_SI, tiles, low_SR):
-        return self._run(x_SI, self._weight, tiles, self._plans[0], self.bias, _low_rank(low_SR, self.b, 1))
+        return self._run(x_SI, self._weight, tiles, self.plans[0], self.bias, _low_rank(low_SR, self.b, 1))
 
     def transposed(self, g_SO, tiles, low_SR):
-        return self._run(g_SO, self._weight, tiles, self._plans[1], None, _low_rank(low_SR, self.a, 2), transposed=True)
+        return self._run(g_SO, self._weight, tiles, self.plans[1], None, _low_rank(low_SR, self.a, 2), transposed=True)
 
 
 def _low_rank(low_SR, factor, dim: int):
@@ -189,7 +186,7 @@ class _Layer:
         sizes_E = jnp.clip(ends_E, 0, self._rows) - jnp.clip(ends_E - self._sizes_E, 0, self._rows)
         slot_TA = self._slot_TA - start
         return _Part(token_S, jnp.minimum(expert_S, self.experts - 1), weight_S,
-                     jnp.where(slot_TA < 0, self._rows, slot_TA), mine_SE, hopper_kernel.tiles(sizes_E, self._rows, self.gate_up.height))
+                     jnp.where(slot_TA < 0, self._rows, slot_TA), mine_SE, hopper_kernel.tiles(sizes_E, self._rows, self.gate_up.plans[0].rows))
 
 
 def _times(x_SI, a_EIR):
