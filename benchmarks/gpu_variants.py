@@ -57,15 +57,17 @@ def _one_token(config, limits):
     gate_up, down = hopper_layout.random(key, E, 2 * F, D, HopperGateUpWeight), hopper_layout.random(key, E, D, F, HopperWeight)
     weights = gate_up, jnp.zeros((E, 2 * F), jnp.bfloat16), down, jnp.zeros((E, D), jnp.bfloat16)
     planned = hopper_one_token.plan(gate_up, down, A, hopper.processors())
-    for plan in {planned, planned._replace(stages=5), *(planned._replace(splits=splits) for splits in (1, 2, 3))}:
+    plans = {planned, planned._replace(stages=5), *(planned._replace(splits=splits) for splits in (1, 2, 3))}
+    plans |= {hopper_one_token.plan(gate_up, down, A, hopper.processors(), (n, 1)) for n in (3, 5) if D // 64 % n == F // 64 % n == 0}
+    for plan in plans:
 
         def run(how, x, first, *weights, plan=plan):
-            experts, one, zeros = (first + jnp.arange(A, dtype=jnp.int32)) % E, jnp.ones(1), jnp.zeros(A, jnp.int32)
+            experts, one, zeros = (first + jnp.arange(A, dtype=jnp.int32)) % E, jnp.ones(1), jnp.zeros(A + 1, jnp.int32)
             return hopper_one_token.mlp(x, experts, one, zeros, *weights, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
 
         case = measure.Case("hopper", f"one token's {A} experts", (), run, jax.random.normal(key, (1, D), jnp.bfloat16), (jnp.int32(0), *weights),
                             A * 3 * F * D * 17 // 32, 6 * A * F * D)
-        points.append(_point(case, plan, planned, limits, splits=plan.splits))
+        points.append(_point(case, plan, planned, limits, splits=plan.splits, warpgroups=plan.warpgroups, groups=plan.groups))
     return points
 
 

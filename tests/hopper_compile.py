@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-WEIGHTS_PER_HGMMA = 64 * 16 / 128  # of a thread: an instruction multiplies 64 outputs by 16 inputs, and a warpgroup has 128 threads
+WEIGHTS_PER_PRODUCT = 8  # of a thread: 64 outputs by 16 inputs for a warpgroup (HGMMA), 16 by 16 for a warp (HMMA)
 DEVICE = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -112,7 +112,7 @@ def compile_lone(shape, experts, width, hidden, processors):
     plan = hopper_one_token.plan(gate_up, down, 4, processors)
     biases = [shape((experts, outputs), jnp.bfloat16) for outputs in (2 * hidden, width)]
     program = hopper_one_token.mlp.lower(
-        shape((1, width), jnp.bfloat16), shape((4,), jnp.int32), shape((1,), jnp.float32), shape((1,), jnp.int32), gate_up, biases[0], down, biases[1], plan,
+        shape((1, width), jnp.bfloat16), shape((4,), jnp.int32), shape((1,), jnp.float32), shape((5,), jnp.int32), gate_up, biases[0], down, biases[1], plan,
         limit=7.0, alpha=1.702).compile()
     return {"op": "lone", "experts": experts, "temp": program.memory_analysis().temp_size_in_bytes, **plan._asdict()}
 
@@ -194,13 +194,13 @@ def compile_product(shape, rows, outputs, inputs, summed, normed, experts):
 
 
 def report(dump):
-    """Return what ptxas says of the kernel's PTX, and the instructions of its inner loops that hold HGMMAs: of the longest, and of the costliest."""
+    """Return what ptxas says of the kernel's PTX, and the instructions of its inner loops that multiply: of the longest, and of the costliest."""
     (ptx,), cubin = dump.glob("*.ptx"), dump / "kernel.cubin"
     said = subprocess.run([tool("nvidia", "bin/ptxas"), "-arch=sm_90a", "-v", ptx, "-o", cubin], capture_output=True, text=True, check=True).stderr
     sass = subprocess.run([tool("triton", "bin/cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*?);", sass, re.MULTILINE)
     index = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
-    multiplies = [i for i, (_, name, _) in enumerate(lines) if name.startswith("HGMMA")]
+    multiplies = [i for i, (_, name, _) in enumerate(lines) if name.startswith(("HGMMA", "HMMA"))]
     jumps = [(index[int(target.group(), 16)], i) for i, (_, name, rest) in enumerate(lines)
              if name.startswith("BRA") and (target := re.search("0x[0-9a-f]+", rest)) and int(target.group(), 16) in index]
     exits = [i for i, (_, name, _) in enumerate(lines) if name.startswith("EXIT")]  # what is behind them are other waits' repetitions
@@ -215,8 +215,8 @@ def report(dump):
              "shared_bytes": max(int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", "".join(p.read_text() for p in dump.glob("*resources*"))) or [0])}
     if not multiplies:
         return found
-    return found | {"hgmma": len(multiplies), "loops": len(inner), "loop": max((length for length, _ in inner), default=0),  # of one tile there is none
-                    "instructions_per_weight": round(max((length / (count * WEIGHTS_PER_HGMMA) for length, count in inner), default=0), 2)}
+    return found | {"products": len(multiplies), "loops": len(inner), "loop": max((length for length, _ in inner), default=0),  # of one tile there is none
+                    "instructions_per_weight": round(max((length / (count * WEIGHTS_PER_PRODUCT) for length, count in inner), default=0), 2)}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 What interpret mode can't show is shown here: the fragments in which wgmma takes and gives matrices, layouts made by hand, TMA descriptors, mbarrier
 counts, and whether warps wait for each other for ever. It is no timing model. `late` picks when asynchronous work is done: as soon as it is
 asked for, or as late as the waits in the program allow; or, with "readers", products and copies from shared memory late and copies to it at
-once: a program that doesn't wait for what it needs can't be right with all of them. What a thread
+once; or, with "writers", likewise, and a block's last warps, which copy and store, after the others: a program that doesn't wait for what it needs
+can't be right with all of them. What a thread
 stored in shared memory must have been fenced by that thread before TMA copies it, or writes there, or wgmma reads it; and a warp must have
 fenced its copies since it looked at a counter before TMA reads what was stored in the arguments meanwhile.
 
@@ -118,6 +119,7 @@ class Program:
 class Warp:
     def __init__(self, index: int):
         self.index, self.pc, self.registers = index, np.zeros(LANES, np.int64), {}
+        self.parked = np.zeros(LANES, bool)  # lanes that are at a bar.sync before others of the warp
         self.products: list[list] = [[]]  # groups of wgmma, the last one open
         self.stores: list = []
         self.waiting = None  # for a bar.sync
@@ -133,7 +135,7 @@ class Machine:
     def __init__(self, program: Program, launch: Launch, arguments: list[np.ndarray], block: tuple[int, int, int], *, late: bool | str, written=None):
         self.written = written or [np.zeros(argument.nbytes, bool) for argument in arguments]
         self.program, self.launch, self.block = program, launch, block
-        self.late, self.loads_late = bool(late), late is True
+        self.late, self.loads_late, self.writers_last = bool(late), late is True, late == "writers"
         self.arguments = [argument.reshape(-1).view(np.uint8) for argument in arguments]
         self.itemsize = [argument.itemsize for argument in arguments]
         self.shared = np.random.default_rng(0).integers(0, 256, 1 << 18, np.uint8)  # nobody has cleaned up
@@ -153,9 +155,18 @@ class Machine:
     def turn(self, warp: Warp) -> bool:
         """Run a warp until it waits for somebody; return whether anything happened."""
         moved, end, looked = False, len(self.program.steps), False
-        while warp.waiting is None and (pc := int(warp.pc.min())) < end:
+        while warp.waiting is None and warp.pc.min() < end:
+            pc = int(warp.pc[~warp.parked].min(initial=end))
+            if pc == end:
+                assert len({*warp.pc[warp.parked]}) == 1, "lanes of a warp wait at different barriers"
+                pc, warp.parked[:] = int(warp.pc.min()), False
             active = warp.pc == pc
             predicate, negated, operation, operands = self.program.steps[pc]
+            if operation.startswith("bar"):
+                if (warp.pc[~active] < end).any():
+                    warp.parked |= active
+                    continue
+                warp.parked[:] = False
             mask = active
             if predicate is not None:
                 mask = active & (warp.registers[predicate] != negated)
@@ -417,6 +428,15 @@ class Machine:
         for lane in np.flatnonzero(mask):
             self.memory(address[lane], 4).view(np.uint32)[:] += value[lane]
 
+    def _atom(self, warp, mask, parts, operands):
+        assert parts[1:] == ["relaxed", "gpu", "global", "add", "u32"], parts
+        address, value, before = self._address(warp, operands[1]), self._get(warp, operands[2], np.uint32), np.zeros(LANES, np.uint32)
+        for lane in np.flatnonzero(mask):
+            word = self.memory(address[lane], 4).view(np.uint32)
+            before[lane] = word[0]
+            word += value[lane]
+        self._set(warp, mask, operands[0], before)
+
     def _stmatrix(self, warp, mask, parts, operands):
         assert mask.all() and "m8n8" in parts
         address = self._address(warp, operands[0])
@@ -576,6 +596,23 @@ class Machine:
 
     # Matrix products.
 
+    def _mma(self, warp, mask, parts, operands):
+        assert mask.all() and parts[1:] == ["sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"], parts
+        result, a, b, c = ([name.strip() for name in operand.strip("{}").split(",")] for operand in operands)
+        lane, product = np.arange(LANES), self._fragment(warp, a, 16) @ self._fragment(warp, b, 8).T
+        sums = [self._get(warp, name, np.float32) + product[lane // 4 + 8 * (index // 2), lane % 4 * 2 + index % 2] for index, name in enumerate(c)]
+        for name, value in zip(result, sums):
+            self._set(warp, mask, name, value.astype(np.float32))
+
+    def _fragment(self, warp, names, rows: int):
+        """Return a warp's part of an operand of 16 inputs, float32 [rows, 16], 16 or 8 rows."""
+        matrix, lane, eights = np.zeros((rows, 16), np.float32), np.arange(LANES), rows // 8
+        for index, name in enumerate(names):
+            word = self._get(warp, name, np.uint32).copy().view(_BF16).reshape(LANES, 2)
+            for half in range(2):
+                matrix[lane // 4 + 8 * (index % eights), lane % 4 * 2 + half + 8 * (index // eights)] = word[:, half]
+        return matrix
+
     def _wgmma(self, warp, mask, parts, operands):
         assert mask.all()
         if parts[1] == "commit_group":
@@ -599,11 +636,7 @@ class Machine:
         assert len(sums) == n // 2 and (scale_a, scale_b) == ("1", "1")
         lane = np.arange(LANES)
         if a.startswith("{"):
-            words = [self._get(warp, name.strip(), np.uint32).copy().view(_BF16).reshape(LANES, 2) for name in a.strip("{}").split(",")]
-            mine = np.zeros((16, 16), np.float32)
-            for index, word in enumerate(words):
-                for half in range(2):
-                    mine[lane // 4 + 8 * (index % 2), lane % 4 * 2 + half + 8 * (index // 2)] = word[:, half]
+            mine = self._fragment(warp, [name.strip() for name in a.strip("{}").split(",")], 16)
             transposed = ["0", *transposed]
         left = None if a.startswith("{") else self._in_shared(int(self._get(warp, a, np.uint64)[0]), 64, transposed[0] == "1")
         right = self._in_shared(int(self._get(warp, b, np.uint64)[0]), n, transposed[1] == "1")
@@ -715,16 +748,17 @@ class _Bytes:
 def run_together(machines: list[Machine]) -> None:
     """Run blocks to their ends. Raises Deadlock; AssertionError if a copy to shared memory is on its way after that.
 
-    Late, warps take turns; otherwise one runs only where none behind it can, so that who doesn't wait for the last of all is found out.
+    Late, warps take turns, and the copy that was asked for last comes first; otherwise one runs only where none behind it can, with "writers" none
+    before it, so that who doesn't wait for the last of all is found out.
     """
-    turns = sum if machines[0].loads_late else any
+    turns, writers_last = sum if machines[0].loads_late else any, machines[0].writers_last
     while running := [(machine, warp) for machine in machines for warp in machine.running()]:
-        if not turns(machine.turn(warp) for machine, warp in reversed(running)):
+        if not turns(machine.turn(warp) for machine, warp in (running if writers_last else reversed(running))):
             loads = next((machine.loads for machine in machines if machine.loads), None)
             if loads is None:
                 waiting = [(machine.block, warp.index, machine.program.steps[warp.pc.min()][2]) for machine, warp in running]
                 raise Deadlock(f"blocks' warps at {waiting}")
-            loads.pop(0)()
+            loads.pop()()
     for machine in machines:
         for warp in machine.warps:
             machine.deliver(warp)

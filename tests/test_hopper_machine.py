@@ -71,6 +71,39 @@ COPY = """.entry kernel(
 	ret;
 }
 """
+APART = """.entry kernel(
+	.param .u64 kernel_param_0
+)
+{
+	mov.u32 %r1, %tid.x;
+	mov.b32 %r2, 0;
+	setp.eq.b32 %p1, %r1, 0;
+	@%p1 bra $FIRST;
+$MEET:
+	bar.sync 0;
+	@%p1 bra $SECOND;
+	add.u32 %r2, %r2, 1;
+$MEET_AGAIN:
+	bar.sync 0;
+	ld.param.b64 %rd1, [kernel_param_0];
+	mul.wide.u32 %rd2, %r1, 4;
+	add.s64 %rd3, %rd1, %rd2;
+	st.global.b32 [%rd3], %r2;
+	ret;
+$FIRST:
+	add.u32 %r2, %r2, 1;
+	bra $MEET;
+$SECOND:
+	add.u32 %r2, %r2, 1;
+	bra $MEET_AGAIN;
+}
+"""
+
+
+def test_lanes_that_went_apart_meet_at_each_barrier():
+    out = np.zeros(64, np.int32)
+    ptx_machine.run_together([ptx_machine.Machine(ptx_machine.Program(APART), ptx_machine.Launch((1, 1, 1), 64, (0,), {}), [out], (0, 0, 0), late=False)])
+    np.testing.assert_array_equal(out, [2] + [1] * 63)
 
 
 def test_threads_that_wait_for_too_few_are_found_out():
@@ -186,11 +219,13 @@ def test_products_with_weights_as_they_are_stored(outputs, inputs, sizes, adapte
     assert ran[0]["prmt.b32"] and any(name.startswith("wgmma.mma_async") for name in ran[0])
 
 
-def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden=64, first=0, count=4):
+def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden=64, first=0, count=4, stages=32):
     """Return what the experts of some tokens come to in the simulator and by the reference, and which operations each kernel ran."""
     from hopper_machine import on_machine
 
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_one_token
+
+    monkeypatch.setattr(hopper_one_token, "_MOST_STAGES", stages)
 
     monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=blocks))
     monkeypatch.setattr(hopper, "processors", lambda: blocks)
@@ -223,7 +258,7 @@ def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
 
 @needs_compiler
 @asynchronous
-@pytest.mark.parametrize("sizes", [{}, dict(blocks=5, width=576, hidden=576, count=1), dict(blocks=3, width=128, hidden=704, count=2),
+@pytest.mark.parametrize("sizes", [{}, dict(blocks=5, width=576, hidden=576, count=1), dict(blocks=3, width=128, hidden=704, count=2, stages=3),
                                    dict(blocks=1, width=64, hidden=128, count=1), dict(blocks=40, width=128, hidden=256, count=3)],
                          ids=["few blocks", "warpgroups of three groups", "more steps than stages", "one block", "more blocks than units"])
 @pytest.mark.parametrize("first", [0, 4, 40], ids=["all here", "some here", "none here"])
@@ -233,6 +268,14 @@ def test_the_experts_of_one_token(sizes, first, late, monkeypatch):
     found, expected, ran = experts_on_machine(1, monkeypatch, late=late, first=first, **sizes)
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
     assert len(ran) == 2 and (expected.any() or first)
+
+
+@needs_compiler
+@pytest.mark.parametrize("late", [True, "writers"], ids=["late", "writers last"])
+def test_the_experts_of_one_token_where_sums_wait_for_who_stores_them(late, monkeypatch):
+    """More units of a block than there are buffers for their sums, and more steps of a unit than stages."""
+    found, expected, _ = experts_on_machine(1, monkeypatch, late=late, blocks=2, width=128, hidden=704, count=1, stages=3)
+    np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
 
 
 @needs_compiler

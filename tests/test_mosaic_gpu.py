@@ -190,9 +190,13 @@ def arranged(arguments):
 @pytest.mark.parametrize("tokens,routed,parts,sizes", [(1, True, 0, ()), (1, True, 24, ()), (1, True, 0, (128, 640)), (5, True, 0, ()), (21, True, 0, ()),
                                                        (21, False, 0, ())],
                          ids=["one token", "one token by parts of its scores", "more steps than stages", "tokens of one tile", "few tokens", "sorted"])
-def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, routed, parts, sizes):
+def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, routed, parts, sizes, monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    from gptoss_jax.kernels.expert_matmul import hopper_one_token
+
+    if sizes:
+        monkeypatch.setattr(hopper_one_token, "_MOST_STAGES", 3)
     arguments, router = mlp_arguments(tokens, 4, 2, *sizes), None
     if routed:  # experts 2 to 5 are here; a token isn't real
         all_experts, random, early = 32 if parts else 8, np.random.default_rng(3), None
@@ -217,6 +221,14 @@ def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, route
     expected = jax.jit(functools.partial(op.expert_mlp, **constants, implementation="reference"))(arguments[0].astype(jnp.float32), *arguments[1:])
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, rtol=2**-6, atol=2**-6 * float(jnp.abs(expected).max()))  # h and y of each expert are rounded
+
+
+@needs_new_jax
+def test_the_kernel_of_a_single_token_takes_no_more_experts_than_a_block_has_barriers_for():
+    from gptoss_jax.kernels.expert_matmul import hopper_one_token
+
+    weight = hopper_layout.HopperWeight(None, jax.ShapeDtypeStruct((64, 1, 1, 32), jnp.uint32))
+    assert hopper_one_token.plan(weight, weight, 32) and hopper_one_token.plan(weight, weight, 33) is None
 
 
 def test_arranged_weights_run_and_have_gradients_where_there_is_no_gpu(caplog):
@@ -325,7 +337,7 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
         assert report["spilled_bytes"] == 0 and not report["warned"], report
         if report["op"] == "decode_attention":
             # Two blocks fit a multiprocessor. 16 HGMMA a tile of 128 keys; 393 instructions when written, which take a quarter of its bytes' time.
-            assert report["hgmma"] == 16 and 0 < report["shared_bytes"] <= 113_000 and report["registers_each"] <= 128 and report["loop"] <= 420, report
+            assert report["products"] == 16 and 0 < report["shared_bytes"] <= 113_000 and report["registers_each"] <= 128 and report["loop"] <= 420, report
             assert report["loops"] == (report["slots"] > 128), report
             assert report["alias"] == report["cache"] and report["temp"] < 1.5e6, report  # written where it lies
             continue
@@ -334,15 +346,16 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
             continue
         if report["op"] == "product":
             # 165 to 206 instructions a step of 3 or 4 groups of inputs when written.
-            assert report["hgmma"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448 and 0 < report["loop"] <= 215, report
+            assert report["products"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448 and 0 < report["loop"] <= 215, report
             assert report["registers_each"] * 128 * 4 <= 65536, report
             continue
         if report["op"] == "stored":
             # A loop over two steps for each height. 4.52 to 4.64 instructions a weight when written: of a product with 152 rows, which takes twice their time.
             assert report["loops"] == len(report["heights"]) and report["shared_bytes"] <= 232448 and 0 < report["instructions_per_weight"] <= 4.7, report
             continue
+        lone = report["op"] == "lone"
         # For each height, or both products, a loop over a step of three groups, or over two steps of one and an odd one behind it.
-        assert report["loops"] == (2 if report["op"] == "lone" else len(report["heights"])) and report["hgmma"] == 12 * report["loops"], report
-        assert 0 < report["shared_bytes"] <= 232448 and report["registers_each"] * 128 * (report["warpgroups"] + 1) <= 65536, report
-        # 2.62 (2.70 of a single token's experts) and 3.08 when written: everything in a loop, over the weights it decodes.
-        assert 0 < report["instructions_per_weight"] <= {3: 2.75, 1: 3.2}[report["groups"]], report
+        assert report["loops"] == (2 if lone else len(report["heights"])) and report["products"] == 4 * report["loops"] * (report["groups"] if lone else 3), report
+        assert 0 < report["shared_bytes"] <= 232448 and report["registers_each"] * 128 * (report["warpgroups"] + 1 + lone) <= 65536, report
+        # 2.62 (2.36 of a single token's experts) and 3.08 when written: everything in a loop, over the weights it decodes.
+        assert 0 < report["instructions_per_weight"] <= ({3: 2.45, 1: 3.1} if lone else {3: 2.75, 1: 3.2})[report["groups"]], report

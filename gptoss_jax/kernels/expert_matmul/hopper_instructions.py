@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from gptoss_jax.kernels.expert_matmul.hopper_layout import GROUP
 
@@ -24,13 +24,16 @@ def decode(words, scales, ops):
 
 
 # Layouts: [4, 128] words, 4 a thread; a vector of one number for each pair of wgmma's rows 8 apart; two; eight rows, both halves of 64
-# columns in the same thread; a block of an output, its factor, and its numbers in a thread; a matrix of one row for each pair.
+# columns in the same thread; a block of an output, its factor, and its numbers in a thread; a product's numbers for one row; a
+# row of which each warp has all, eight times; a matrix of one row for each pair.
 _WORDS = plgpu.Layout.WG_STRIDED((4, 128), vec_size=4)
 COLUMN = plgpu.Layout.TILED(plgpu.Tiling(((32,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
 _TWO = plgpu.Layout.TILED(plgpu.Tiling(((64,), (16,), (2,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1)
 EIGHT_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 _BLOCKS, _FACTORS = plgpu.Layout.WG_STRIDED((GROUP, GROUP // 2), vec_size=16), plgpu.Layout.WG_STRIDED((2 * GROUP,), vec_size=1)
 _ROWS = plgpu.Layout.TILED(plgpu.Tiling(((GROUP, GROUP), (16, GROUP), (32,), (8,))), warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1)
+ROW = plgpu.Layout.WGMMA.reduce(1)
+INPUTS = plgpu.Layout.TILED(plgpu.Tiling(((8,), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(plgpu.Replicated(8), -2), vector_dim=-1)
 MATRIX = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
@@ -84,22 +87,69 @@ class Mosaic:
 
     @staticmethod
     def halves(product, bias):
-        """Take the product [64, N] and a bias of 64 in order apart: gate, up [32, N], their biases [32]."""
-        rows = product.shape[1]
-        matrix, column = (plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout) for shape, layout in (((32, rows), MATRIX), ((32,), COLUMN)))
+        """Take products [64, N], or of one row [64], and a bias of 64 in order apart: gate, up [32, N] or [32], their biases [32]."""
+        of_row = product.ndim == 1
+        found = plgpu.ShapeDtypeStruct((32, *product.shape[1:]), jnp.float32, layout=COLUMN if of_row else MATRIX)
+        column = plgpu.ShapeDtypeStruct((32,), jnp.float32, layout=COLUMN)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _TWO), return_type=(matrix, matrix, column, column))
+        @plgpu.inline_mgpu(arg_types=(ROW if of_row else plgpu.Layout.WGMMA, _TWO), return_type=(found, found, column, column))
         def apart(_, product, bias):
-            pairs, (two,) = product.registers.reshape(rows // 8, 2), bias.registers.flat
+            pairs, (two,) = product.registers.reshape(-1, 2), bias.registers.flat
             biases = (np.array([_part(two, h)], object) for h in range(2))
-            return tuple(fragments(x, layout, shape) for x, layout, shape in
-                         ((pairs[:, 0], MATRIX, (32, rows)), (pairs[:, 1], MATRIX, (32, rows)), *((x, COLUMN, (32,)) for x in biases)))
+            return tuple(fragments(x, each.layout, each.shape) for x, each in
+                         ((pairs[:, 0], found), (pairs[:, 1], found), *((x, column) for x in biases)))
 
         return apart(product, bias)
 
     @staticmethod
     def multiply(acc, decoded, x):
         plgpu.wgmma(acc, decoded, x.T)
+
+    @staticmethod
+    def load_inputs(row):
+        """Load 64 inputs from shared memory as each warp's operand B of eight equal columns."""
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((GROUP,), jnp.bfloat16, layout=INPUTS))
+        def loaded(_, row):
+            i32, words = ir.IntegerType.get_signless(32), []
+            # Four matrices of eight equal rows: lane l says where a row of matrix l / 8 is.
+            matrix = arith.shrui(arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(32, i32)), mgpu.utils.c(3, i32))
+            begin = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(row))
+            address = arith.addi(begin, arith.muli(matrix, mgpu.utils.c(16, i32)))
+            for half in range(2):
+                words += mgpu.utils.inline_ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];",
+                                               arith.addi(address, mgpu.utils.c(64 * half, i32)), result_types=[i32] * 4, has_side_effects=True, convergent=True)
+            two = ir.VectorType.get((2,), ir.BF16Type.get())
+            return fragments(np.array([mgpu.utils.bitcast(word, two) for word in words], object), INPUTS, (GROUP,))
+
+        return loaded(row)
+
+    @staticmethod
+    def multiply_inputs(sums, decoded, inputs):
+        """Return sums [64, 8] and in each column the products of 64 x 64 weights with 64 inputs, by each warp for itself."""
+        layout = plgpu.Layout.WGMMA
+
+        @plgpu.inline_mgpu(arg_types=(layout, layout, INPUTS), return_type=plgpu.ShapeDtypeStruct((GROUP, 8), jnp.float32, layout=layout))
+        def multiplied(_, sums, decoded, inputs):
+            i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+            weights, inputs = ([mgpu.utils.bitcast(pair, i32) for pair in operand.registers.flat] for operand in (decoded, inputs))
+            sums = [vector.extract(pair, [], [index]) for pair in sums.registers.flat for index in range(2)]
+            for step in range(4):
+                sums = mgpu.utils.inline_ptx(
+                    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+                    *weights[4 * step :][:4], *inputs[2 * step :][:2], *sums, result_types=[f32] * 4, convergent=True)
+            pairs = [vector.from_elements(ir.VectorType.get((2,), f32), sums[2 * h :][:2]) for h in range(2)]
+            return fragments(np.array(pairs, object), layout, (GROUP, 8))
+
+        return multiplied(sums, decoded, inputs)
+
+    @staticmethod
+    def column(x):
+        """Return one of the columns, which are alike, of products [64, 8]."""
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct((GROUP,), jnp.float32, layout=ROW))
+        def first(_, x):
+            return fragments(np.array([_part(pair, 0) for pair in x.registers.flat], object), ROW, (GROUP,))
+
+        return first(x)
 
     @staticmethod
     def finish(but=0):
@@ -128,6 +178,20 @@ class Mosaic:
             mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
 
         signal(counter)
+
+    @staticmethod
+    def take(counter, taken):
+        """Add one to a number in memory, and put what it was into taken [1], in shared memory, for all of a warpgroup."""
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+        def take(_, counter, taken):
+            i32 = ir.IntegerType.get_signless(32)
+            with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
+                before = mgpu.utils.inline_ptx("atom.relaxed.gpu.global.add.u32 $0, [$1], 1;", mgpu.utils.memref_ptr(counter),
+                                               result_types=i32, has_side_effects=True)
+                memref.store(before, taken, [mgpu.utils.c(0, ir.IndexType.get())])
+            mgpu.utils.warpgroup_barrier()
+
+        take(counter, taken)
 
     @staticmethod
     def await_count(counter, number, *_):
@@ -163,8 +227,8 @@ class Interpreted:
 
     @staticmethod
     def halves(product, bias):
-        product, bias = product.reshape(4, 2, 8, -1), bias.reshape(32, 2)
-        return product[:, 0].reshape(32, -1), product[:, 1].reshape(32, -1), bias[:, 0], bias[:, 1]
+        gate, up = (product.reshape(4, 2, 8, -1)[:, half].reshape(32, *product.shape[1:]) for half in range(2))
+        return gate, up, *bias.reshape(32, 2).T
 
     @staticmethod
     def scale(pairs, factors):
@@ -191,6 +255,18 @@ class Interpreted:
         acc[...] += jnp.dot(decoded[...].astype(jnp.float32), x[...].T.astype(jnp.float32), precision="highest")
 
     @staticmethod
+    def load_inputs(row):
+        return row[...]
+
+    @staticmethod
+    def multiply_inputs(sums, decoded, inputs):
+        return sums + jnp.dot(decoded.astype(jnp.float32), inputs.astype(jnp.float32), precision="highest")[:, None]
+
+    @staticmethod
+    def column(x):
+        return x[:, 0]
+
+    @staticmethod
     def finish(but=0):
         pass
 
@@ -207,6 +283,11 @@ class Interpreted:
     @staticmethod
     def count(_, counted, index):
         plgpu.barrier_arrive(counted[0].at[index])
+
+    @staticmethod
+    def take(counter, taken):
+        taken[0] = counter[...]
+        counter[...] = counter[...] + 1
 
     @staticmethod
     def await_count(_, __, counted, index):

@@ -258,9 +258,10 @@ def free_slot(step, empty, stages):
     return slot
 
 
-def end_copies(done, full, empty, stages, copies=3):
-    """End what copied so many steps into the ring, each by so many copies."""
+def end_copies(done, full, empty, stages, copies=3, mark=lambda slot: None):
+    """End what copied so many steps into the ring, each by so many copies; mark(slot) says so in the one after the last."""
     last = free_slot(done, empty, stages)
+    mark(last)
     for _ in range(copies):  # nothing comes in the step that is looked for while the last one is multiplied
         plgpu.barrier_arrive(full.at[last])
     jax.lax.fori_loop(done + 1, done + stages - 1, lambda step, _: free_slot(step, empty, stages), 0)  # a barrier isn't left while others arrive

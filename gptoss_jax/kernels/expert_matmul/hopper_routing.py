@@ -218,7 +218,7 @@ def choose_for_one(scores, bias_E, first, *, count: int, experts: int, interpret
 
     scores: float32 [1, E], or the parts of EarlyScores, a multiple of 8, which four warpgroups sum. first: int32 [1], of the `experts` that are here.
     Returns int32 [count] by descending logit, `experts` for one that isn't here and of a NaN; their weights float32 [count]; the factor of the
-    token's norm, float32 [1], which is 1 for scores; and int32 [count], zeros, for the next kernel to count up. The lower of equals comes first;
+    token's norm, float32 [1], which is 1 for scores; and int32 [count + 1], zeros, for the next kernel to count up. The lower of equals comes first;
     -inf counts as the lowest number.
     """
     E, parts = bias_E.shape[0], scores.shape[1] > bias_E.shape[0]
@@ -252,12 +252,14 @@ def choose_for_one(scores, bias_E, first, *, count: int, experts: int, interpret
             chosen, powers, total = choose(logits + biases, count, put, none, layout)
             expert_smem[...], weight_smem[...] = among(chosen, start, experts, E), powers / total
             for index in range(count):
-                expert[index], weight[index], counter[index] = expert_smem[index], weight_smem[index], 0
+                expert[index], weight[index] = expert_smem[index], weight_smem[index]
+            for index in range(count + 1):
+                counter[index] = 0
             factor_out[0] = factor
 
     run = plgpu.kernel(
         body, out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
-            ((count,), jnp.int32), ((count,), jnp.float32), ((1,), jnp.float32), ((count,), jnp.int32))],
+            ((count,), jnp.int32), ((count,), jnp.float32), ((1,), jnp.float32), ((count + 1,), jnp.int32))],
         grid=(1,), grid_names=("block",), num_threads=len(shares), thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((rows,), jnp.int32), plgpu.SMEM((rows,), jnp.float32), plgpu.SMEM((len(shares), scores.shape[1]), jnp.float32),
                        plgpu.Barrier(num_arrivals=len(shares))],

@@ -81,13 +81,14 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     (T, A), E = expert_TA.shape, gate_up_bias.shape[0]
     all_experts = router.scores.shape[1] if router else E  # of which a mesh has some here
     routed = router is not None and hopper_routing.takes(*router.scores.shape, A)
-    if routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0:
+    lone = routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0
+    if lone and (plan := hopper_one_token.plan(gate_up, down, A, hopper.processors())):
         x_1D, scores = router.early or (x_TD, router.scores)
         expert_A, weight_A, *begun = hopper_routing.choose_for_one(scores, router.bias, router.first, count=A, experts=E, interpret=interpret)
-        plan = hopper_one_token.plan(gate_up, down, A, hopper.processors())
         plan = plan._replace(interpret=interpret, blocks=1) if interpret else plan
         y_PAD = hopper_one_token.mlp(x_1D, expert_A, *begun, gate_up, gate_up_bias, down, down_bias, plan, limit=limit, alpha=alpha)
-        return functools.reduce(jnp.add, (y_PAD[:, place].sum(axis=0, keepdims=True) * weight_A[place] for place in range(A)))
+        y_AD = jnp.where(expert_A[:, None] < E, y_PAD.sum(axis=0), 0)
+        return functools.reduce(jnp.add, (y_AD[place : place + 1] * weight_A[place] for place in range(A)))
     if routed:
         rows = hopper_kernel.tile_rows(T * A, all_experts)
         _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router[:4], count=A, experts=E, rows=rows, interpret=interpret)
