@@ -160,7 +160,7 @@ def check(arguments, record) -> None:
     begin(arguments, record)
     from gptoss_jax.kernels import hopper
 
-    asked = {op: functools.partial(hopper.device_unmet, op) for op in ("expert_matmul", "decode_attention", "decode_matmul")}
+    asked = {op: functools.partial(hopper.device_unmet, op) for op in ("expert_matmul", "decode_attention", "decode_matmul", "decode_block")}
     asked["training"] = functools.partial(hopper.device_unmet, "expert_matmul", training=True)
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         for kernel, missing in zip(asked, pool.map(lambda ask: ask(), asked.values())):

@@ -49,6 +49,9 @@ PRODUCTS = [("NVIDIA H200", 1, 5120, 2880, False, True, 0), ("NVIDIA H100 80GB H
             ("NVIDIA H200", 8, 128, 2880, True, True, 0), ("NVIDIA H100 80GB HBM3", 2, 32, 2880, True, True, 0),
             ("NVIDIA H200", 1, 2880, 4096, False, False, 128), ("NVIDIA H100 80GB HBM3", 1, 2880, 4096, False, False, 32)]
 
+# device, width, slots, experts: a lone row's attention, of 8 key-value heads of 8 queries, and its output
+BLOCKS = [("NVIDIA H200", 2880, 128, 128), ("NVIDIA H100 80GB HBM3", 2880, 504, 32)]
+
 
 def tool(package, pattern):
     """Return a program that a wheel carries, None if it isn't there."""
@@ -66,7 +69,7 @@ def missing():
 
 def main(folder):
     kinds = (compile_experts, CASES), (compile_lone, LONE_CASES), (compile_stored, STORED_CASES), (compile_decode, DECODE_CASES), \
-        (compile_routing, ROUTINGS), (compile_product, PRODUCTS)
+        (compile_routing, ROUTINGS), (compile_product, PRODUCTS), (compile_block, BLOCKS)
     cases = [(compile_, case) for compile_, cases in kinds for case in cases]
     for number, (compile_, case) in enumerate(cases):
         dump = pathlib.Path(folder) / str(number)
@@ -191,6 +194,22 @@ def compile_product(shape, rows, outputs, inputs, summed, normed, experts):
     jax.jit(lambda after, *arrays: hopper_kernel.matmul(*arrays, plan, epsilon=1e-5, dtype=jnp.float32 if normed else jnp.bfloat16, after=after)).lower(
         after, x, x if summed else None, scale, shape((outputs, inputs), jnp.bfloat16), bias).compile()
     return {"op": "product", "normed": normed, "blocks": outputs // plan.outputs, **plan._asdict()}
+
+
+def compile_block(shape, width, slots, experts):
+    import jax.numpy as jnp
+
+    from gptoss_jax.kernels.decode_block import hopper_kernel
+
+    kv_heads, queries, each = 8, 8, 64
+    plans, inputs = hopper_kernel.plans(slots, kv_heads, width, kv_heads * queries * each, experts), (queries + 2) * kv_heads * each
+    cache, angles, row = (shape(dims, dtype) for dims, dtype in (((1, slots, kv_heads, each), jnp.bfloat16), ((1, each // 2), jnp.float32),
+                                                                  ((1, width), jnp.bfloat16)))
+    hopper_kernel.attend_and_multiply.lower(
+        shape((1, inputs), jnp.float32), shape((inputs,), jnp.bfloat16), angles, angles, cache, cache, shape((kv_heads, queries), jnp.bfloat16),
+        shape((1,), jnp.int32), shape((width, kv_heads * queries * each), jnp.bfloat16), shape((width,), jnp.bfloat16), row,
+        shape((width,), jnp.bfloat16), shape((experts, width), jnp.bfloat16), shape((1,), jnp.int32), plans=plans, ring=slots == 128, epsilon=1e-5).compile()
+    return {"op": "block", "slots": slots, "experts": experts, **{name: plan._asdict() for name, plan in zip(("attention", "output"), plans)}}
 
 
 def report(dump):

@@ -24,12 +24,12 @@ def programs():
 
 
 def test_a_decode_step_starts_few_kernels_a_layer(programs):
-    """6.5 of them at batch 1 (7 with jax 0.11): a kernel each for norm and q, k and v; attention; its output and the router; choosing; the experts;
-    their sum; and one where parts of a long cache are merged. Of more tokens router and routing are kernels, and gate and up, and down: 8.5.
+    """6 of them at batch 1 (6.5 with jax 0.11): a kernel each for norm and q, k and v; attention, its output and the router; choosing; the experts;
+    their sum; and, of a long cache, two more, as attention of its parts and their merging are kernels of their own. Of more tokens router and routing are kernels, and gate and up, and down: 8.5.
     Chosen within gate and up, a token's experts took a kernel less and, on an H200, more time. Before the experts were one kernel there were 7.5 at
     batch 1, before dense products had one 13.5 and, at batch 4, 15.5, before routing and attention had, 22 and 26.5, before the experts had, 30."""
-    assert programs["kernels_per_layer"] <= (6.5 if jax.__version_info__ >= (0, 12) else 7) and programs["kernels_per_layer_of_4_rows"] <= 8.5
-    for (few, many), in_all in ((programs["kernels"][:2], 20), (programs["kernels"][2:], 28)):
+    assert programs["kernels_per_layer"] <= (6 if jax.__version_info__ >= (0, 12) else 6.5) and programs["kernels_per_layer_of_4_rows"] <= 8.5
+    for (few, many), in_all in ((programs["kernels"][:2], 18), (programs["kernels"][2:], 28)):
         assert many["mosaic_gpu_v2"] == in_all
         assert set(many) <= {"copy", "fusion", "mosaic_gpu_v2"}  # no loop
     assert programs["sorts"] == [[]] * 4  # nor scatters, in a fusion or alone

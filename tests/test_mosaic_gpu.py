@@ -332,7 +332,7 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(reports) == sum(map(len, (hopper_compile.CASES, hopper_compile.LONE_CASES, hopper_compile.STORED_CASES, hopper_compile.DECODE_CASES,
-                                         hopper_compile.ROUTINGS, hopper_compile.PRODUCTS)))
+                                         hopper_compile.ROUTINGS, hopper_compile.PRODUCTS, hopper_compile.BLOCKS)))
     for report in reports:
         assert report["spilled_bytes"] == 0 and not report["warned"], report
         if report["op"] == "decode_attention":
@@ -348,6 +348,11 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
             # 165 to 206 instructions a step of 3 or 4 groups of inputs when written.
             assert report["products"] == 4 * report["groups"] and 0 < report["shared_bytes"] <= 232448 and 0 < report["loop"] <= 215, report
             assert report["registers_each"] * 128 * 4 <= 65536, report
+            continue
+        if report["op"] == "block":
+            # Most of the output's weights are there, or on their way, while a few blocks attend: 12 or 8 of 16 steps.
+            assert report["output"]["stages"] == (12 if report["slots"] <= 128 else 8) and 0 < report["shared_bytes"] <= 232448, report
+            assert report["products"] == 32 and report["registers_each"] * 128 * 4 <= 65536, report
             continue
         if report["op"] == "stored":
             # A loop over two steps for each height. 4.52 to 4.64 instructions a weight when written: of a product with 152 rows, which takes twice their time.

@@ -13,6 +13,8 @@ from gptoss_jax import sharding
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.kernels.attention import attention
 from gptoss_jax.kernels.decode_attention import decode_attention, rotate
+from gptoss_jax.kernels.decode_block import decode_block
+from gptoss_jax.kernels.decode_block import mosaic_gpu as block_kernel
 from gptoss_jax.model import cache as cache_lib, ring
 from gptoss_jax.model.linear import Linear
 
@@ -69,6 +71,17 @@ class Attention(nnx.Module):
         out_BI, *new = decode_attention(qkv_BJ, getattr(self, QKV).bias[...], *(table[:, 0] for table in rope), *cache, self._sinks_N,
                                         chunk.positions[:, 0], ring=self.window is not None, dtype=dtype, for_hopper=self.for_hopper)
         return out_BI, cache_lib.LayerCache(*new)
+
+    def decode_block(self, x_BD, norm, rope, cache, chunk, after):
+        """Do all before the experts for a lone row on a Hopper GPU, if kernels can: what `norm` is before this and what comes after it (the output's
+        weight and bias, the next norm's, the router's) too. Returns (x after it [1, D], EarlyScores, cache) or None."""
+        qkv = getattr(self, QKV)
+        arrays = (x_BD, norm.weight[...], qkv.weight[...], qkv.bias[...], *(table[:, 0] for table in rope), *cache,
+                  self._sinks_N.reshape(self.config.num_key_value_heads, -1), chunk.positions[:, 0], *after)
+        if block_kernel.unmet(*arrays):
+            return None
+        x_BD, early, *new = decode_block(*arrays, ring=self.window is not None, epsilon=norm.epsilon, for_hopper=True)
+        return x_BD, early, cache_lib.LayerCache(*new)
 
     def _project(self, x_BTD, mesh):
         if not hasattr(self, QKV):

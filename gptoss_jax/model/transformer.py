@@ -12,7 +12,8 @@ from flax import nnx
 
 from gptoss_jax import sharding
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.kernels.decode_matmul import decode_matmul, decode_matmul_scored, mosaic_gpu
+from gptoss_jax.kernels.decode_matmul import decode_matmul, decode_matmul_scored
+from gptoss_jax.kernels.decode_matmul import mosaic_gpu as products
 from gptoss_jax.model import arrangement
 from gptoss_jax.model import cache as cache_lib
 from gptoss_jax.model.attention import QKV, Attention
@@ -91,19 +92,24 @@ class Layer(nnx.Module):
     def _decode(self, x_BD, rope, cache, chunk, keep: Capture):
         """Do all before the experts for one token a row. Returns (x after attention, its norm, the router's scores, all [B, 1, ...]; the latter two's
         EarlyScores or None; the new cache)."""
-        for_hopper = self.self_attn.for_hopper
-        qkv_BJ, _, normed_BD = self.input_layernorm.before(getattr(self.self_attn, QKV), x_BD, for_hopper=for_hopper)
-        keep("attn_norm", normed_BD[:, None])
-        attended_BI, cache = self.self_attn.decode(qkv_BJ, rope, cache, chunk, x_BD.dtype)
-        output, norm, router, early = self.self_attn.o_proj, self.post_attention_layernorm, self.mlp.router, None
-        arrays = attended_BI, output.weight[...], output.bias[...], x_BD, norm.weight[...], router.weight[...]
-        if for_hopper and not keep.patterns and mosaic_gpu.unmet_scored(*arrays) is None:
-            x_BD, early = decode_matmul_scored(*arrays, epsilon=norm.epsilon, for_hopper=True)
-            normed_BD, scores_BE = norm(x_BD), early.scores()  # where a kernel takes the early ones, of no use and not computed
+        for_hopper, early = self.self_attn.for_hopper, None
+        output, norm, router = self.self_attn.o_proj, self.post_attention_layernorm, self.mlp.router
+        after = output.weight[...], output.bias[...], norm.weight[...], router.weight[...]
+        if for_hopper and not keep.patterns and (found := self.self_attn.decode_block(x_BD, self.input_layernorm, rope, cache, chunk, after)):
+            x_BD, early, cache = found
         else:
-            out_BD, _, _ = decode_matmul(*arrays[:3], for_hopper=for_hopper)
-            keep("attn_out", out_BD[:, None])
-            scores_BE, x_BD, normed_BD = norm.before(router, x_BD, out_BD, for_hopper=for_hopper)
+            qkv_BJ, _, normed_BD = self.input_layernorm.before(getattr(self.self_attn, QKV), x_BD, for_hopper=for_hopper)
+            keep("attn_norm", normed_BD[:, None])
+            attended_BI, cache = self.self_attn.decode(qkv_BJ, rope, cache, chunk, x_BD.dtype)
+            arrays = attended_BI, *after[:2], x_BD, *after[2:]
+            if for_hopper and not keep.patterns and products.unmet_scored(*arrays) is None:
+                x_BD, early = decode_matmul_scored(*arrays, epsilon=norm.epsilon, for_hopper=True)
+            else:
+                out_BD, _, _ = decode_matmul(*arrays[:3], for_hopper=for_hopper)
+                keep("attn_out", out_BD[:, None])
+                scores_BE, x_BD, normed_BD = norm.before(router, x_BD, out_BD, for_hopper=for_hopper)
+        if early is not None:
+            normed_BD, scores_BE = norm(x_BD), early.scores()  # where a kernel takes the early ones, of no use and not computed
         return x_BD[:, None], normed_BD[:, None], scores_BE[:, None], early, cache
 
 

@@ -11,6 +11,7 @@ no block knows: the router then takes no kernel.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -45,16 +46,33 @@ class Plan(NamedTuple):
     interpret: object = None  # plgpu.InterpretGPUParams: what can't be interpreted is computed by jnp instead
 
 
-def plan(rows: int, outputs: int, inputs: int, summing: bool = False, experts: int = 0) -> Plan | None:
-    """Choose a block's outputs, step and ring, None where there are none. summing: whether there are two arrays of rows; experts: of the router."""
-    each = next((n for n in range(8, 257, 8) if outputs % n == 0 and outputs // n <= SMS), None)
+class First(NamedTuple):
+    """What the first blocks of the same kernel compute, for others to wait for: the row that is multiplied.
+
+    arrays: their inputs; counter: zero, int32 [1], a jax.Ref; scratch: their shared memory; run(block, refs of arrays, the row [D / GROUP, GROUP]
+    in memory, scratch), by their first warpgroup.
+    """
+
+    blocks: int
+    arrays: tuple
+    counter: jax.Ref
+    scratch: tuple
+    run: Callable
+
+
+def plan(rows: int, outputs: int, inputs: int, summing: bool = False, experts: int = 0, taken: int = 0, blocks: int = SMS) -> Plan | None:
+    """Choose a block's outputs, step and ring, None where there are none.
+
+    summing: whether there are two arrays of rows; experts: of the router; taken: bytes of shared memory for something else; blocks: at most.
+    """
+    each = next((n for n in range(8, 257, 8) if outputs % n == 0 and outputs // n <= blocks), None)
     if each is None or inputs % GROUP or inputs > 252 * GROUP:  # a TMA copy takes up to 256 groups, here whole steps
         return None
 
     def stages(held, groups):
         steps = -(-inputs // (groups * GROUP))
         room = SHARED_BYTES - ((held * (1 + summing) + 1) * steps * groups * GROUP * 2 + ROWS * (_WARPGROUPS * (GROUP + each) + each) * 4)
-        room -= experts * (each * 2 + 4)
+        room -= experts * (each * 2 + 4) + taken
         return min(room // (each * groups * GROUP * 2), _MOST_STAGES, steps + _WARPGROUPS - 1) // _WARPGROUPS * _WARPGROUPS
 
     for held, fewest in [(1, _MOST_GROUPS)] * (rows == 1) + [(ROWS, 1)]:
@@ -64,13 +82,20 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False, experts: i
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("epsilon", "dtype", "plan"))  # so that a kernel is made once for all layers
-def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype, after=None):
+@functools.partial(jax.jit, static_argnames=("epsilon", "dtype", "plan", "counters"))  # so that a kernel is made once for all layers
+def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype, after=None, counters: int = 0):
     """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale and bias may be None; at most `plan.rows` rows.
 
     after: (residual [1, O], scale [O], router [E, O]) for a lone row that isn't normed: then see `reference.decode_matmul_scored`.
+    counters: how many zeros, int32, are returned after all else, for the next kernel to count up.
     """
-    (T, D), O, (R, N, groups, stages, _) = x_TD.shape, weight_OD.shape[0], plan
+    return run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan, epsilon=epsilon, dtype=dtype, after=after, counters=counters)
+
+
+def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype, after=None, counters: int = 0, first: First | None = None):
+    """Do what `matmul` says, of a row that the kernel's first blocks compute if `first` says how."""
+    (O, D), (R, N, groups, stages, _) = weight_OD.shape, plan
+    T = 1 if first else x_TD.shape[0]
     width = groups * GROUP
     steps = -(-D // width)
     chunks, lone = steps * groups, R == 1
@@ -80,17 +105,37 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
         arrays[name] = None if arrays[name] is None else arrays[name].reshape(D // GROUP, GROUP)
     arrays |= zip(("residual", "next_scale", "router"), after or ())
     E = len(after[2]) if after else 0
-    rows, summing, norming = jax.ShapeDtypeStruct(arrays["x"].shape, jnp.bfloat16), added_TD is not None, scale_D is not None
+    rows = jax.ShapeDtypeStruct((D // GROUP, GROUP) if lone else (T, D), jnp.bfloat16)
+    summing, norming = added_TD is not None, scale_D is not None
     given = [name for name, array in arrays.items() if array is not None]
+    others = (*first.arrays, first.counter) if first else ()
     out_type = [jax.ShapeDtypeStruct((T, O), dtype)] + [rows] * (norming + summing)
     out_type += [jax.ShapeDtypeStruct((T, O), dtype), jax.ShapeDtypeStruct((O // N, E + FACTORS), jnp.float32)] if after else []
+    out_type += [rows] * bool(first) + [jax.ShapeDtypeStruct((counters,), jnp.int32)] * bool(counters)
 
     def body(*refs):
-        inputs, refs = dict(zip(given, refs)), refs[len(given) :]
-        (out, *out_rows), refs = refs[: len(out_type)], refs[len(out_type) :]
-        rows_smem, sum_smem, scale_smem, weight_smem, square_smem, part_smem, out_smem, acc_smem, full, loaded, together, *scoring = refs
-        router_smem, parts_smem, router_loaded = scoring or (None,) * 3
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
+        inputs, refs = dict(zip(given, refs)), refs[len(given) :]
+        (*of_first, counter), refs = refs[: len(others)] if first else (None,), refs[len(others) :]
+        outs, refs = refs[: len(out_type)], refs[len(out_type) :]
+        if not first:
+            return multiply(block, me, inputs, outs, refs)
+        mine, row = len(refs) - len(first.scratch), outs[-1]
+
+        @pl.when((block < first.blocks) & (me == 0))
+        def _():
+            first.run(block, of_first, row, refs[mine:])
+            ops.count(counter.at[0])
+
+        def wait():
+            ops.await_count(counter.at[0], first.blocks)
+
+        pl.when(block >= first.blocks)(lambda: multiply(block - first.blocks, me, inputs | {"x": row}, outs[:-1], refs[:mine], wait))
+
+    def multiply(block, me, inputs, outs, scratch, wait=None):
+        out, *out_rows = outs
+        rows_smem, sum_smem, scale_smem, weight_smem, square_smem, part_smem, out_smem, acc_smem, full, loaded, together, *scoring = scratch
+        router_smem, parts_smem, router_loaded = scoring or (None,) * 3
         mine, out_rows_here = pl.ds(block * N, N), pl.ds(block * 0, ROWS)
         # Past the last row or input, zeros are read and nothing is written.
         here = (pl.ds(block * 0, chunks if lone else R), pl.ds(block * 0, GROUP if lone else chunks * GROUP))
@@ -103,11 +148,16 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
             slot = jax.lax.rem(step, stages)
             plgpu.copy_gmem_to_smem(inputs["weight"].at[mine, pl.ds(step * width, width)], weight_smem.at[slot], full.at[slot])
 
+        def copy_row():
+            plgpu.copy_gmem_to_smem(inputs["x"].at[here], rows_smem, loaded)
+
         @pl.when(me == 0)
         def _():
-            for name, there, held in (("x", here, rows_smem), ("added", here, sum_smem), ("scale", (pl.ds(block * 0, chunks),), scale_smem)):
+            for name, there, held in (("added", here, sum_smem), ("scale", (pl.ds(block * 0, chunks),), scale_smem)):
                 if name in inputs:
                     plgpu.copy_gmem_to_smem(inputs[name].at[there], held, loaded)
+            if not wait:
+                copy_row()
             if after:
                 plgpu.copy_gmem_to_smem(inputs["router"].at[:, mine], router_smem, router_loaded)
 
@@ -123,6 +173,13 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
             """Fold `visit(step, carry)` over this warpgroup's steps."""
             turns = (steps - me + _WARPGROUPS - 1) // _WARPGROUPS
             return jax.lax.fori_loop(0, turns, lambda i, carry: visit(me + i * _WARPGROUPS, carry), carry)
+
+        if wait:  # what is needed meanwhile is on its way
+
+            @pl.when(me == 0)
+            def _():
+                wait()
+                copy_row()
 
         plgpu.barrier_wait(loaded)
         if norming:
@@ -160,6 +217,11 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
 
         @pl.when(me == 0)
         def _():
+            @pl.when(block == 0)
+            def _():
+                for index in range(counters):
+                    out_rows[-1][index] = 0
+
             if after:
                 y = sum(plgpu.load(part_smem.at[i, 0], layout=_IN_ALL.reduce(0), optimized=False) for i in range(_WARPGROUPS))
                 plgpu.barrier_wait(router_loaded)
@@ -175,7 +237,7 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
                 out_smem[...] = y.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_smem, out.at[out_rows_here, mine])
-                for held, there in zip((rows_smem, sum_smem), out_rows):
+                for held, there in zip((rows_smem, sum_smem), out_rows[: norming + summing]):
                     pl.when(block == 0)(functools.partial(plgpu.copy_smem_to_gmem, held, there.at[here]))
             plgpu.wait_smem_to_gmem(0)
 
@@ -186,8 +248,8 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
             return plgpu.SMEM((chunks if there else 4, GROUP), jnp.bfloat16)
         return plgpu.SMEM((R, chunks * GROUP if there else GROUP), jnp.bfloat16, transforms=swizzle)
 
-    run = plgpu.kernel(
-        body, out_type=out_type, grid=(O // N,), grid_names=("block",), num_threads=_WARPGROUPS, thread_name="warpgroup",
+    kernel = plgpu.kernel(
+        body, out_type=out_type, grid=(O // N + (first.blocks if first else 0),), grid_names=("block",), num_threads=_WARPGROUPS, thread_name="warpgroup",
         scratch_types=[
             held(True),
             held(summing),
@@ -201,14 +263,16 @@ def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: f
             plgpu.Barrier(num_arrivals=1 + summing + norming),
             plgpu.Barrier(num_arrivals=_WARPGROUPS),
             *[plgpu.SMEM((E, N), jnp.bfloat16), plgpu.SMEM((E + FACTORS,), jnp.float32), plgpu.Barrier()][: 3 * bool(after)],
+            *(first.scratch if first else ()),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plan.interpret)
-    y, *found = run(*(arrays[name] for name in given))
+    y, *found = kernel(*(arrays[name] for name in given), *others)
     if after:
-        return y, *found
+        return y, *found[:2]
+    zeros = [found.pop()] if counters else []
     normed, summed, *_ = [*(rows.reshape(T, D) for rows in found), x_TD, x_TD]
-    return y, summed, normed
+    return y, summed, normed, *zeros
 
 
 def _score(y, late, router_smem, parts_smem, out_smem, *, outputs, epsilon):

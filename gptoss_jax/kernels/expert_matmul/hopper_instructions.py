@@ -161,11 +161,11 @@ class Mosaic:
         return pl.run_scoped(accumulate, plgpu.ACC((GROUP, rows)))
 
     @staticmethod
-    def store(ref, x):
-        """Store numbers in COLUMN's layout to memory, one by one, as Pallas stores no fewer than four bytes a thread."""
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), COLUMN))
+    def store(ref, x, layout=COLUMN):
+        """Store numbers in a layout to memory, a matrix transposed: one by one, as Pallas stores no fewer than four bytes a thread."""
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
         def one_by_one(_, ref, x):
-            x.foreach(lambda number, index: memref.store(number, ref, index))
+            x.foreach(lambda number, index: memref.store(number, ref, index[::-1]))
 
         one_by_one(ref, x)
 
@@ -277,12 +277,13 @@ class Interpreted:
         return accumulate(acc)
 
     @staticmethod
-    def store(ref, x):
-        ref[...] = x
+    def store(ref, x, layout=COLUMN):
+        ref[...] = x.T
 
     @staticmethod
-    def count(_, counted, index):
-        plgpu.barrier_arrive(counted[0].at[index])
+    def count(_, counted=(), index=0):
+        for barrier in counted:  # none where blocks wait for earlier ones, as they are interpreted one after the other
+            plgpu.barrier_arrive(barrier.at[index])
 
     @staticmethod
     def take(counter, taken):
@@ -290,5 +291,6 @@ class Interpreted:
         counter[...] = counter[...] + 1
 
     @staticmethod
-    def await_count(_, __, counted, index):
-        plgpu.barrier_wait(counted[0].at[index])
+    def await_count(_, __, counted=(), index=0):
+        for barrier in counted:
+            plgpu.barrier_wait(barrier.at[index])
