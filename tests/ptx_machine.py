@@ -373,7 +373,7 @@ class Machine:
         if parts[1] == "ne" and value.dtype == bool and a.dtype.kind == "f":
             value &= ~(np.isnan(a) | np.isnan(b))  # an ordered comparison
         if len(operands) == 4:
-            value = {"and": np.logical_and, "or": np.logical_or}[parts[2]](value, warp.registers[operands[3]])
+            value = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[parts[2]](value, warp.registers[operands[3]])
         self._set(warp, mask, operands[0], value)
 
     def _selp(self, warp, mask, parts, operands):
