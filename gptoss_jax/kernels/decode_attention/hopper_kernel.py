@@ -84,7 +84,7 @@ def attend(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG,
 
 def inputs_of_heads(qkv_BJ, bias_J, cosine_BR, sine_BR, sinks_KG, positions_B, keys, values):
     """Return what `of_head` takes of `attend`'s arguments, the caches as jax.Refs."""
-    (B, J), (K, G) = qkv_BJ.shape, sinks_KG.shape
+    (B, J), G = qkv_BJ.shape, sinks_KG.shape[1]
     sinks = sinks_KG if G == HEADS else jnp.pad(sinks_KG, ((0, 0), (0, HEADS - G)))
     return qkv_BJ.reshape(B, J // WIDTH, WIDTH), bias_J.reshape(J // WIDTH, WIDTH), cosine_BR, sine_BR, sinks, positions_B, keys, values
 
