@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.kernels import hopper
-from gptoss_jax.kernels.decode_block import decode_block, hopper_check, mosaic_gpu, reference
+from gptoss_jax.kernels.decode_block import decode_block, hopper_check, mosaic_gpu, reference, takes
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -63,6 +63,16 @@ def test_where_the_kernels_cannot_run_it_is_several_ops(caplog):
         run(*arrays, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="decode_block implementation 'cpu', expected 'auto', 'mosaic_gpu' or 'several'"):
         run(*arrays, implementation="cpu")
+
+
+@needs_new_jax
+def test_a_gpu_on_which_it_computes_wrong_is_left_to_the_kernels_of_its_parts(monkeypatch):
+    arrays = hopper_check.arguments(64, 1, 32, 16, 3)
+    assert takes(*arrays)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for unmet in (None, "kernels that compute right here"):
+        monkeypatch.setattr(hopper, "device_unmet", lambda op, unmet=unmet: unmet)
+        assert takes(*arrays) == (unmet is None)
 
 
 @needs_new_jax

@@ -13,8 +13,7 @@ from gptoss_jax import sharding
 from gptoss_jax.config import SLIDING, GptOssConfig
 from gptoss_jax.kernels.attention import attention
 from gptoss_jax.kernels.decode_attention import decode_attention, rotate
-from gptoss_jax.kernels.decode_block import decode_block
-from gptoss_jax.kernels.decode_block import mosaic_gpu as block_kernel
+from gptoss_jax.kernels.decode_block import decode_block, takes
 from gptoss_jax.model import cache as cache_lib, ring
 from gptoss_jax.model.linear import Linear
 
@@ -78,7 +77,7 @@ class Attention(nnx.Module):
         qkv = getattr(self, QKV)
         arrays = (x_BD, norm.weight[...], qkv.weight[...], qkv.bias[...], *(table[:, 0] for table in rope), *cache,
                   self._sinks_N.reshape(self.config.num_key_value_heads, -1), chunk.positions[:, 0], *after)
-        if block_kernel.unmet(*arrays):
+        if not takes(*arrays):
             return None
         x_BD, early, *new = decode_block(*arrays, ring=self.window is not None, epsilon=norm.epsilon, for_hopper=True)
         return x_BD, early, cache_lib.LayerCache(*new)

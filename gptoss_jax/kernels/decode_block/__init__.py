@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import functools
 
+import jax
+
+from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.decode_block import mosaic_gpu, reference
 from gptoss_jax.kernels.one_kernel import one_kernel_or_several
 
-__all__ = ["decode_block"]
+__all__ = ["decode_block", "takes"]
+
+
+def takes(*arrays) -> bool:
+    """Return whether kernels take `decode_block`'s arguments, on a GPU that is here if they compute right on it: otherwise the ops that it is made of,
+    which have kernels of their own, are better called one by one."""
+    return mosaic_gpu.unmet(*arrays) is None and (jax.default_backend() != "gpu" or hopper.device_unmet("decode_block") is None)
 
 
 def decode_block(x_1D, scale_D, qkv_JD, bias_J, cosine_1R, sine_1R, keys_1SKH, values_1SKH, sinks_KG, positions_1, output_DI, output_bias_D, next_scale_D,

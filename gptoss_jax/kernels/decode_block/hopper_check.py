@@ -38,7 +38,8 @@ def _compare(D, K, E, S, ring, position, interpret):
         summed, early, keys, values = run(*arrays, ring=ring, epsilon=1e-5)
         return summed, early.rows, early.scores(), keys, values
 
-    found, expected = (now(functools.partial(flat, run), *arrays) for run in (functools.partial(mosaic_gpu.run, interpret=interpret), reference.decode_block))
+    found, expected = (now(functools.partial(flat, run), *arrays) for run in (
+        functools.partial(mosaic_gpu.run, interpret=interpret), functools.partial(reference.decode_block, implementation="reference")))
     for what, ours, right in zip(("sums", "rows", "scores", "keys", "values"), found, expected):
         wrong = ~(np.abs(ours - right) <= 2**-6 * np.abs(right) + 2**-6 * right.std())  # several roundings to bfloat16 on the way; NaN is wrong
         if wrong.any():

@@ -82,18 +82,13 @@ def plan(rows: int, outputs: int, inputs: int, summing: bool = False, experts: i
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("epsilon", "dtype", "plan", "counters"))  # so that a kernel is made once for all layers
-def matmul(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype, after=None, counters: int = 0):
+def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype, after=None, counters: int = 0, first: First | None = None):
     """Run the kernel; see `reference.decode_matmul`. All bfloat16; added, scale and bias may be None; at most `plan.rows` rows.
 
     after: (residual [1, O], scale [O], router [E, O]) for a lone row that isn't normed: then see `reference.decode_matmul_scored`.
     counters: how many zeros, int32, are returned after all else, for the next kernel to count up.
+    first: how the kernel's first blocks compute that row, in place of x.
     """
-    return run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan, epsilon=epsilon, dtype=dtype, after=after, counters=counters)
-
-
-def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: float, dtype, after=None, counters: int = 0, first: First | None = None):
-    """Do what `matmul` says, of a row that the kernel's first blocks compute if `first` says how."""
     (O, D), (R, N, groups, stages, _) = weight_OD.shape, plan
     T = 1 if first else x_TD.shape[0]
     width = groups * GROUP
@@ -273,6 +268,9 @@ def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: floa
     zeros = [found.pop()] if counters else []
     normed, summed, *_ = [*(rows.reshape(T, D) for rows in found), x_TD, x_TD]
     return y, summed, normed, *zeros
+
+
+matmul = jax.jit(run, static_argnames=("epsilon", "dtype", "plan", "counters"))  # so that a kernel is made once for all layers
 
 
 def _score(y, late, router_smem, parts_smem, out_smem, *, outputs, epsilon):

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gptoss_jax.kernels.expert_matmul.hopper_instructions import COLUMN, EIGHT_ROWS, MATRIX
+from gptoss_jax.kernels.expert_matmul.hopper_instructions import COLUMN, EIGHT_ROWS, INPUTS, MATRIX
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import Tiles
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT
 
@@ -27,7 +27,6 @@ _RANK_BITS = 10
 _LOWEST = np.finfo(np.float32).min
 # Layout: eight rows, two a warp, sixteen lanes for each.
 _SIXTEEN_LANES = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (2, 32), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-_ROW = plgpu.Layout.TILED(plgpu.Tiling(((8,), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(plgpu.Replicated(8), -2), vector_dim=-1)
 
 
 class Routing(NamedTuple):
@@ -80,7 +79,7 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
 
         def of_all(ref, a):
             """Return what a choice of each token has, along the columns of a matrix."""
-            return _down(plgpu.load(ref.at[a, pl.ds(0, width)], layout=_ROW, optimized=False))
+            return _down(plgpu.load(ref.at[a, pl.ds(0, width)], layout=INPUTS, optimized=False))
 
         def meet():
             plgpu.barrier_arrive(together)
