@@ -32,6 +32,7 @@ from gpu_rivals import torch_ceilings, transformers_rival, triton_rival
 
 ROOT = pathlib.Path(__file__).parents[1]
 AT_ONCE, POINT = 8, ("what", "batch", "context")
+HOPPER_OPS, TRAINING = ("expert_matmul", "decode_attention", "decode_matmul", "decode_block"), "training"  # whose kernels are checked first
 FIRST = ((1, 128), (1, 8192), (16, 128), (64, 8192), (1, 131_072), (64, 128), (256, 128), (4, 128))  # what matters most is measured first
 WRONG = 0.02  # of a result's norm: more than bfloat16 explains
 TOO_LARGE = "does not fit"
@@ -78,9 +79,9 @@ def main() -> int:
 
 
 def hopper_checked(rows: list[dict]) -> bool:
-    """Return whether each of the Hopper kernels has been found to equal the reference."""
-    checks = [row for row in rows if row.get("op") == "hopper" and row["what"] == "check"]
-    return len(checks) == 4 and not any(row["missing"] for row in checks)
+    """Return whether each of the Hopper kernels has been found to equal the reference, so that no later section need look again."""
+    missing = {row["kernel"]: row["missing"] for row in rows if row.get("op") == "hopper" and row["what"] == "check"}
+    return missing == dict.fromkeys((*HOPPER_OPS, TRAINING))
 
 
 def run_section(arguments) -> int:
@@ -160,8 +161,8 @@ def check(arguments, record) -> None:
     begin(arguments, record)
     from gptoss_jax.kernels import hopper
 
-    asked = {op: functools.partial(hopper.device_unmet, op) for op in ("expert_matmul", "decode_attention", "decode_matmul", "decode_block")}
-    asked["training"] = functools.partial(hopper.device_unmet, "expert_matmul", training=True)
+    asked = {op: functools.partial(hopper.device_unmet, op) for op in HOPPER_OPS}
+    asked[TRAINING] = functools.partial(hopper.device_unmet, "expert_matmul", training=True)
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         for kernel, missing in zip(asked, pool.map(lambda ask: ask(), asked.values())):
             record(what="check", op="hopper", kernel=kernel, missing=missing)

@@ -24,6 +24,7 @@ from gptoss_jax import bench, checkpoint
 from gptoss_jax.checkpoint import opening
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference import engine, measure
+from gptoss_jax.kernels import hopper
 from gptoss_jax.model import GptOss, cost
 
 SMALL = GptOssConfig(vocab_size=640, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2,
@@ -321,6 +322,18 @@ def test_the_gpu_script_begins_as_many_points_as_find_time_and_measures_ceilings
     assert [gpu.begin(arguments, lambda **row: record(row))[1] for _ in range(2)] == [(4e9, 5e12)] * 2
     (row,) = gpu.read(arguments.out)[4:]
     assert row["package"] is None or len(row["package"]) == 40
+
+
+def test_the_gpu_script_checks_every_hopper_kernel_and_sections_after_it_look_again_only_if_one_is_wrong(gpu, monkeypatch):
+    ops = {path.parent.name for path in pathlib.Path(hopper.__file__).parent.glob("*/hopper_check.py")}
+    assert set(gpu.HOPPER_OPS) == ops
+    monkeypatch.setattr(gpu, "begin", lambda *_: None)
+    for wrong in (None, gpu.TRAINING, *ops):
+        monkeypatch.setattr(hopper, "device_unmet", lambda op, *, training=False: "luck" if (gpu.TRAINING if training else op) == wrong else None)
+        rows = [{"what": "ceilings"}]
+        gpu.check(None, lambda **row: rows.append(row))
+        assert gpu.hopper_checked(rows) == (wrong is None)
+        assert not gpu.hopper_checked(rows[:-1])
 
 
 def test_the_gpu_script_traces_what_matters_most_after_it_was_measured(gpu, monkeypatch, capsys):
