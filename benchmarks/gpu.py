@@ -173,21 +173,21 @@ def kernels(arguments, record) -> None:
     config, limits = begin(arguments, record)
     import jax
 
-    from gptoss_jax.inference import measure
+    from gptoss_jax.inference import measure_ops
 
     def points(cases, what, measure):
         return [({"what": what, "op": case.op, "size": case.size, "implementation": how}, functools.partial(measure, case, how))
                 for case in cases for how in reversed(case.implementations) if how != "reference" and (how != "cpu" or jax.default_backend() == "cpu")]
 
     def error(case, how):
-        found = measure.compare(case, how)
+        found = measure_ops.compare(case, how)
         return lambda: {"error": found}
 
     context = min(8192, config.max_position_embeddings, max(arguments.contexts))
-    measured(arguments, record, points(measure.cases(config, 4, min(context, 1024), experts=min(8, config.num_local_experts)), "check", error))
+    measured(arguments, record, points(measure_ops.cases(config, 4, min(context, 1024), experts=min(8, config.num_local_experts)), "check", error))
     for index in range(0, len(arguments.batches), 2):  # of more at once, the weights would find no room
-        cases = [case for batch in arguments.batches[index : index + 2] for case in measure.cases(config, batch, context if batch <= 16 else min(context, 1024))]
-        measured(arguments, record, points(cases, "kernel", functools.partial(measure.kernel, limits=limits, repetitions=3, seconds=0.05)))
+        cases = [case for batch in arguments.batches[index : index + 2] for case in measure_ops.cases(config, batch, context if batch <= 16 else min(context, 1024))]
+        measured(arguments, record, points(cases, "kernel", functools.partial(measure_ops.kernel, limits=limits, repetitions=3, seconds=0.05)))
 
 
 def variants(arguments, record) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.inference import measure
+from gptoss_jax.inference import measure_ops
 from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.decode_matmul import hopper_kernel as product_kernel
 from gptoss_jax.kernels.expert_matmul import (
@@ -24,7 +24,7 @@ def groups(config, limits) -> Iterator[list]:
 
 def _point(case, plan, planned, limits, **facts):
     row = {"what": "variant", "size": case.size, **facts, "stages": plan.stages, "planned": plan == planned}
-    return row, functools.partial(measure.kernel, case, "", limits, repetitions=3, seconds=0.02)
+    return row, functools.partial(measure_ops.kernel, case, "", limits, repetitions=3, seconds=0.02)
 
 
 def _experts(config, limits):
@@ -45,7 +45,7 @@ def _experts(config, limits):
                     tiles = hopper_kernel.Tiles((first + index) % E, index * height, jnp.full(active, height), jnp.full(1, active))
                     return hopper_kernel.matmul(x, weight, bias, tiles, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
 
-                case = measure.Case("hopper", f"{kind.__name__} {active} x {rows} rows", (), run, x, (jnp.int32(0), weight, bias),
+                case = measure_ops.Case("hopper", f"{kind.__name__} {active} x {rows} rows", (), run, x, (jnp.int32(0), weight, bias),
                                     active * outputs * inputs * 17 // 32, 2 * len(x) * outputs * inputs)
                 points.append(_point(case, plan, planned, limits, splits=plan.splits))
         yield points
@@ -65,7 +65,7 @@ def _one_token(config, limits):
             experts, one, zeros = (first + jnp.arange(A, dtype=jnp.int32)) % E, jnp.ones(1), jnp.zeros(A + 1, jnp.int32)
             return hopper_one_token.mlp(x, experts, one, zeros, *weights, plan, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
 
-        case = measure.Case("hopper", f"one token's {A} experts", (), run, jax.random.normal(key, (1, D), jnp.bfloat16), (jnp.int32(0), *weights),
+        case = measure_ops.Case("hopper", f"one token's {A} experts", (), run, jax.random.normal(key, (1, D), jnp.bfloat16), (jnp.int32(0), *weights),
                             A * 3 * F * D * 17 // 32, 6 * A * F * D)
         points.append(_point(case, plan, planned, limits, splits=plan.splits, warpgroups=plan.warpgroups, groups=plan.groups))
     return points
@@ -74,7 +74,7 @@ def _one_token(config, limits):
 def _products(config, limits):
     """A decode step's dense products of one row."""
     points = []
-    for case in measure.cases(config, 1, 128):
+    for case in measure_ops.cases(config, 1, 128):
         if case.op != "decode_matmul":
             continue
         added, *_, weight = case.arrays
@@ -85,7 +85,7 @@ def _products(config, limits):
             def multiply(*arrays, plan=plan):
                 return product_kernel.matmul(*arrays, plan, epsilon=config.rms_norm_eps, dtype=jnp.dtype(jnp.float32))
 
-            run = case._replace(run=lambda _, *arrays, multiply=multiply: measure.products(multiply, *arrays))
+            run = case._replace(run=lambda _, *arrays, multiply=multiply: measure_ops.products(multiply, *arrays))
             points.append(_point(run, plan, planned, limits, rows=plan.rows, groups=plan.groups))
     return points
 
@@ -121,7 +121,7 @@ def trained(config, limits, tokens: int) -> Iterator[list]:
     chosen = jax.lax.top_k(jax.random.uniform(next(keys), (tokens, E)), A)[1].astype(jnp.int32)
     arrays = chosen, jax.random.uniform(next(keys), (tokens, A)), linear(D, 2 * F), linear(F, D)
     by_kernels = hopper.device_unmet("expert_matmul", training=True) is None
-    case = measure.Case("lean_mlp", f"{tokens} tokens", ("mosaic_gpu", "xla") if by_kernels else ("xla",), run, normal(tokens, D), arrays,
+    case = measure_ops.Case("lean_mlp", f"{tokens} tokens", ("mosaic_gpu", "xla") if by_kernels else ("xla",), run, normal(tokens, D), arrays,
                         0, 2 * 8 * tokens * A * D * F)
 
     def error():
@@ -132,7 +132,7 @@ def trained(config, limits, tokens: int) -> Iterator[list]:
     row = {"op": case.op, "size": case.size}
     if by_kernels:
         yield [(row | {"what": "check", "implementation": "mosaic_gpu"}, error)]
-    yield [(row | {"what": "kernel", "implementation": how}, functools.partial(measure.kernel, case, how, limits, repetitions=3, seconds=0.05))
+    yield [(row | {"what": "kernel", "implementation": how}, functools.partial(measure_ops.kernel, case, how, limits, repetitions=3, seconds=0.05))
            for how in case.implementations]
     if by_kernels:
         yield [_stored_product(linear[0], limits, tokens * A, transposed) for linear in arrays[2:] for transposed in (False, True)]
@@ -150,6 +150,6 @@ def _stored_product(weight, limits, rows: int, transposed: bool):
         return hopper_stored.matmul(x, hopper_stored.StoredWeight(*parts), tiles, plan, transposed=transposed)
 
     x = jax.random.normal(jax.random.key(0), (rows, outputs if transposed else inputs), jnp.bfloat16)
-    case = measure.Case("stored", f"{outputs} x {inputs}{' transposed' * transposed}, {rows} rows", (), run, x, (jnp.int32(0), *weight),
+    case = measure_ops.Case("stored", f"{outputs} x {inputs}{' transposed' * transposed}, {rows} rows", (), run, x, (jnp.int32(0), *weight),
                         0, 2 * rows * outputs * inputs)
     return _point(case, plan, plan, limits)

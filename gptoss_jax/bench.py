@@ -74,15 +74,14 @@ def _steps(args: argparse.Namespace) -> None:
     config, out = _opened(args)
     import jax
 
-    from gptoss_jax.inference import measure, memory_plan
+    from gptoss_jax.inference import measure, measure_ops, memory_plan
 
     if args.mode == "decode" and min(args.context) <= (before := measure.decoded_tokens(args.steps)):
         raise command.UsageError(f"--context is {min(args.context)}, expected more than the {before} tokens that --steps {args.steps} decodes until then")
     memory_plan.announce(config, max(args.batch), min(max(args.context) + 1, config.max_position_embeddings), dtype=args.dtype, write=_tell)
     limits = _limits(out, args.dtype)
-    experts = config.num_experts_per_tok
-    ran_at = [{case.op: measure.chosen_implementation(case) for case in measure.cases(config, batch, min(args.context), args.dtype, experts=experts)}
-              for batch in args.batch]  # before there is a model in memory
+    cases = functools.partial(measure_ops.cases, config, context=min(args.context), dtype=args.dtype, experts=config.num_experts_per_tok)
+    ran_at = [{case.op: measure_ops.chosen_implementation(case) for case in cases(batch)} for batch in args.batch]  # before there is a model in memory
     model = _model(args, config)
     try:
         for batch, ran in zip(args.batch, ran_at):
@@ -129,27 +128,27 @@ def _kernels(args: argparse.Namespace) -> None:
     """Check and time the ops for each batch and context, the largest of which have to fit."""
     config, out = _opened(args)
     from gptoss_jax import devices
-    from gptoss_jax.inference import measure
+    from gptoss_jax.inference import measure_ops
 
     few = min(8, config.num_local_experts)  # of what is compared: the reference decodes all
     batch, context = max(args.batch), max(args.context)
     memory, where = devices.free_here()
-    whole, small = (measure.case_bytes(config, *size) for size in ((batch, context, args.dtype), (min(batch, 4), context, args.dtype, few)))
+    whole, small = (measure_ops.case_bytes(config, *size) for size in ((batch, context, args.dtype), (min(batch, 4), context, args.dtype, few)))
     devices.Plan(memory, {f"arrays of {batch} x {context:,} tokens": whole, "small ones to compare": small}).announce(where, _tell)
     limits = _limits(out, args.dtype)
 
     def rows(batch: int, context: int):  # whose arrays are gone when it ends
-        compared = measure.cases(config, min(batch, 4), context, args.dtype, experts=few)
-        for case, small in zip(measure.cases(config, batch, context, args.dtype), compared):
-            auto = measure.chosen_implementation(case)
+        compared = measure_ops.cases(config, min(batch, 4), context, args.dtype, experts=few)
+        for case, small in zip(measure_ops.cases(config, batch, context, args.dtype), compared):
+            auto = measure_ops.chosen_implementation(case)
             for implementation in case.implementations:
                 facts = {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "auto": auto == implementation}
-                if reason := measure.unmet(small, implementation):
+                if reason := measure_ops.unmet(small, implementation):
                     yield facts | {"not_here": reason}
                     continue
-                facts["error"] = measure.compare(small, implementation)
+                facts["error"] = measure_ops.compare(small, implementation)
                 if implementation != "reference":
-                    facts |= measure.kernel(case, implementation, limits, repetitions=args.repetitions)()
+                    facts |= measure_ops.kernel(case, implementation, limits, repetitions=args.repetitions)()
                 yield facts
 
     try:

@@ -23,7 +23,7 @@ import yaml
 from gptoss_jax import bench, checkpoint
 from gptoss_jax.checkpoint import opening
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.inference import engine, measure
+from gptoss_jax.inference import engine, measure, measure_ops
 from gptoss_jax.kernels import hopper
 from gptoss_jax.model import GptOss, cost
 
@@ -88,41 +88,56 @@ def test_a_rate_is_that_of_the_tokens_read_while_it_was_measured(model, monkeypa
 
 def test_every_implementation_that_runs_here_agrees_with_the_reference():
     checked = set()
-    for case in {case.op: case for case in measure.cases(SMALL, 2, 64)}.values():
-        assert measure.chosen_implementation(case) in case.implementations
+    for case in {case.op: case for case in measure_ops.cases(SMALL, 2, 64)}.values():
+        assert measure_ops.chosen_implementation(case) in case.implementations
         for how in case.implementations:
-            if how != "reference" and measure.unmet(case, how) is None:
-                assert measure.compare(case, how) < 0.02, (case.op, case.size, how)  # bfloat16
+            if how != "reference" and measure_ops.unmet(case, how) is None:
+                assert measure_ops.compare(case, how) < 0.02, (case.op, case.size, how)  # bfloat16
                 checked.add((case.op, how))
     ops = ("expert_mlp", "expert_matmul", "attention", "decode_attention", "decode_matmul", "dense_matmul", "cache_write")
     assert {(op, "xla") for op in ops} <= checked
 
 
 def test_an_output_with_its_scores_is_a_case_where_a_kernel_computes_it(monkeypatch):
-    monkeypatch.setattr(measure.hopper, "device_unmet", lambda op: None)
-    case = next(case for case in measure.cases(SMALL, 1, 64) if case.op == "decode_matmul_scored")
-    assert case.read_bytes == 4 * 2 * 96 * (8 * 16 + 8) and measure.compare(case, "cpu") < 0.01
+    monkeypatch.setattr(measure_ops.hopper, "device_unmet", lambda op: None)
+    case = next(case for case in measure_ops.cases(SMALL, 1, 64) if case.op == "decode_matmul_scored")
+    assert case.read_bytes == 4 * 2 * 96 * (8 * 16 + 8) and measure_ops.compare(case, "cpu") < 0.01
     monkeypatch.undo()
-    assert "decode_matmul_scored" not in {case.op for case in measure.cases(SMALL, 1, 64)}
+    assert "decode_matmul_scored" not in {case.op for case in measure_ops.cases(SMALL, 1, 64)}
+
+
+def test_a_lone_rows_block_is_a_case_where_its_kernels_are_in_use_beside_the_ops_it_is_made_of(monkeypatch):
+    monkeypatch.setattr(measure_ops.hopper, "device_unmet", lambda op: None)
+    monkeypatch.setattr(measure_ops.decode_block, "takes", lambda *arrays: True)
+    (case,) = (case for case in measure_ops.cases(SMALL, 1, 64) if case.op == "decode_block")
+    assert case.size == "32 slots of a ring"  # two such layers: their products, keys and values
+    assert case.read_bytes == 2 * 2 * (96 * (16 * 16 + 8 * 16 + 8) + 2 * 32 * 4 * 16)
+    for how in ("auto", "several"):
+        assert measure_ops.compare(case, how) < 0.01
+    assert measure_ops.unmet(case, "mosaic_gpu").startswith("decode_block implementation 'mosaic_gpu' needs ")
+    assert measure_ops.kernel(case, "several", LIMITS, repetitions=1, seconds=0.005)()["seconds"] > 0
+    assert "decode_block" not in {case.op for case in measure_ops.cases(SMALL, 2, 64)}
+    monkeypatch.setattr(measure_ops.decode_block, "takes", lambda *arrays: False)
+    assert "decode_block" not in {case.op for case in measure_ops.cases(SMALL, 1, 64)}
 
 
 def test_a_wrong_kernel_is_told_and_one_that_cannot_run_says_why():
-    case = next(case for case in measure.cases(SMALL, 1, 64) if case.op == "expert_matmul")
+    case = next(case for case in measure_ops.cases(SMALL, 1, 64) if case.op == "expert_matmul")
     right = case.run
     wrong = case._replace(run=lambda how, *arrays: right(how, *arrays) * (1.1 if how == "xla" else 1))
-    assert 0.05 < measure.compare(wrong, "xla") < 0.2
-    assert "expected 'auto' or one of" in measure.unmet(case, "no_such")
+    assert 0.05 < measure_ops.compare(wrong, "xla") < 0.2
+    assert "expected 'auto' or one of" in measure_ops.unmet(case, "no_such")
 
 
 def test_the_arrays_of_cases_are_counted_before_there_are_any(monkeypatch):
     monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.zeros(shape, dtype))
-    arrays = {id(array): array for case in measure.cases(SMALL, 2, 64, "float32") for array in jax.tree.leaves((case.carry, case.arrays))}
-    assert measure.case_bytes(SMALL, 2, 64, "float32") == sum(array.nbytes for array in arrays.values())
+    arrays = {id(array): array for case in measure_ops.cases(SMALL, 2, 64, "float32") for array in jax.tree.leaves((case.carry, case.arrays))}
+    assert measure_ops.case_bytes(SMALL, 2, 64, "float32") == sum(array.nbytes for array in arrays.values())
 
 
 def test_a_kernel_is_timed_with_its_bytes(monkeypatch):
-    case = next(case for case in measure.cases(SMALL, 1, 64) if case.op == "expert_matmul")
-    row = measure.kernel(case, "xla", LIMITS, repetitions=2, seconds=0.005)()
+    case = next(case for case in measure_ops.cases(SMALL, 1, 64) if case.op == "expert_matmul")
+    row = measure_ops.kernel(case, "xla", LIMITS, repetitions=2, seconds=0.005)()
     assert row["read_bytes"] == 2 * 128 * 96 * 17 // 32 and 0 < row["lowest"] <= row["seconds"] <= row["highest"]
     assert row["gb_per_second"] == pytest.approx(row["read_bytes"] / row["seconds"] / 1e9)
 
@@ -152,8 +167,8 @@ def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
 
 
 @pytest.mark.parametrize("mode, body, first, shown", [
-    ("decode", "decode", lambda: {"batch": 1, "context": 20, "seconds": 0.25}, "1 20 250.00"),
-    ("kernels", "compare", 0.125, "expert_mlp 1 tokens reference 1.2e-01"),
+    ("decode", "measure.decode", lambda: {"batch": 1, "context": 20, "seconds": 0.25}, "1 20 250.00"),
+    ("kernels", "measure_ops.compare", 0.125, "expert_mlp 1 tokens reference 1.2e-01"),
 ])
 def test_an_interrupt_shows_what_there_is_and_says_so(capsys, quick, monkeypatch, mode, body, first, shown):
     found = iter([first])
@@ -163,14 +178,14 @@ def test_an_interrupt_shows_what_there_is_and_says_so(capsys, quick, monkeypatch
             return value
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure, body, interrupted)
-    monkeypatch.setattr(measure, "chosen_implementation", lambda case: "xla")
+    monkeypatch.setattr(f"gptoss_jax.inference.{body}", interrupted)
+    monkeypatch.setattr(measure_ops, "chosen_implementation", lambda case: "xla")
     code, out, err = run(capsys, mode, "--random-weights", "small", "--context", "60", "70")
     assert code == 130 and shown in " ".join(out.split()) and err.endswith("gptoss_jax.bench: interrupted\n")
 
 
 def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypatch):
-    cases, random_weights, made, left = measure.cases, measure.random_weights, [], []
+    cases, random_weights, made, left = measure_ops.cases, measure.random_weights, [], []
 
     def spied(*args, **options):
         left.append(sum(array() is not None for array in made) if options.get("experts") else 0)  # else those to compare are there, too
@@ -183,9 +198,9 @@ def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypa
         left.append(sum(array() is not None for array in made))
         return random_weights(*args, **options)
 
-    for name, replacement in (("cases", spied), ("random_weights", weights), ("chosen_implementation", lambda case: "xla"),
-                              ("unmet", lambda *_: "more"), ("prefill", lambda *_, **__: dict)):
-        monkeypatch.setattr(measure, name, replacement)
+    for module, name, replacement in ((measure_ops, "cases", spied), (measure, "random_weights", weights), (measure, "prefill", lambda *_, **__: dict),
+                                      (measure_ops, "chosen_implementation", lambda case: "xla"), (measure_ops, "unmet", lambda *_: "more")):
+        monkeypatch.setattr(module, name, replacement)
     for mode, calls in (("kernels", 6), ("prefill", 3)):
         assert run(capsys, mode, "--random-weights", "small", "--batch", "1", "2", "--context", "20")[0] == 0
         assert left == [0] * calls and made
@@ -194,8 +209,8 @@ def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypa
 
 def test_why_an_implementation_cannot_run_is_told_once_below_the_table(capsys, quick, monkeypatch):
     why = {"reference": "it is too slow", "xla": "it is not there", "cpu": "it is too slow"}
-    monkeypatch.setattr(measure, "chosen_implementation", lambda case: "xla")
-    monkeypatch.setattr(measure, "unmet", lambda case, implementation: why.get(implementation, "it is a GPU's"))
+    monkeypatch.setattr(measure_ops, "chosen_implementation", lambda case: "xla")
+    monkeypatch.setattr(measure_ops, "unmet", lambda case, implementation: why.get(implementation, "it is a GPU's"))
     code, out, _ = run(capsys, "kernels", "--random-weights", "small", "--context", "20", "--json", str(quick))
     table, told = out.splitlines()[2:-3], out.splitlines()[-3:]
     numbers = {line.split()[-1] for line in table[1:]}

@@ -10,7 +10,9 @@ from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.decode_block import mosaic_gpu, reference
 from gptoss_jax.kernels.one_kernel import one_kernel_or_several
 
-__all__ = ["decode_block", "takes"]
+IMPLEMENTATIONS = ("reference", "mosaic_gpu")
+
+__all__ = ["IMPLEMENTATIONS", "decode_block", "takes"]
 
 
 def takes(*arrays) -> bool:
@@ -24,12 +26,13 @@ def decode_block(x_1D, scale_D, qkv_JD, bias_J, cosine_1R, sine_1R, keys_1SKH, v
     """Same result as `reference.decode_block`: (x + attention's output [1, D], EarlyScores, new keys, new values), all bfloat16.
 
     implementation: "mosaic_gpu", two kernels, which raises ValueError where it can't run, and writes the caches where they lie, if nobody else holds
-    them; "several", the ops that it is made of; or "auto": "mosaic_gpu" where it can run. for_hopper: as of `decode_matmul`.
+    them; "reference"; or "auto": "mosaic_gpu" where it can run, otherwise the reference, its attention by what is best. for_hopper: as of `decode_matmul`.
     """
-    if implementation not in ("auto", "mosaic_gpu", "several"):
-        raise ValueError(f"decode_block implementation {implementation!r}, expected 'auto', 'mosaic_gpu' or 'several'")
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"decode_block implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     arrays = (x_1D, scale_D, qkv_JD, bias_J, cosine_1R, sine_1R, keys_1SKH, values_1SKH, sinks_KG, positions_1, output_DI, output_bias_D, next_scale_D,
               router_ED)
     requirement, constants = mosaic_gpu.unmet(*arrays), {"ring": ring, "epsilon": epsilon}
-    several = functools.partial(reference.decode_block, **constants, parts=1 if requirement else mosaic_gpu.parts(arrays))
+    several = functools.partial(reference.decode_block, **constants, parts=1 if requirement else mosaic_gpu.parts(arrays),
+                                implementation="reference" if implementation == "reference" else "auto")
     return one_kernel_or_several("decode_block", implementation, requirement, for_hopper, functools.partial(mosaic_gpu.run, **constants), several, *arrays)
