@@ -34,7 +34,7 @@ def _experts(config, limits):
         weight, bias, points = hopper_layout.random(key, E, outputs, inputs, kind), jnp.zeros((E, outputs), jnp.bfloat16), []
         for active, rows in [(config.num_experts_per_tok, 8), *((E // 2, rows) for rows in (8, 16, 32, 64, 128))]:
             x = jax.random.normal(key, (active * rows, inputs), jnp.bfloat16)
-            planned = hopper_kernel.plan(len(x), weight, rows)
+            planned = hopper_kernel.plan(len(x), weight, (rows,))
             plans = {planned} if rows > 8 else {planned, planned._replace(stages=max(planned.stages // 2, 2))}
             if kind is HopperWeight and active == config.num_experts_per_tok:
                 plans |= {planned._replace(splits=splits) for splits in (1, 2, 3)}

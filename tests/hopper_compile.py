@@ -42,7 +42,7 @@ STORED_CASES = [("NVIDIA H200", 16640, 32, 5760, 2880, False, True), ("NVIDIA H1
 DECODE_CASES = [("NVIDIA H200", 1, 131_072, False), ("NVIDIA H200", 1, 128, True), ("NVIDIA H100 80GB HBM3", 64, 8192, False)]
 # device, tokens, experts, parts of scores: routing of four experts a token; the experts of a single one
 ROUTINGS = [("NVIDIA H200", 1, 128, 120), ("NVIDIA H200", 1, 32, 1), ("NVIDIA H100 80GB HBM3", 4, 32, 0), ("NVIDIA H200", 17, 32, 0),
-            ("NVIDIA H100 80GB HBM3", 128, 128, 0)]
+            ("NVIDIA H100 80GB HBM3", 128, 256, 0), ("NVIDIA H200", 256, 128, 0)]
 # device, rows, outputs, inputs, whether they are summed and normed, whether only normed: q, k and v; the attention's output; both routers; the
 # output and, of as many experts, the router
 PRODUCTS = [("NVIDIA H200", 1, 5120, 2880, False, True, 0), ("NVIDIA H100 80GB HBM3", 8, 2880, 4096, False, False, 0),
@@ -97,7 +97,7 @@ def compile_experts(shape, rows, experts, outputs, inputs, gated):
     from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, hopper_kernel
 
     own = weight(shape, HopperGateUpWeight if gated else HopperWeight, experts, outputs, inputs)
-    plan = hopper_kernel.plan(rows, own)
+    plan = hopper_kernel.plan(rows, own, hopper_kernel.heights(rows, experts))
 
     def run(x, own, bias, sizes):
         return hopper_kernel.matmul(x, own, bias, hopper_kernel.tiles(sizes, rows, plan.rows), plan, limit=7.0, alpha=1.702)
@@ -175,7 +175,8 @@ def compile_routing(shape, tokens, experts, parts):
         first = np.zeros(1, np.int32)
         if parts:
             return hopper_routing.choose_for_one(scores, bias, first, count=4, experts=experts)
-        return hopper_routing.route(scores, bias, None, first, count=4, experts=experts, rows=8)
+        (*_, rows) = hopper_routing.heights(tokens, 4, experts, experts)
+        return hopper_routing.route(scores, bias, None, first, count=4, experts=experts, rows=rows)
 
     scores = (parts, experts + FACTORS) if parts > 1 else (tokens, experts)
     jax.jit(run).lower(shape(scores, jnp.float32), shape((experts,), jnp.bfloat16)).compile()

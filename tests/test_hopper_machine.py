@@ -12,6 +12,7 @@ from test_decode_matmul import CASES as PRODUCTS
 from test_decode_matmul import SCORED, check_scored, planned, run_scored
 from test_decode_matmul import arguments as product_arguments
 from test_decode_matmul import check as check_product
+from test_hopper_routing import check_places
 
 from gptoss_jax import mxfp4
 from gptoss_jax.config import GptOssConfig
@@ -172,7 +173,7 @@ def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
 
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=3))
+    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, heights, interpret: hopper_kernel.plan(slots, weight, heights)._replace(blocks=3))
     random, experts = np.random.default_rng(0), min(len(sizes), 4)
     weight = Mxfp4Weight(random.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8),
                          random.integers(118, 123, (experts, outputs, inputs // 32), np.uint8))
@@ -227,7 +228,7 @@ def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden
 
     monkeypatch.setattr(hopper_one_token, "_MOST_STAGES", stages)
 
-    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, interpret, rows=None: hopper_kernel.plan(slots, weight, rows)._replace(blocks=blocks))
+    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, heights, interpret: hopper_kernel.plan(slots, weight, heights)._replace(blocks=blocks))
     monkeypatch.setattr(hopper, "processors", lambda: blocks)
     random, E = np.random.default_rng(0), 8
     weights = [Mxfp4Weight(random.integers(0, 256, (E, out, inputs // 32, 16), np.uint8), random.integers(119, 122, (E, out, inputs // 32), np.uint8))
@@ -309,7 +310,7 @@ def test_blocks_that_do_not_wait_for_each_other_as_they_should_are_found_out(lac
 
 @needs_compiler
 @asynchronous
-@pytest.mark.parametrize("tokens,experts,rows", [(1, 128, 8), (5, 32, 8), (17, 32, 8), (40, 128, 16)])
+@pytest.mark.parametrize("tokens,experts,rows", [(1, 128, 8), (5, 32, 8), (17, 32, 8), (40, 128, 16), (160, 32, 48)])
 def test_routing(tokens, experts, rows, late):
     """Many logits are equal; every third token isn't real."""
     from hopper_machine import on_machine
@@ -325,11 +326,7 @@ def test_routing(tokens, experts, rows, late):
     top, expert = jax.lax.top_k(scores + bias, 4)
     np.testing.assert_array_equal(found.expert.T, expert)
     np.testing.assert_allclose(found.weight.T, jax.nn.softmax(top, axis=-1), rtol=1e-5)
-    slot, expert_of_tile, count = (np.asarray(x) for x in (found.slot.T, found.tiles.expert, found.tiles.count[0]))
-    assert len(set(slot[real].ravel())) == 4 * real.sum() and slot[real].max() < count * rows
-    np.testing.assert_array_equal(expert_of_tile[slot[real] // rows], expert[real])
-    if found.token is not None:
-        np.testing.assert_array_equal(np.asarray(found.token)[slot[real]], np.broadcast_to(np.arange(tokens)[real, None], (real.sum(), 4)))
+    check_places(found, np.where(real[:, None], expert, -1), experts, rows)
 
 
 @needs_compiler

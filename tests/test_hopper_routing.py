@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.usefixtures("quickly_compiled"),
 
 # tokens, experts, experts here and the first of them, rows of a tile, what is special
 CASES = [(1, 32, (32, 0), 8, ""), (2, 13, (5, 4), 8, "nan"), (3, 128, (128, 0), 8, "ties"), (5, 32, (8, 24), 8, "unreal"), (16, 128, (128, 0), 16, "one"),
-         (17, 32, (32, 0), 8, "ties unreal"), (64, 32, (16, 8), 16, "one unreal"), (64, 128, (128, 0), 8, ""), (128, 32, (32, 0), 32, "ties one")]
+         (17, 32, (32, 0), 8, "ties unreal"), (32, 32, (16, 8), 16, "one unreal"), (33, 40, (33, 2), 16, "one unreal"), (64, 128, (128, 0), 8, ""),
+         (128, 32, (32, 0), 48, "ties one"), (200, 128, (64, 64), 32, ""), (256, 32, (32, 0), 80, "unreal")]
 
 
 @pytest.mark.parametrize("tokens,experts,here,rows,special", CASES)
@@ -39,17 +40,32 @@ def test_routing_equals_sorting_and_gives_each_row_a_slot_in_a_tile_of_its_exper
     np.testing.assert_allclose(weight.T[number], weights[number], rtol=3e-7)
     assert np.isnan(weight.T[~number]).all() and (expert.T[~number] == experts).all()
 
-    index = np.where(real[:, None] & number[:, None], chosen - first, -1)
-    ours = (index >= 0) & (index < local)
+    check_places(found, np.where(real[:, None] & number[:, None], chosen - first, -1), local, rows)
+
+
+def check_places(found, index, local, rows):
+    """Check that a routing gives each row of an expert that is here a slot in a tile of it. index: the experts of each token, any others elsewhere."""
+    from gptoss_jax.kernels.expert_matmul import hopper_routing
+
+    _, _, slot, token, tiles = jax.tree.map(np.asarray, found)
+    tokens, ours = len(index), (index >= 0) & (index < local)
     slots, sizes = slot.T[ours], np.bincount(index[ours], minlength=local)
     count = int((sizes > 0).sum() if tokens <= rows else (-(-sizes // rows)).sum())
-    assert tiles.count[0] == count <= hopper_routing.most_tiles(4 * tokens, local, rows)
-    assert len(set(slots)) == len(slots) and slots.min() >= 0 and slots.max() < count * rows
-    assert (slot.T[~ours] >= hopper_routing.most_tiles(4 * tokens, local, rows) * rows).all()
-    np.testing.assert_array_equal(tiles.expert[slots // rows], index[ours])
-    np.testing.assert_array_equal(slots % rows if token is None else token[slots], np.nonzero(ours)[0])
-    np.testing.assert_array_equal(tiles.first[:count], np.arange(count) * (rows // 8))
-    assert (tiles.rows[:count] == rows // 8).all()
+    most, all_slots = hopper_routing.most_tiles(tokens, 4, local, rows)
+    assert tiles.count[0] == count <= most and len(set(slots)) == len(slots) and (slot.T[~ours] == all_slots).all()
+    begins, heights = 8 * tiles.first[:count], 8 * tiles.rows[:count]
+    np.testing.assert_array_equal(begins[1:], (begins + heights)[:-1])
+    assert begins[0] == 0 and begins[-1] + heights[-1] <= all_slots and (heights <= rows).all()
+    tile = np.searchsorted(begins, slots, side="right") - 1
+    assert (slots < begins[tile] + heights[tile]).all()
+    np.testing.assert_array_equal(tiles.expert[tile], index[ours])
+    np.testing.assert_array_equal((slots - begins[tile]) if token is None else token[slots], np.nonzero(ours)[0])
+    if tokens <= 32:
+        assert (heights == rows).all()
+    else:  # no taller than its rows, which begin with it
+        held = np.bincount(tile, minlength=count)
+        np.testing.assert_array_equal(heights, -(-held // 8) * 8)
+        np.testing.assert_array_equal([slots[tile == i].max() - begins[i] + 1 for i in range(count)], held)
 
 
 # experts, experts here and the first of them, choices, parts of the scores or 0 for the scores, what is special
@@ -84,11 +100,13 @@ def test_a_single_tokens_experts_are_chosen_by_its_scores_or_their_parts(experts
 
 
 def test_what_the_kernel_has_no_room_for_is_left_to_others():
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_routing
+    from gptoss_jax.kernels.expert_matmul import hopper_routing
 
-    for tokens, experts, count in np.ndindex(129, 33, 9):  # tiles are of a power of two of rows
-        if tokens and experts and count and hopper_routing.takes(tokens, experts, count):
-            assert hopper_kernel.tile_rows(tokens * count, experts).bit_count() == 1
+    for tokens, experts, count in np.ndindex(33, 33, 9):  # tiles of few tokens are of a power of two of rows
+        if tokens and experts and 0 < count <= experts:
+            (rows,) = hopper_routing.heights(tokens, count, experts, experts)
+            assert rows.bit_count() == 1 and 8 <= rows <= 64
 
-    assert hopper_routing.takes(128, 256, 4) and hopper_routing.takes(1, 4, 4)
-    assert not hopper_routing.takes(129, 128, 1) and not hopper_routing.takes(128, 128, 5) and not hopper_routing.takes(1, 257, 4)
+    assert hopper_routing.takes(256, 128, 4) and hopper_routing.takes(128, 256, 8) and hopper_routing.takes(1, 4, 4)
+    for too_much in ((257, 32, 1), (129, 256, 4), (256, 128, 5), (1, 257, 4)):
+        assert not hopper_routing.takes(*too_much)

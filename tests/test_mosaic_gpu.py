@@ -147,13 +147,24 @@ def test_every_unit_of_the_grid_is_planned_within_a_hoppers_limits(kind):
             groups = (experts, outputs // 64, inputs // 64)
             weight = kind(jax.ShapeDtypeStruct((*groups, 4, 128), jnp.uint32), jax.ShapeDtypeStruct((*groups, 32), jnp.uint32))
             for rows in (8, 32, 64, 512, 4096, 65536):
-                plan = hopper_kernel.plan(rows, weight)
+                plan = hopper_kernel.plan(rows, weight, hopper_kernel.heights(rows, experts))
                 assert not any(height % 8 for height in plan.heights) and plan.rows <= 152 and plan.stages >= 4
                 assert groups[1] % plan.warpgroups == 0 and groups[2] % plan.groups == 0
                 copying, multiplying = plan.registers
                 assert 128 * (copying + plan.warpgroups * multiplying) <= 65536
-    few = hopper_kernel.plan(32, HopperWeight(*(jax.ShapeDtypeStruct((128, 45, 45, *last), jnp.uint32) for last in ((4, 128), (32,)))))
+    few = hopper_kernel.plan(32, HopperWeight(*(jax.ShapeDtypeStruct((128, 45, 45, *last), jnp.uint32) for last in ((4, 128), (32,)))), (8,))
     assert few.splits == 2  # 4 experts of 15 blocks would leave more than half of 132 multiprocessors idle
+
+
+@needs_new_jax
+def test_a_tile_is_as_tall_as_most_experts_rows_and_its_twin_as_what_few_have():
+    """Were the room that ALIGNMENT leaves counted, 256 tokens of 128 experts would take tiles of 32 rows for 8, of 32 experts 64 for 32."""
+    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_routing
+
+    for tokens, experts, expected in ((64, 128, (8,)), (256, 128, (16, 32)), (256, 32, (40, 80)), (2048, 128, (72, 152)), (8192, 32, (72, 152))):
+        assert hopper_kernel.heights(4 * tokens, experts) == expected
+    assert hopper_kernel.heights(3, 128) == hopper_kernel.heights(8, 1) == (8,) and hopper_kernel.heights(17, 1) == (24,)  # no more than there are
+    assert hopper_routing.heights(256, 4, 16, 128) == (16, 32)  # a mesh's share of them: as many rows of each
 
 
 @needs_new_jax
@@ -342,7 +353,7 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
             assert report["alias"] == report["cache"] and report["temp"] < 1.5e6, report  # written where it lies
             continue
         if report["op"] == "routing":
-            assert 0 < report["shared_bytes"] <= 100_000, report
+            assert 0 < report["shared_bytes"] <= 232448, report
             continue
         if report["op"] == "product":
             # 165 to 206 instructions a step of 3 or 4 groups of inputs when written.

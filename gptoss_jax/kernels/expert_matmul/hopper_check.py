@@ -14,7 +14,7 @@ import numpy as np
 
 from gptoss_jax import mxfp4
 from gptoss_jax.kernels.expert_matmul import Router, hopper_layout, mosaic_gpu, reference
-from gptoss_jax.kernels.expert_matmul.hopper_layout import GROUP, HopperGateUpWeight, HopperWeight
+from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS, EarlyScores, Mxfp4Weight
 from gptoss_jax.kernels.hopper import first_disagreement, now
 
@@ -26,7 +26,8 @@ CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576,
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
     one_token = (dict(parts=0, inputs=192, hidden=320, count=2), dict(parts=16, inputs=1152, hidden=576, count=1))
-    checks = [*(functools.partial(_compare, *case) for case in CASES), _misrouted, *(functools.partial(_one_token, **case) for case in one_token)]
+    routings = dict(tokens=20, rows=8), dict(tokens=40, rows=16)  # each pair compared with each; experts counted
+    checks = [*(functools.partial(_compare, *case) for case in CASES), *(functools.partial(_misrouted, **case) for case in routings), *(functools.partial(_one_token, **case) for case in one_token)]
     return first_disagreement(checks, interpret)
 
 
@@ -61,11 +62,11 @@ def _of_shared(x, weight, bias, sizes, *, slots, interpret, **constants):
     """Run the kernel on tiles of 8 rows that all take the same x."""
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    plan = mosaic_gpu.planned(slots, weight, interpret, 8)
+    plan = mosaic_gpu.planned(slots, weight, (8,), interpret)
     return hopper_kernel.matmul(x, weight, bias, hopper_kernel.tiles(sizes, slots, 8), plan, slots=slots, **constants)
 
 
-def _misrouted(*, interpret, tokens=40, experts=32, count=4, rows=8):
+def _misrouted(*, interpret, tokens, rows, experts=32, count=4):
     from gptoss_jax.kernels.expert_matmul import hopper_routing
 
     random = np.random.default_rng(0)
@@ -75,12 +76,13 @@ def _misrouted(*, interpret, tokens=40, experts=32, count=4, rows=8):
     weight = np.exp(np.take_along_axis(logits - logits.max(axis=1, keepdims=True), expert, axis=1))
     run = functools.partial(hopper_routing.route, count=count, experts=experts, rows=rows, interpret=interpret)
     found = jax.tree.map(np.asarray, run(scores, bias.astype(jnp.bfloat16), None, np.zeros(1, np.int32)))
-    slot = np.clip(found.slot.T, 0, len(found.token) - 1)
+    slot, tiles = np.clip(found.slot.T, 0, len(found.token) - 1), found.tiles
+    tile = np.maximum(np.searchsorted(tiles.first[: tiles.count[0]] * ALIGNMENT, slot, side="right") - 1, 0)
     right = (found.expert.T == expert) & (np.abs(found.weight.T - weight / weight.sum(axis=1, keepdims=True)) <= 2**-18)
-    right &= (found.token[slot] == np.arange(tokens)[:, None]) & (found.tiles.expert[slot // rows] == expert)
-    if right.all() and found.tiles.count[0] == np.sum(-(-np.bincount(expert.ravel()) // rows)):
+    right &= (found.token[slot] == np.arange(tokens)[:, None]) & (tiles.expert[tile] == expert) & (slot < (tiles.first + tiles.rows)[tile] * ALIGNMENT)
+    if right.all() and tiles.count[0] == np.sum(-(-np.bincount(expert.ravel()) // rows)):
         return None
-    return f"a kernel that routes right here (found {1 - right.mean():.1%} of choices wrong, {found.tiles.count[0]} tiles)"
+    return f"a kernel that routes right here (found {1 - right.mean():.1%} of choices wrong, {tiles.count[0]} tiles)"
 
 
 def _one_token(*, interpret, parts, inputs, hidden, count, experts=32):

@@ -9,6 +9,7 @@ multiplies 64 outputs, and decodes the next inputs while these are multiplied.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -48,20 +49,24 @@ class Plan(NamedTuple):
         return copying, min(240, (each * (self.warpgroups + 1) - copying) // self.warpgroups // 8 * 8)
 
 
-def tile_rows(num_rows: int, experts: int) -> int:
-    """Return N for so many rows: twice the mean, so that most experts' rows fit one tile, as far as that goes."""
-    mean = -(-num_rows // experts)
-    return min(max(ALIGNMENT, 1 << (2 * mean - 1).bit_length()), _MOST_ROWS)
+def heights(num_rows: int, experts: int) -> tuple[int, ...]:
+    """Return how tall the tiles of so many rows of all experts may be: what most experts' rows fit, and twice that if it takes more for some.
+
+    Where tokens choose at random, the mean's root is the standard deviation: few experts have one more than the mean, next to none four.
+    """
+    mean, half = num_rows / experts, _MOST_ROWS // 2 // ALIGNMENT * ALIGNMENT
+    deviation, most = math.sqrt(mean), -(-num_rows // ALIGNMENT) * ALIGNMENT
+    lower = min(math.ceil((mean + deviation) / ALIGNMENT) * ALIGNMENT, half)
+    taller = min(_MOST_ROWS if lower == half else 2 * lower, most)
+    return (taller,) if taller <= lower else (lower,) if mean + 4 * deviation <= lower else (lower, taller)
 
 
-def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
-    """Choose tile, step, ring and split for `num_rows` rows over all experts. rows: of each tile, where all have as many."""
+def plan(slots: int, weight, heights: tuple[int, ...]) -> Plan:
+    """Choose step, ring and split for tiles of these heights, all of the one height if there is one, that take so many slots."""
     E, outs, ins = weight.scales.shape[:3]
-    most = num_rows // rows if rows else None
-    all_as_many, rows = rows is not None, rows or min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
-    heights = (rows,) if all_as_many else heights_up_to(rows)
+    rows = heights[-1]
     warpgroups = next(n for n in (3, 2, 1) if outs % n == 0)
-    units = (most or _most_tiles(num_rows, E, rows)) * (outs // warpgroups)
+    units = (-(-slots // rows) if len(heights) == 1 else most_tiles(slots, E, rows)) * (outs // warpgroups)
     gated, few = isinstance(weight, HopperGateUpWeight), units < SMS
     room = SHARED_BYTES - warpgroups * rows * GROUP * (1 if gated else 4 if few else 2)  # beside the rows that are on their way out
     group = warpgroups * (2048 + 128) + rows * 2 * GROUP
@@ -73,12 +78,8 @@ def plan(num_rows: int, weight, rows: int | None = None) -> Plan:
     return Plan(heights, warpgroups, groups, min(_MOST_STAGES, room // (groups * group)), splits)
 
 
-def heights_up_to(rows: int) -> tuple[int, ...]:
-    """Return the heights of a tile of at most so many rows: of fewer than 64 there is little to save."""
-    return (rows,) if rows < 64 else (rows // 2 // ALIGNMENT * ALIGNMENT, rows)
-
-
-def _most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
+def most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
+    """Return how many tiles of at most so many rows sorted rows can need, each group's and nobody's."""
     return min(num_rows // ALIGNMENT, num_rows // rows + num_experts + 1)
 
 
@@ -102,7 +103,7 @@ def tiles(group_sizes_E, num_rows: int, rows: int) -> Tiles:
     E, height = group_sizes_E.shape[0], rows // ALIGNMENT
     sizes = jnp.append(group_sizes_E, num_rows - group_sizes_E.sum()).astype(jnp.int32) // ALIGNMENT
     row_end, tile_end = ends(sizes), ends(-(-sizes // height))
-    tile = jnp.arange(_most_tiles(num_rows, E, rows), dtype=jnp.int32)
+    tile = jnp.arange(most_tiles(num_rows, E, rows), dtype=jnp.int32)
     expert = jnp.minimum((tile_end <= tile[:, None]).sum(axis=1, dtype=jnp.int32), E)
     first = row_end[expert] - sizes[expert] + (tile - tile_end[expert] + -(-sizes[expert] // height)) * height
     return Tiles(expert, first, jnp.clip(row_end[expert] - first, 0, height), tile_end[-1:])

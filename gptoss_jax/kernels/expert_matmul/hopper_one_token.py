@@ -161,10 +161,15 @@ def mlp(x_1D, expert_A, factor, counters, gate_up, gate_up_bias, down, down_bias
                 plgpu.barrier_wait(full.at[slot])
                 return [(words_smem[slot, me, group], scales_smem[slot, me, group]) for group in range(groups)]
 
-            def begin(at, turn):
-                """Say which unit comes next, once there is room for its sums."""
+            def await_room(turn):
+                """Return the buffer of a unit's sums, once there is room."""
                 buffer = jax.lax.rem(turn, _BUFFERS)
                 pl.when(turn >= _BUFFERS)(lambda: plgpu.barrier_wait(stored.at[buffer]))
+                return buffer
+
+            def begin(at, turn):
+                """Say which unit comes next, once there is room for its sums."""
+                buffer = await_room(turn)
 
                 @pl.when(me == 0)
                 def _():
@@ -202,7 +207,10 @@ def mlp(x_1D, expert_A, factor, counters, gate_up, gate_up_bias, down, down_bias
             state = block, jnp.int32(0), jnp.int32(-1), [jnp.int32(stages - 1), jnp.int32(0), load(0)]
             for product in (first, second):
                 state = jax.lax.while_loop(lambda state: state[0] < product.units, functools.partial(compute_unit, product), state)
-            begin(*state[:2])
+            at, turn, *_ = state
+            begin(at, turn)
+            for later in range(1, _BUFFERS):  # a barrier isn't left while others arrive
+                await_room(turn + later)
 
         @pl.when(me == wgs + 1)
         def _finish():

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import Interpreted, Mosaic
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import (
-    SHARED_BYTES, Plan, Tiles, across, by_height, end_copies, free_slot, heights_up_to, multiply_steps, store_rows, tile_rows)
+    SHARED_BYTES, Plan, Tiles, across, by_height, end_copies, free_slot, heights, multiply_steps, store_rows)
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
@@ -42,11 +42,12 @@ def stored(weight: Mxfp4Weight) -> StoredWeight:
 def plan(num_rows: int, weight: StoredWeight, *, transposed: bool) -> Plan:
     """Choose tile and ring for `num_rows` rows over all experts."""
     E, outs, ins = weight.factors.shape[:3]
-    rows = min(tile_rows(num_rows, E), 1 << num_rows.bit_length() - 1)  # no more than there are
+    tall = heights(num_rows, E)
+    rows = tall[-1]
     warpgroups = next(n for n in (3, 2, 1) if (ins if transposed else outs) % n == 0)
     room = SHARED_BYTES - warpgroups * 2 * GROUP * (2 * GROUP + rows)
     stages = room // (warpgroups * (GROUP * _HALF + 4 * GROUP) + 2 * rows * GROUP)
-    return Plan(heights_up_to(rows), warpgroups, 1, min(8, stages // 2 * 2), 1)  # an even number: what is decoded alternates between two places
+    return Plan(tall, warpgroups, 1, min(8, stages // 2 * 2), 1)  # an even number: what is decoded alternates between two places
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "transposed"))  # so that a kernel is made once for all layers

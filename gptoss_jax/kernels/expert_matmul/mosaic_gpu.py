@@ -61,9 +61,10 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, interpret=None, **constants)
         weight = hopper_layout.pack(weight, kind)
     if not x_MI.shape[0]:
         return jnp.zeros((0, bias_EO.shape[1] // (2 if kind is HopperGateUpWeight else 1)), x_MI.dtype)
+    heights = hopper_kernel.heights(x_MI.shape[0], len(group_sizes_E))
     row_S, slot_M, group_sizes_E = align(group_sizes_E, x_MI.shape[0])
     x_MI = x_MI[row_S]
-    plan = planned(x_MI.shape[0], weight, interpret)
+    plan = planned(x_MI.shape[0], weight, heights, interpret)
     tiles = hopper_kernel.tiles(group_sizes_E, x_MI.shape[0], plan.rows)
     out = hopper_kernel.matmul(x_MI, weight, bias_EO, tiles, plan, **constants)
     if plan.splits > 1:
@@ -90,9 +91,9 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         y_AD = jnp.where(expert_A[:, None] < E, y_PAD.sum(axis=0), 0)
         return functools.reduce(jnp.add, (y_AD[place : place + 1] * weight_A[place] for place in range(A)))
     if routed:
-        rows = hopper_kernel.tile_rows(T * A, all_experts)
-        _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router[:4], count=A, experts=E, rows=rows, interpret=interpret)
-        slots = expected = hopper_routing.most_tiles(T * A, E, rows) * rows
+        heights = hopper_routing.heights(T, A, E, all_experts)
+        _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router[:4], count=A, experts=E, rows=heights[-1], interpret=interpret)
+        _, slots = hopper_routing.most_tiles(T, A, E, heights[-1])
         if token_S is not None:
             x_SD = x_TD.at[token_S].get(mode="clip")
         else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
@@ -100,14 +101,14 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     else:
         order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
         row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
-        slots, rows, token_S, weight_AT = len(row_S), None, row_S, weight_TA.T
+        slots, token_S, weight_AT = len(row_S), row_S, weight_TA.T
         slot_AT = jnp.where(expert_TA < E, slot_M[place_M].reshape(T, A), slots).T
         x_SD = x_TD[order_M[row_S] // A]
-        expected = max(ALIGNMENT, slots * E // all_experts)  # of these rows, if tokens choose evenly
-        height = planned(expected, gate_up, None).rows
-        tiles = hopper_kernel.tiles(group_sizes_E, slots, height)
-        tiles = tiles._replace(count=(-(-group_sizes_E // height)).sum(keepdims=True))  # nobody's rows aren't read
-    first, second = (planned(expected, weight, interpret, rows) for weight in (gate_up, down))
+        heights = hopper_kernel.heights(-(-T * A * E // all_experts), E)
+        tiles = hopper_kernel.tiles(group_sizes_E, slots, heights[-1])
+        tiles = tiles._replace(count=(-(-group_sizes_E // heights[-1])).sum(keepdims=True))  # nobody's rows aren't read
+    expected = max(ALIGNMENT, slots * E // all_experts)  # of these rows, if tokens choose evenly
+    first, second = (planned(expected, weight, heights, interpret) for weight in (gate_up, down))
     h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, first, slots=slots if token_S is None else None, limit=limit, alpha=alpha)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second).reshape(second.splits, slots, -1)
 
@@ -117,11 +118,11 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     return functools.reduce(jnp.add, (rows_of(slot_T) * weight_T[:, None] for slot_T, weight_T in zip(slot_AT, weight_AT)))
 
 
-def planned(slots: int, weight, interpret, rows: int | None = None):
-    """Return the kernel's plan for so many slots."""
+def planned(slots: int, weight, heights: tuple[int, ...], interpret):
+    """Return the kernel's plan for so many slots, in tiles of these heights."""
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    return interpreted(hopper_kernel.plan(slots, weight, rows), interpret)
+    return interpreted(hopper_kernel.plan(slots, weight, heights), interpret)
 
 
 def interpreted(plan, interpret):
