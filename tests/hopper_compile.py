@@ -47,7 +47,8 @@ ROUTINGS = [("NVIDIA H200", 1, 128, 120), ("NVIDIA H200", 1, 32, 1), ("NVIDIA H1
 # output and, of as many experts, the router
 PRODUCTS = [("NVIDIA H200", 1, 5120, 2880, False, True, 0), ("NVIDIA H100 80GB HBM3", 8, 2880, 4096, False, False, 0),
             ("NVIDIA H200", 8, 128, 2880, True, True, 0), ("NVIDIA H100 80GB HBM3", 2, 32, 2880, True, True, 0),
-            ("NVIDIA H200", 1, 2880, 4096, False, False, 128), ("NVIDIA H100 80GB HBM3", 1, 2880, 4096, False, False, 32)]
+            ("NVIDIA H200", 1, 2880, 4096, False, False, 128), ("NVIDIA H100 80GB HBM3", 1, 2880, 4096, False, False, 32),
+            ("NVIDIA H100 80GB HBM3", 1, 4096, 2048, False, False, 32)]  # blocks of 32 outputs, for which jax 0.12 finds most layouts to try
 
 # device, width, slots, experts: a lone row's attention, of 8 key-value heads of 8 queries, and its output
 BLOCKS = [("NVIDIA H200", 2880, 128, 128), ("NVIDIA H100 80GB HBM3", 2880, 504, 32)]

@@ -205,7 +205,7 @@ def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: floa
             of_mine(multiply)
             return acc[...]
 
-        part_smem[me] = _once(ops.accumulator(accumulate, acc_smem, me, N), plan)
+        part_smem[me] = _once(ops.accumulator(accumulate, acc_smem, me, N), plan, alone=bool(after))
         if norming:
             plgpu.commit_smem()  # the rows, which the first warpgroup sends out
         meet()
@@ -218,7 +218,7 @@ def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: floa
                     out_rows[-1][index] = 0
 
             if after:
-                y = sum(plgpu.load(part_smem.at[i, 0], layout=_IN_ALL.reduce(0), optimized=False) for i in range(_WARPGROUPS))
+                y = sum(plgpu.load(part_smem.at[i], layout=_IN_ALL.reduce(0), optimized=False) for i in range(_WARPGROUPS))
                 plgpu.barrier_wait(router_loaded)
                 _score(y, late, router_smem, parts_smem, out_smem, outputs=O, epsilon=epsilon)
                 plgpu.commit_smem()
@@ -251,7 +251,7 @@ def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: floa
             plgpu.SMEM((chunks, GROUP), jnp.bfloat16),
             plgpu.SMEM((stages, N, width), jnp.bfloat16, transforms=swizzle),
             plgpu.SMEM((_WARPGROUPS, 4) if lone else (_WARPGROUPS, R, GROUP), jnp.float32),
-            plgpu.SMEM((_WARPGROUPS, ROWS, N), jnp.float32),
+            plgpu.SMEM((_WARPGROUPS, N) if after else (_WARPGROUPS, ROWS, N), jnp.float32),
             plgpu.SMEM((ROWS, N), dtype),
             plgpu.SMEM((_WARPGROUPS, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
@@ -365,14 +365,14 @@ def _repeated(rows, plan: Plan):
     return repeated(rows)
 
 
-def _once(product, plan: Plan):
-    """Return the first of a product's 64 rows, which the others repeat."""
+def _once(product, plan: Plan, alone: bool):
+    """Return the first of a product's 64 rows, which the others repeat: eight, or one alone."""
     if plan.interpret:
-        return product[:ROWS]
-    shape = ROWS, plan.outputs
+        return product[0] if alone else product[:ROWS]
+    shape, layout = ((plan.outputs,), _IN_ALL.reduce(0)) if alone else ((ROWS, plan.outputs), _IN_ALL)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=_IN_ALL))
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout))
     def first(_, product):
-        return fragments(product.registers.reshape(plan.outputs // 8, 2)[:, : shape[0] // 8].T, _IN_ALL, shape)
+        return fragments(product.registers.reshape(plan.outputs // 8, 2)[:, 0], layout, shape)
 
     return first(product)
