@@ -307,6 +307,15 @@ def test_a_program_that_its_compiler_refuses_for_its_size_says_how_much_it_needs
         assert caught.value.needed_bytes == needed
 
 
+def test_a_program_refused_for_what_is_rounded_to_all_memory_does_not_fit(monkeypatch):
+    def refused(lowered):
+        raise devices.OutOfMemory("Used 15.75G of 15.75G hbm", planner.memory)
+
+    planner = Planner(SMALL, "cpu")
+    monkeypatch.setattr(devices, "finish", refused)
+    assert planner.at(1, 64).left < 0
+
+
 def test_generate_says_what_it_will_take_and_refuses_what_does_not_fit(capfd, monkeypatch):
     monkeypatch.setattr(devices, "usable_bytes", lambda device=None: 3_000_000)
     assert generate.main(["What is 17 + 25?"]) == 2

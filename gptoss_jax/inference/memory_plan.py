@@ -132,7 +132,7 @@ class Planner:
                 try:
                     step = devices.finish(lowered)
                 except devices.OutOfMemory as error:
-                    temporaries[name] = (error.needed_bytes or self.memory + 1) - exact.kept
+                    temporaries[name] = max(error.needed_bytes or 0, self.memory + 1) - exact.kept  # it rounds what it says
                     continue
                 memory = step.memory
                 if name == "decode":  # which takes every weight
