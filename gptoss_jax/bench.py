@@ -60,13 +60,19 @@ def _run(args: argparse.Namespace) -> None:
     for flag in ("repetitions", "steps"):
         if getattr(args, flag, 1) < 1:
             raise command.UsageError(f"--{flag} is {getattr(args, flag)}, expected at least 1")
-    if args.json and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):  # told before anything is measured
+    if args.json is not None and not _writable(args.json):  # told before anything is measured
         raise command.UsageError(f"--json {args.json}: can't be written, expected a file in a directory that is there")
     if args.overrides and args.mode != "train":
         raise command.UsageError(f"{args.overrides[0]}: of a training configuration, found with {args.mode}")
     if args.profile:
         os.makedirs(args.profile, exist_ok=True)  # JAX does so when all has run
     args.body(args)
+
+
+def _writable(file: str) -> bool:
+    """Return whether lines can be appended to a file, or a new one be made."""
+    folder = os.path.dirname(file) or "."
+    return os.access(file, os.W_OK) and not os.path.isdir(file) if os.path.exists(file) else bool(file) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _steps(args: argparse.Namespace) -> None:
@@ -88,7 +94,7 @@ def _steps(args: argparse.Namespace) -> None:
             out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
             for context in args.context:
                 run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
-                row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args))()
+                row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args, batch, context))()
                 out.add(row | {"implementations": ran} | _peak(jax))
     finally:  # what there is after an interrupt, too
         out.show(("batch", "batch", str), ("context", "context", "{:,}".format), *_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format),
@@ -107,7 +113,7 @@ def _load(args: argparse.Namespace) -> None:
     out = _Output(args)
     seconds, config = [], None
     for repetition in range(args.repetitions):
-        with _trace(args)() if args.profile else contextlib.nullcontext():
+        with _trace(args, repetition)() if args.profile else contextlib.nullcontext():
             start = time.perf_counter()
             model = checkpoint.load(args.checkpoint, dtype=args.dtype, admit=None if repetition else lambda config: memory_plan.announce(
                 config, 1, 256, dtype=args.dtype, write=_tell))
@@ -130,7 +136,7 @@ def _kernels(args: argparse.Namespace) -> None:
     from gptoss_jax import devices
     from gptoss_jax.inference import measure_ops
 
-    few = min(8, config.num_local_experts)  # of what is compared: the reference decodes all
+    few = min(max(8, config.num_experts_per_tok), config.num_local_experts)  # of what is compared: the reference decodes all
     batch, context = max(args.batch), max(args.context)
     memory, where = devices.free_here()
     whole, small = (measure_ops.case_bytes(config, *size) for size in ((batch, context, args.dtype), (min(batch, 4), context, args.dtype, few)))
@@ -148,7 +154,8 @@ def _kernels(args: argparse.Namespace) -> None:
                     continue
                 facts["error"] = measure_ops.compare(small, implementation)
                 if implementation != "reference":
-                    facts |= measure_ops.kernel(case, implementation, limits, repetitions=args.repetitions)()
+                    trace = _trace(args, batch, context, case.op, case.size, implementation)
+                    facts |= measure_ops.kernel(case, implementation, limits, repetitions=args.repetitions, trace=trace)()
                 yield facts
 
     try:
@@ -331,10 +338,12 @@ def _model(args: argparse.Namespace, config: GptOssConfig):
     return GptOss(config, measure.random_weights(config, args.dtype))
 
 
-def _trace(args: argparse.Namespace):
+def _trace(args: argparse.Namespace, *point):
+    """Return what opens the trace of one measurement. Each has a folder of its own: JAX calls them by the second, in which there may be several."""
     import jax
 
-    return functools.partial(jax.profiler.trace, args.profile) if args.profile else None
+    folder = "-".join(str(part).replace(" ", "_") for part in (args.mode, *point))
+    return functools.partial(jax.profiler.trace, os.path.join(args.profile, folder)) if args.profile else None
 
 
 def _peak(jax) -> dict:

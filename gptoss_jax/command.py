@@ -79,13 +79,17 @@ def enable_compilation_cache() -> None:
 
 
 def _show_or_remove(show, directory: pathlib.Path, message, *others, **named) -> None:
-    """Show a warning, or where it is of a damaged program in `directory` remove all programs there."""
+    """Show a warning, or where it is of a damaged program in `directory` remove all programs there; once, where they can't be."""
     if not str(message).startswith("Error reading persistent compilation cache entry"):
         show(message, *others, **named)
     elif programs := list(directory.glob("*-cache")):
-        for path in programs:
-            path.unlink(missing_ok=True)
-        print(f"compiled programs in {directory} are damaged: removed, to be compiled again", file=sys.stderr)
+        try:
+            for path in programs:
+                path.unlink(missing_ok=True)
+            print(f"compiled programs in {directory} are damaged: removed, to be compiled again", file=sys.stderr)
+        except OSError as error:
+            print(f"compiled programs in {directory} are damaged, and can't be removed: {error.strerror}", file=sys.stderr)
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
 
 
 class Status:

@@ -197,17 +197,24 @@ def finish(lowered: jax.stages.Lowered) -> CompiledStep:
 
 
 _TOO_LARGE = re.compile(r"(?:Used |\()([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM)")
-_COLLECTIVE = re.compile(r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(-start)?\(")
+_COLLECTIVE = re.compile(r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(-start)?\((.*)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
 def collectives(optimized_hlo: str) -> dict[str, tuple[int, int]]:
     """Return {kind: (instructions, bytes of their results)} of a compiled program's text."""
-    totals = collections.defaultdict(lambda: (0, 0))
-    for shape, kind, start in _COLLECTIVE.findall(optimized_hlo):
+    totals, seen = collections.defaultdict(lambda: (0, 0)), set()
+    for shape, kind, start, rest in _COLLECTIVE.findall(optimized_hlo):
+        if start:  # an asynchronous one holds operands, too: in a tuple of their own, or
+            shape = re.sub(r"^\(\(.*?\), ", "", nested := shape)
         sizes = [_itemsize(dtype) * math.prod(int(dim) for dim in dims.split(",") if dim) for dtype, dims in _ARRAY.findall(shape)]
-        if start and kind in ("all-gather", "collective-permute"):  # an asynchronous one holds operand and result, then, maybe, two counters
+        if start and shape == nested and kind in ("all-gather", "collective-permute"):  # before the results, after which come, maybe, two counters
             sizes = sizes[1:2] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
+        if chain := _CHAIN.search(rest):  # a TPU's compiler writes it where it begins, beside what runs meanwhile and where it ends
+            if (same := (chain[1], kind, *sizes)) in seen:
+                continue
+            seen.add(same)
         count, total = totals[kind]
         totals[kind] = (count + 1, total + sum(sizes))
     return dict(totals)

@@ -137,7 +137,9 @@ def test_the_arrays_of_cases_are_counted_before_there_are_any(monkeypatch):
 
 def test_a_kernel_is_timed_with_its_bytes(monkeypatch):
     case = next(case for case in measure_ops.cases(SMALL, 1, 64) if case.op == "expert_matmul")
-    row = measure_ops.kernel(case, "xla", LIMITS, repetitions=2, seconds=0.005)()
+    traced = []
+    row = measure_ops.kernel(case, "xla", LIMITS, repetitions=2, seconds=0.005, trace=lambda: contextlib.nullcontext(traced.append(1)))()
+    assert traced and row["floor_fraction"] == pytest.approx(max(row["read_bytes"] / 1e9, row["flops"] / 1e12) / row["seconds"])
     assert row["read_bytes"] == 2 * 128 * 96 * 17 // 32 and 0 < row["lowest"] <= row["seconds"] <= row["highest"]
     assert row["gb_per_second"] == pytest.approx(row["read_bytes"] / row["seconds"] / 1e9)
 
@@ -218,6 +220,51 @@ def test_why_an_implementation_cannot_run_is_told_once_below_the_table(capsys, q
     assert sorted(line[4:] for line in told) == ["it is a GPU's", "it is not there", "it is too slow"] and [line[:4] for line in told] == ["[1] ", "[2] ", "[3] "]
     rows = [json.loads(line) for line in quick.read_text().splitlines()[1:]]
     assert [f"{line.split()[-1]} {row['not_here']}" in told for line, row in zip(table[1:], rows, strict=True)] == [True] * len(rows)
+
+
+def test_ops_of_dense_experts_are_theirs_at_any_width(capsys, quick):
+    config = SMALL.replace(quantized=False, hidden_size=70, intermediate_size=50)
+    found = [case for case in measure_ops.cases(config, 2, 64) if case.op.startswith("expert")]
+    used = found[1].read_bytes // (2 * 100 * 70)
+    assert [case.read_bytes for case in found] == [used * 2 * 3 * 70 * 50, used * 2 * 100 * 70, used * 2 * 70 * 50] and 2 <= used <= 4
+    for case in found:
+        assert measure_ops.chosen_implementation(case) in case.implementations and measure_ops.compare(case, "xla") < 0.02
+        assert measure_ops.unmet(case, "mosaic_gpu")
+
+
+def test_a_model_of_more_active_experts_than_are_compared_is_measured(capsys, quick, monkeypatch):
+    monkeypatch.setitem(bench.RANDOM, "small", SMALL.replace(num_local_experts=24, num_experts_per_tok=10))
+    monkeypatch.setattr(measure, "chosen_implementation", lambda case: "xla")
+    monkeypatch.setattr(measure, "unmet", lambda *_: "more")
+    code, out, err = run(capsys, "kernels", "--random-weights", "small", "--context", "20")
+    assert code == 0 and "expert_mlp" in out, err
+
+
+def test_every_measurement_has_a_trace_of_its_own(capsys, quick, monkeypatch, tmp_path):
+    folders = []
+    monkeypatch.setattr(jax.profiler, "trace", lambda folder: contextlib.nullcontext(folders.append(pathlib.Path(folder).relative_to(tmp_path))))
+
+    def measured(*_, trace, **__):
+        trace()
+        return dict
+
+    for name, replacement in (("prefill", measured), ("kernel", measured), ("chosen_implementation", lambda case: "xla"), ("compare", lambda *_: 0.0),
+                              ("unmet", lambda case, how: None if how in ("xla", "cpu") else "more"), ("random_weights", lambda *_: {})):
+        monkeypatch.setattr(measure, name, replacement)
+    monkeypatch.setattr("gptoss_jax.model.GptOss", lambda *_: None)
+    for mode, points in (("prefill", 2), ("kernels", 52), ("load", 3)):
+        source = ("--checkpoint", "tiny", "--repetitions", "3") if mode == "load" else ("--random-weights", "small", "--context", "20", "30")
+        assert run(capsys, mode, *source, "--profile", str(tmp_path))[0] == 0
+        assert len(set(folders)) == len(folders) == points and all(folder.parts[0].startswith(mode) and len(folder.parts) == 1 for folder in folders)
+        folders.clear()
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(capsys, quick, monkeypatch):
+    quick.touch()
+    monkeypatch.setattr(bench.os, "access", lambda path, mode: path != str(quick))
+    for file in (str(quick), ""):
+        code, out, err = run(capsys, "load", "--checkpoint", "tiny", "--json", file)
+        assert code == 2 and f"--json {file}: can't be written" in err and out == ""
 
 
 def test_load_is_timed(capsys, quick):

@@ -1,5 +1,6 @@
 """generate and chat as a newcomer meets them, on the embedded checkpoint."""
 
+import functools
 import io
 import json
 import shutil
@@ -238,3 +239,17 @@ def test_damaged_compiled_programs_are_removed_and_one_line_says_so(tmp_path, mo
         warnings.warn("something else", stacklevel=1)
     assert [path.name for path in folder.iterdir()] == ["other"] and len(others) == 1
     assert capsys.readouterr().err == f"compiled programs in {folder} are damaged: removed, to be compiled again\n"
+
+
+def test_damaged_compiled_programs_that_cannot_be_removed_break_nothing(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a-cache").write_text("half")
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = functools.partial(command._show_or_remove, warnings.showwarning, tmp_path)
+        for name in "ab":
+            warnings.warn(f"Error reading persistent compilation cache entry for 'jit_{name}': zlib.error", stacklevel=1)
+    assert capsys.readouterr().err == f"compiled programs in {tmp_path} are damaged, and can't be removed: Permission denied\n"

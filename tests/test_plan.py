@@ -110,6 +110,26 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
     assert devices.collectives(text) == {"all-gather": (1, 512), "collective-permute": (1, 40), "all-to-all": (1, 12)}
 
 
+def test_a_collectives_operands_count_for_nothing_and_it_counts_once_however_often_it_is_written():
+    text = """
+      %a = ((f32[8,1,128]{2,1,0}), f32[1,1,128]{2,1,0}) reduce-scatter-start(%x), channel_id=1
+      %b = f32[1,1,128]{2,1,0} reduce-scatter-done(%a)
+      %c = ((bf16[2,9]{1,0}), bf16[2,9]{1,0}) all-reduce-start(%y), channel_id=6
+      %d = f32[5]{0} all-reduce-start(%y), channel_id=7
+      %e = ((s32[1,4]{1,0:T(8,128)(2,1)S(1)}, pred[1]{0}), (s32[8,4]{1,0:T(8,128)(2,1)S(1)}, pred[8]{0})) all-gather-start(%z, %w)
+    """
+    assert devices.collectives(text) == {"reduce-scatter": (1, 512), "all-reduce": (2, 36 + 20), "all-gather": (1, 136)}
+    text = """
+        %begins = s32[8,2]{1,0:T(2,128)} all-gather(%p), channel_id=1, frontend_attributes={chain_id="0"}
+        %meanwhile = s32[8,2]{1,0:T(2,128)S(1)} all-gather(%p), channel_id=1, frontend_attributes={chain_id="0"}
+        %ends = s32[8,2]{1,0:T(2,128)} all-gather(%p), channel_id=1, frontend_attributes={chain_id="0"}
+        %next = s32[8,2]{1,0:T(2,128)} all-gather(%q), channel_id=1, frontend_attributes={chain_id="1"}
+        %others = s32[8,2]{1,0} all-gather(%r), channel_id=1
+        %equal = s32[8,2]{1,0} all-gather(%s), channel_id=1
+    """
+    assert devices.collectives(text) == {"all-gather": (4, 256)}
+
+
 @pytest.mark.parametrize("temporaries, memory", [(lambda batch, context: 10_000, 2_000_000), (lambda batch, context: 300 * batch * context, 3_000_000),
                                                  (lambda batch, context: 50_000 + 40 * batch * context, 2_000_000)], ids=["even", "steep", "both"])
 def test_the_longest_context_and_largest_batch_fit_and_the_next_ones_hardly_would(monkeypatch, temporaries, memory):
@@ -172,6 +192,22 @@ def test_never_less_is_said_to_fit_than_was_just_shown_to(monkeypatch):
         planner.memory = planner.at(batch, context).needed
         assert planner.longest_context(batch, planner.at(batch, context), context) == context
         assert planner.largest_batch(context, planner.at(batch, context), batch) == batch
+
+
+def test_what_grows_with_layers_on_a_tpu_is_in_what_fits(monkeypatch):
+    monkeypatch.setattr(devices, "described", lambda *_: jax.devices()[:1])
+    config = SMALL.replace(num_hidden_layers=12, max_position_embeddings=1 << 17)
+    planner, weights = Planner(config, "v5e"), cost.weight_bytes(config)
+    planner.memory = weights + 3 * 10**8
+
+    def compiled(config, batch, context):
+        cache = cost.cache_bytes(config, batch, context)
+        return Plan(planner.memory, {"weights": cost.weight_bytes(config), "cache": cache}, temporaries={"prefill": 10**7, "decode": 2 * cache})
+
+    monkeypatch.setattr(planner, "_compile", compiled)
+    longest, largest = planner.longest_context(1, planner.at(1, 1 << 17), 1 << 17), planner.largest_batch(4096, planner.at(1, 4096), 1)
+    assert planner.at(1, longest).needed <= planner.memory < planner.at(1, longest + 1024).needed
+    assert planner.at(largest, 4096).needed <= planner.memory < planner.at(2 * largest, 4096).needed
 
 
 def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(capsys):
@@ -269,6 +305,15 @@ def test_a_program_that_its_compiler_refuses_for_its_size_says_how_much_it_needs
         with pytest.raises(devices.OutOfMemory) as caught:
             devices.finish(Refused())
         assert caught.value.needed_bytes == needed
+
+
+def test_a_program_refused_for_what_is_rounded_to_all_memory_does_not_fit(monkeypatch):
+    def refused(lowered):
+        raise devices.OutOfMemory("Used 15.75G of 15.75G hbm", planner.memory)
+
+    planner = Planner(SMALL, "cpu")
+    monkeypatch.setattr(devices, "finish", refused)
+    assert planner.at(1, 64).left < 0
 
 
 def test_generate_says_what_it_will_take_and_refuses_what_does_not_fit(capfd, monkeypatch):

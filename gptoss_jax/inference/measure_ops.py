@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import statistics
@@ -47,14 +48,17 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
     def normal(*shape):
         return jax.random.normal(next(keys), shape, dtype)
 
-    def packed(out, inputs):
+    def experts_of(out, inputs):
+        if not c.quantized:
+            return draw("experts.gate_up_proj", (E, inputs, out), dtype, next(keys))
         shape = (E, out, inputs // 32)
         return Mxfp4Weight(draw("_blocks", (*shape, 16), None, next(keys)), draw("_scales", shape, None, next(keys)))
 
     chosen = np.random.default_rng(0).permuted(np.tile(np.arange(E), (batch, 1)), axis=1)[:, :A]
     sizes, used = jnp.asarray(np.bincount(chosen.ravel(), minlength=E), jnp.int32), len(np.unique(chosen))
     chosen, item = jnp.asarray(chosen, jnp.int32), jnp.dtype(dtype).itemsize
-    gate_up, down = (packed(2 * F, D), normal(E, 2 * F)), (packed(D, F), normal(E, D))
+    weight_bytes = 17 / 32 if c.quantized else item
+    gate_up, down = (experts_of(2 * F, D), normal(E, 2 * F)), (experts_of(D, F), normal(E, D))
 
     def mlp(how, x, chosen, *weights):
         scores = jnp.full(chosen.shape, 1 / A, jnp.float32)
@@ -63,11 +67,11 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
         return expert_matmul.expert_mlp(x, chosen, scores, *weights, limit=c.swiglu_limit, alpha=c.swiglu_alpha, router=router, implementation=how)
 
     found = [Case("expert_mlp", f"{batch} tokens", tuple(expert_matmul.IMPLEMENTATIONS), mlp, normal(batch, D), (chosen, *gate_up, *down),
-                  used * 3 * D * F * 17 // 32, 6 * batch * A * D * F)]
+                  round(used * 3 * D * F * weight_bytes), 6 * batch * A * D * F)]
     for name, out, inputs, weight in (("gate_up", 2 * F, D, gate_up), ("down", D, F, down)):
         found.append(Case("expert_matmul", f"{name} {batch * A} rows", tuple(expert_matmul.IMPLEMENTATIONS),
                           lambda how, x, sizes, weight, bias: expert_matmul.expert_matmul(x, weight, bias, sizes, implementation=how),
-                          normal(batch * A, inputs), (sizes, *weight), used * out * inputs * 17 // 32, 2 * batch * A * out * inputs))
+                          normal(batch * A, inputs), (sizes, *weight), round(used * out * inputs * weight_bytes), 2 * batch * A * out * inputs))
     positions = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), (batch, context))
     inputs, angles = (N + 2 * K) * H, (jnp.ones((batch, H // 2)), jnp.zeros((batch, H // 2)))
     for window in (None, c.sliding_window):
@@ -187,7 +191,7 @@ def compare(case: Case, implementation: str) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: int = 5, seconds: float = 0.1) -> Callable[[], dict]:
+def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: int = 5, seconds: float = 0.1, trace=None) -> Callable[[], dict]:
     """Get ready, as `decode` does, to time one op by a loop on the device, each call fed from the one before; experts change from call to call, so
     that no cache keeps them.
 
@@ -216,11 +220,13 @@ def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: in
     def measured() -> dict:
         once = min(batches(lambda: loop(1, case.carry, arrays), 2, 1))
         rounds = int(min(max(seconds / once, 1), 100))
-        times = sorted(time / (rounds * _ROUND) for time in batches(lambda: loop(rounds, case.carry, arrays), repetitions, 1))
+        with trace() if trace else contextlib.nullcontext():
+            times = sorted(time / (rounds * _ROUND) for time in batches(lambda: loop(rounds, case.carry, arrays), repetitions, 1))
         median = statistics.median(times)
         floor = max(case.read_bytes / limits.bandwidth, case.flops / limits.matmul)
         return {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "seconds": median, "lowest": times[0],
-                "highest": times[-1], "read_bytes": case.read_bytes, "gb_per_second": case.read_bytes / median / 1e9, "floor_fraction": floor / median}
+                "highest": times[-1], "read_bytes": case.read_bytes, "flops": case.flops, "gb_per_second": case.read_bytes / median / 1e9,
+                "floor_seconds": floor, "floor_fraction": floor / median}
 
     return measured
 

@@ -50,7 +50,7 @@ class Planner:
     """
 
     def __init__(self, config: GptOssConfig, kind: str, axes: Mapping[str, int] = {}, *, dtype: str = "bfloat16"):
-        self.config, self.dtype = config, dtype
+        self.config, self.kind, self.dtype = config, kind, dtype
         count = cost.abstract_mesh(**axes).size
         self.memory = devices.memory_of_each(kind, count)
         cost.weight_bytes(config, dtype, cost.abstract_mesh(**axes))  # finds what doesn't divide, before a compiler is asked for
@@ -82,10 +82,12 @@ class Planner:
         through the last two found, whichever is less.
 
         What fits at `at` is the least to be returned; None only where the smallest candidate, compiled whole, doesn't fit. Compiled otherwise
-        is a model with one layer of each kind: temporaries hardly depend on the number of layers, by a constant that `known` tells.
+        is a model with one layer of each kind: temporaries hardly depend on the number of layers, by a constant that `known` tells. On TPUs they
+        do: a decode step keeps a padded copy of every layer's cache. There the whole model is compiled, which takes little longer.
         """
         kinds = tuple(dict.fromkeys(self.config.layer_types))
-        shallow = self.config.replace(num_hidden_layers=len(kinds), layer_types=kinds)
+        whole = devices.kind_named(self.kind).platform == "tpu"
+        shallow = self.config if whole else self.config.replace(num_hidden_layers=len(kinds), layer_types=kinds)
 
         def extra(plan: Plan) -> int:
             return plan.needed - plan.kept
@@ -130,7 +132,7 @@ class Planner:
                 try:
                     step = devices.finish(lowered)
                 except devices.OutOfMemory as error:
-                    temporaries[name] = (error.needed_bytes or self.memory + 1) - exact.kept
+                    temporaries[name] = max(error.needed_bytes or 0, self.memory + 1) - exact.kept  # it rounds what it says
                     continue
                 memory = step.memory
                 if name == "decode":  # which takes every weight
