@@ -234,8 +234,8 @@ def test_ops_of_dense_experts_are_theirs_at_any_width(capsys, quick):
 
 def test_a_model_of_more_active_experts_than_are_compared_is_measured(capsys, quick, monkeypatch):
     monkeypatch.setitem(bench.RANDOM, "small", SMALL.replace(num_local_experts=24, num_experts_per_tok=10))
-    monkeypatch.setattr(measure, "chosen_implementation", lambda case: "xla")
-    monkeypatch.setattr(measure, "unmet", lambda *_: "more")
+    monkeypatch.setattr(measure_ops, "chosen_implementation", lambda case: "xla")
+    monkeypatch.setattr(measure_ops, "unmet", lambda *_: "more")
     code, out, err = run(capsys, "kernels", "--random-weights", "small", "--context", "20")
     assert code == 0 and "expert_mlp" in out, err
 
@@ -248,9 +248,10 @@ def test_every_measurement_has_a_trace_of_its_own(capsys, quick, monkeypatch, tm
         trace()
         return dict
 
-    for name, replacement in (("prefill", measured), ("kernel", measured), ("chosen_implementation", lambda case: "xla"), ("compare", lambda *_: 0.0),
-                              ("unmet", lambda case, how: None if how in ("xla", "cpu") else "more"), ("random_weights", lambda *_: {})):
-        monkeypatch.setattr(measure, name, replacement)
+    for module, name, replacement in ((measure, "prefill", measured), (measure, "random_weights", lambda *_: {}), (measure_ops, "kernel", measured),
+                                      (measure_ops, "chosen_implementation", lambda case: "xla"), (measure_ops, "compare", lambda *_: 0.0),
+                                      (measure_ops, "unmet", lambda case, how: None if how in ("xla", "cpu") else "more")):
+        monkeypatch.setattr(module, name, replacement)
     monkeypatch.setattr("gptoss_jax.model.GptOss", lambda *_: None)
     for mode, points in (("prefill", 2), ("kernels", 52), ("load", 3)):
         source = ("--checkpoint", "tiny", "--repetitions", "3") if mode == "load" else ("--random-weights", "small", "--context", "20", "30")

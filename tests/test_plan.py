@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ def test_the_longest_context_and_largest_batch_fit_and_the_next_ones_hardly_woul
     planner = Planner(config, "cpu")
     planner.memory = weights + 40 * memory
 
-    def compiled(config, batch, context):
+    def compiled(config, batch, context, guess=False):
         return Plan(planner.memory, {"weights": weights, "cache": cost.cache_bytes(config, batch, context)}, temporaries={"decode": temporaries(batch, context)})
 
     def needs(batch, context):
@@ -159,7 +160,7 @@ def planned_by(monkeypatch, temporaries, memory, **changed):
     planner, weights = Planner(config, "cpu"), cost.weight_bytes(config)
     planner.memory, planner.compiled = weights + memory, []
 
-    def compiled(config, batch, context):
+    def compiled(config, batch, context, guess=False):
         planner.compiled.append((batch, context))
         parts = {"weights": weights, "cache": cost.cache_bytes(config, batch, context)}
         return Plan(planner.memory, parts, temporaries={"decode": temporaries(batch, context)})
@@ -200,7 +201,7 @@ def test_what_grows_with_layers_on_a_tpu_is_in_what_fits(monkeypatch):
     planner, weights = Planner(config, "v5e"), cost.weight_bytes(config)
     planner.memory = weights + 3 * 10**8
 
-    def compiled(config, batch, context):
+    def compiled(config, batch, context, guess=False):
         cache = cost.cache_bytes(config, batch, context)
         return Plan(planner.memory, {"weights": cost.weight_bytes(config), "cache": cache}, temporaries={"prefill": 10**7, "decode": 2 * cache})
 
@@ -223,8 +224,8 @@ def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(c
 
 
 def test_the_cap_of_the_search_is_not_a_finding_and_a_chunk_is_said_to_be_one(monkeypatch, capsys):
-    monkeypatch.setattr(Planner, "_compile", lambda self, config, batch, context: Plan(1 << 60, {"weights": 1, "cache": 1}, temporaries={"decode": 1},
-                                                                                       collectives={"prefill": {}, "decode": {}}))
+    monkeypatch.setattr(Planner, "_compile", lambda self, config, batch, context, guess=False: Plan(1 << 60, {"weights": 1, "cache": 1}, temporaries={"decode": 1},
+                                                                                                    collectives={"prefill": {}, "decode": {}}))
     monkeypatch.setattr(devices, "host_memory_bytes", lambda: 1 << 60)
     assert plan.main(["tiny", "--device", "cpu", "--mesh", "data=2", "--context", "1024", "--batch", "4096"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -314,6 +315,23 @@ def test_a_program_refused_for_what_is_rounded_to_all_memory_does_not_fit(monkey
     planner = Planner(SMALL, "cpu")
     monkeypatch.setattr(devices, "finish", refused)
     assert planner.at(1, 64).left < 0
+
+
+def test_of_a_guess_whose_decode_step_does_not_fit_no_prefill_is_compiled(monkeypatch):
+    planner, compiled = Planner(SMALL, "cpu"), []
+
+    def finish(lowered):
+        compiled.append(lowered)
+        if lowered == refused:
+            raise devices.OutOfMemory("too large", None)
+        return devices.CompiledStep(devices.StepMemory(0, 0, 0), {}, None)
+
+    monkeypatch.setattr(planner, "_engine", lambda *_: types.SimpleNamespace(lower=lambda *_: {name: name for name in ("prefill", "decode")}))
+    monkeypatch.setattr(devices, "finish", finish)
+    for refused, guess, expected in (("decode", True, ["decode"]), ("prefill", True, ["decode", "prefill"]), ("decode", False, ["prefill", "decode"])):
+        compiled.clear()
+        planner._seen.clear()
+        assert planner._compile(SMALL, 1, 64, guess).left < 0 and compiled == expected
 
 
 def test_generate_says_what_it_will_take_and_refuses_what_does_not_fit(capfd, monkeypatch):

@@ -109,7 +109,7 @@ class Planner:
             if not likely:
                 return fits[0]
             guess = likely[len(likely) // 2 if halve else -1]  # the largest, but after one that was refused the middle: no creeping down
-            tried = guess, extra(self._compile(shallow, *point(guess))) + constant
+            tried = guess, extra(self._compile(shallow, *point(guess), guess=True)) + constant
             if halve := needed(*tried) > self.memory:
                 refused = tried
             else:
@@ -123,16 +123,20 @@ class Planner:
         weights = cost.abstract_weights(config, self.dtype, self.mesh, self.devices[0])
         return Engine(GptOss(config, weights, mesh=self.mesh), max_context=context)
 
-    def _compile(self, config: GptOssConfig, batch: int, context: int) -> Plan:
-        key = (config, batch, context)
+    def _compile(self, config: GptOssConfig, batch: int, context: int, guess: bool = False) -> Plan:
+        """guess: a decode step that doesn't fit is enough, prefill isn't compiled, too, which on TPUs takes longer."""
+        key = (config, batch, context, guess)
         if key not in self._seen:
             exact = by_arithmetic(config, batch, context, dtype=self.dtype, mesh=self.mesh, memory=self.memory)
             padding, temporaries, collectives = 0, {}, {}
-            for name, lowered in self._engine(config, context).lower(batch, context).items():
+            programs = self._engine(config, context).lower(batch, context)
+            for name in sorted(programs, key="decode".__ne__) if guess else programs:
                 try:
-                    step = devices.finish(lowered)
+                    step = devices.finish(programs[name])
                 except devices.OutOfMemory as error:
                     temporaries[name] = max(error.needed_bytes or 0, self.memory + 1) - exact.kept  # it rounds what it says
+                    if guess:
+                        break
                     continue
                 memory = step.memory
                 if name == "decode":  # which takes every weight
