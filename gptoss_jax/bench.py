@@ -86,8 +86,9 @@ def _steps(args: argparse.Namespace) -> None:
         raise command.UsageError(f"--context is {min(args.context)}, expected more than the {before} tokens that --steps {args.steps} decodes until then")
     memory_plan.announce(config, max(args.batch), min(max(args.context) + 1, config.max_position_embeddings), dtype=args.dtype, write=_tell)
     limits = _limits(out, args.dtype)
-    cases = functools.partial(measure_ops.cases, config, context=min(args.context), dtype=args.dtype, experts=config.num_experts_per_tok)
-    ran_at = [{case.op: measure_ops.chosen_implementation(case) for case in cases(batch)} for batch in args.batch]  # before there is a model in memory
+    cases = measure_ops.cases if args.mode == "decode" else measure_ops.prefill_cases
+    ran_at = [{case.op: measure_ops.chosen_implementation(case) for case in cases(
+        config, batch, min(args.context), args.dtype, experts=config.num_experts_per_tok)} for batch in args.batch]  # before there is a model in memory
     model = _model(args, config)
     try:
         for batch, ran in zip(args.batch, ran_at):

@@ -115,7 +115,8 @@ def main() -> None:
     else:
         small, deeper = (compiled_steps("gpt-oss-120b", layers) for layers in (2, 4))
         others = (compiled_steps("gpt-oss-120b", layers, 4, ["decode"]) for layers in (2, 4))
-        texts = [steps["decode"].as_text() for steps in (small, deeper, *others)]
+        many = (compiled_steps("gpt-oss-20b", layers, 256, ["decode"], 1024) for layers in (2, 4))
+        texts = [steps["decode"].as_text() for steps in (small, deeper, *others, *many)]
         counts = [kernels(step(text)) for text in texts]
         one_chunk = compiled_steps("gpt-oss-120b", 2, 1, ["prefill"], 8192)["prefill"]
         gradient, experts = gradient_of_attention(), trained_experts()
@@ -124,6 +125,7 @@ def main() -> None:
         found = {"kernels": counts, "sorts": [re.findall(r"\b(?:sort|scatter)\(", text) for text in texts],
                  "kernels_per_layer": (counts[1].total() - counts[0].total()) / 2,
                  "kernels_per_layer_of_4_rows": (counts[3].total() - counts[2].total()) / 2,
+                 "kernels_per_layer_of_256_rows": (counts[5].total() - counts[4].total()) / 2,
                  "cache": cost.cache_bytes(PRESETS["gpt-oss-120b"].replace(num_hidden_layers=2, layer_types=()), 1, CONTEXT),
                  "decode": memory(small["decode"]), "prefill": memory(small["prefill"]), "prefill_of_4_layers": memory(deeper["prefill"]),
                  "prefill_kernels": entry(small["prefill"]), "one_chunk": memory(one_chunk), "one_chunk_kernels": entry(one_chunk),

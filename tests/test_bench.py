@@ -165,7 +165,9 @@ def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
     assert code == 0 and "[memory: weights" in err and "ran expert_mlp" in out and "of the floor" in out
     rows = [json.loads(line) for line in quick.read_text().splitlines()]
     assert [row["what"] for row in rows] == ["ceilings", "prefill"] and rows[1]["context"] == 20 and rows[1]["jax"] == jax.__version__
-    assert set(rows[1]["implementations"]) == {"expert_mlp", "expert_matmul", "attention", "decode_attention", "decode_matmul", "dense_matmul", "cache_write"}
+    assert set(rows[1]["implementations"]) == {"expert_mlp", "expert_matmul", "attention", "dense_matmul"}  # no decode step's
+    (found,) = (case for case in measure_ops.prefill_cases(SMALL, 2, 5000, experts=2) if case.op == "attention")
+    assert found.size == "2 x 256 tokens" and measure_ops.compare(found, "auto") < 0.02
 
 
 @pytest.mark.parametrize("mode, body, first, shown", [
@@ -187,9 +189,9 @@ def test_an_interrupt_shows_what_there_is_and_says_so(capsys, quick, monkeypatch
 
 
 def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypatch):
-    cases, random_weights, made, left = measure_ops.cases, measure.random_weights, [], []
+    random_weights, made, left = measure.random_weights, [], []
 
-    def spied(*args, **options):
+    def spied(cases, *args, **options):
         left.append(sum(array() is not None for array in made) if options.get("experts") else 0)  # else those to compare are there, too
         found = cases(*args, **options)
         arrays = [array for array in jax.tree.leaves(found) if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)]
@@ -200,7 +202,9 @@ def test_the_arrays_of_ops_are_gone_before_more_are_made(capsys, quick, monkeypa
         left.append(sum(array() is not None for array in made))
         return random_weights(*args, **options)
 
-    for module, name, replacement in ((measure_ops, "cases", spied), (measure, "random_weights", weights), (measure, "prefill", lambda *_, **__: dict),
+    for name in ("cases", "prefill_cases"):
+        monkeypatch.setattr(measure_ops, name, functools.partial(spied, getattr(measure_ops, name)))
+    for module, name, replacement in ((measure, "random_weights", weights), (measure, "prefill", lambda *_, **__: dict),
                                       (measure_ops, "chosen_implementation", lambda case: "xla"), (measure_ops, "unmet", lambda *_: "more")):
         monkeypatch.setattr(module, name, replacement)
     for mode, calls in (("kernels", 6), ("prefill", 3)):

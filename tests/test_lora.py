@@ -1,5 +1,6 @@
 """Adapters above a frozen MXFP4 checkpoint."""
 
+import contextlib
 import json
 
 import by_hand
@@ -13,7 +14,8 @@ from gptoss_jax import checkpoint, mxfp4
 from gptoss_jax.checkpoint.errors import CheckpointError
 from gptoss_jax.model import GptOss, lora
 from gptoss_jax.model.weights import declare
-from gptoss_jax.training.config import LORA_TARGETS
+from gptoss_jax.training import state as state_module
+from gptoss_jax.training.config import LORA_TARGETS, TrainingConfigError
 from gptoss_jax.training.export import export
 from gptoss_jax.training.state import initial_state
 from gptoss_jax.training.step import make_train_step
@@ -53,6 +55,22 @@ def test_adapters_have_the_gradients_that_the_merged_weights_imply(small_checkpo
                 implied |= {first: scale * b.T @ dw, second: scale * dw @ a.T}
     assert len(implied) == 2 * (4 + 2 + 1 + 1)
     assert_close(state.opt_state, implied, 5e-5)  # float32 sums in another order; 2.2e-5 on a single core
+
+
+def test_experts_that_a_hoppers_kernel_would_take_for_infinite_are_refused_there(small_checkpoint, monkeypatch):  # noqa: F811
+    config = configured(small_checkpoint, mode="lora", compute_dtype="bfloat16", targets=LORA_TARGETS)
+    load = state_module.load_weights
+
+    def with_large_scales(*args, **options):
+        read, weights = load(*args, **options)
+        return read, {name: array.at[1, 2].set(largest) if name.endswith("down_proj_scales") else array for name, array in weights.items()}
+
+    monkeypatch.setattr(state_module, "load_weights", with_large_scales)
+    for is_hopper, largest, refused in ((False, 200, False), (True, 128, False), (True, 129, True)):
+        monkeypatch.setattr(state_module.hopper, "is_hopper", lambda device, is_hopper=is_hopper: is_hopper)
+        with pytest.raises(TrainingConfigError, match=r"init\.checkpoint .*down_proj_scales has a scale byte of 129, expected at most 128") if refused \
+                else contextlib.nullcontext():
+            state_module.load_frozen(config)
 
 
 def test_adapters_start_at_the_model_itself(small_checkpoint):  # noqa: F811

@@ -21,7 +21,7 @@ from gptoss_jax.kernels.dense_matmul import dense_matmul
 from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight
 from gptoss_jax.model import cost
 
-_ROUND = 10
+_ROUND, _MOST_PREFILLED = 10, 512
 
 
 class Case(NamedTuple):
@@ -38,40 +38,26 @@ class Case(NamedTuple):
     flops: int
 
 
+class _Normal:
+    """Random numbers of a dtype, or what else `draw` makes, by another key each time."""
+
+    def __init__(self, dtype: str):
+        self._dtype, self._keys = dtype, iter(jax.random.split(jax.random.key(2, impl="rbg"), 96))
+
+    def __call__(self, *shape: int) -> jax.Array:
+        return jax.random.normal(next(self._keys), shape, self._dtype)
+
+    def draw(self, kind: str, *shape: int) -> jax.Array:
+        return draw(kind, shape, self._dtype, next(self._keys))
+
+
 def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16", *, experts: int | None = None) -> list[Case]:
     """Return the ops of a decode step at the model's shapes, on random numbers. experts: how many, instead of the model's."""
     c = config if experts is None else config.replace(num_local_experts=experts)
-    keys = iter(jax.random.split(jax.random.key(2, impl="rbg"), 96))
-    E, A, D, F = c.num_local_experts, c.num_experts_per_tok, c.hidden_size, c.intermediate_size
-    N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape, dtype)
-
-    def experts_of(out, inputs):
-        if not c.quantized:
-            return draw("experts.gate_up_proj", (E, inputs, out), dtype, next(keys))
-        shape = (E, out, inputs // 32)
-        return Mxfp4Weight(draw("_blocks", (*shape, 16), None, next(keys)), draw("_scales", shape, None, next(keys)))
-
-    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(E), (batch, 1)), axis=1)[:, :A]
-    sizes, used = jnp.asarray(np.bincount(chosen.ravel(), minlength=E), jnp.int32), len(np.unique(chosen))
-    chosen, item = jnp.asarray(chosen, jnp.int32), jnp.dtype(dtype).itemsize
-    weight_bytes = 17 / 32 if c.quantized else item
-    gate_up, down = (experts_of(2 * F, D), normal(E, 2 * F)), (experts_of(D, F), normal(E, D))
-
-    def mlp(how, x, chosen, *weights):
-        scores = jnp.full(chosen.shape, 1 / A, jnp.float32)
-        ones = (chosen[..., None] == jnp.arange(E)).any(axis=1).astype(jnp.float32)
-        router = expert_matmul.Router(ones, jnp.zeros(E), None, np.zeros(1, np.int32))
-        return expert_matmul.expert_mlp(x, chosen, scores, *weights, limit=c.swiglu_limit, alpha=c.swiglu_alpha, router=router, implementation=how)
-
-    found = [Case("expert_mlp", f"{batch} tokens", tuple(expert_matmul.IMPLEMENTATIONS), mlp, normal(batch, D), (chosen, *gate_up, *down),
-                  round(used * 3 * D * F * weight_bytes), 6 * batch * A * D * F)]
-    for name, out, inputs, weight in (("gate_up", 2 * F, D, gate_up), ("down", D, F, down)):
-        found.append(Case("expert_matmul", f"{name} {batch * A} rows", tuple(expert_matmul.IMPLEMENTATIONS),
-                          lambda how, x, sizes, weight, bias: expert_matmul.expert_matmul(x, weight, bias, sizes, implementation=how),
-                          normal(batch * A, inputs), (sizes, *weight), round(used * out * inputs * weight_bytes), 2 * batch * A * out * inputs))
+    E, D = c.num_local_experts, c.hidden_size
+    N, K, H, item = c.num_attention_heads, c.num_key_value_heads, c.head_dim, jnp.dtype(dtype).itemsize
+    normal = _Normal(dtype)
+    found = _expert_cases(c, batch, normal)
     positions = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), (batch, context))
     inputs, angles = (N + 2 * K) * H, (jnp.ones((batch, H // 2)), jnp.zeros((batch, H // 2)))
     for window in (None, c.sliding_window):
@@ -86,10 +72,7 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
                               carry[0], bias, cosine, sine, *carry[1:], sinks, last, ring=ring, dtype=dtype, implementation=how),
                           (normal(batch, inputs).astype(jnp.float32), normal(batch, slots, K, H), normal(batch, slots, K, H)),
                           (normal(inputs), *angles, normal(N), positions[:, -1]), 2 * batch * slots * K * H * item, 4 * batch * slots * N * H))
-    for name, out, inputs in (("q_proj", N * H, D), ("lm_head", c.vocab_size, D)):
-        found.append(Case("dense_matmul", f"{name} {batch} rows", ("xla", "cpu"),
-                          lambda how, x, weight: dense_matmul(x, weight, implementation=how), normal(batch, inputs), (normal(out, inputs),),
-                          out * inputs * item, 2 * batch * out * inputs))
+    found += _dense_cases(c, batch, normal)
     for name, out, width, added in (("q, k and v", inputs, D, False), ("output", D, N * H, None), ("router", E, D, True)):
         before = (normal(batch, width) if added else None, None if added is None else normal(width), normal(out) if added is None else None)
         found.append(Case("decode_matmul", f"{name} {batch} rows", decode_matmul.IMPLEMENTATIONS,
@@ -100,6 +83,58 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
     found.append(Case("cache_write", f"{batch} x {context} slots", ("xla", "cpu"),
                       lambda how, old, new, slots: cache_write(old, new, slots, implementation=how),
                       normal(batch, context, K, H), (normal(batch, 1, K, H), positions[:, -1:]), 2 * batch * K * H * item, 0))
+    return found
+
+
+def prefill_cases(config: GptOssConfig, batch: int, tokens: int, dtype: str = "bfloat16", *, experts: int) -> list[Case]:
+    """Return the ops of a prompt's prefill likewise, of so many rows of few tokens: which implementation is best doesn't depend on how many."""
+    c, tokens = config.replace(num_local_experts=experts), max(2, min(tokens, _MOST_PREFILLED // batch))
+    N, K, H, normal = c.num_attention_heads, c.num_key_value_heads, c.head_dim, _Normal(dtype)
+    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
+
+    def attend(how, q, k, v, sinks, positions):
+        return attention.attention(q, k, v, sinks, q_positions=positions, k_positions=positions, order="aligned", implementation=how)
+
+    return [*_expert_cases(c, batch * tokens, normal), *_dense_cases(c, batch * tokens, normal),
+            Case("attention", f"{batch} x {tokens} tokens", tuple(attention.IMPLEMENTATIONS), attend, normal(batch, tokens, N, H),
+                 (normal(batch, tokens, K, H), normal(batch, tokens, K, H), normal(N), positions), 0, 2 * batch * tokens**2 * N * H)]
+
+
+def _expert_cases(c: GptOssConfig, tokens: int, normal: _Normal) -> list[Case]:
+    E, A, D, F = c.num_local_experts, c.num_experts_per_tok, c.hidden_size, c.intermediate_size
+
+    def experts_of(out, inputs):
+        if not c.quantized:
+            return normal.draw("experts.gate_up_proj", E, inputs, out)
+        shape = (E, out, inputs // 32)
+        return Mxfp4Weight(normal.draw("_blocks", *shape, 16), normal.draw("_scales", *shape))
+
+    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(E), (tokens, 1)), axis=1)[:, :A]
+    sizes, used = jnp.asarray(np.bincount(chosen.ravel(), minlength=E), jnp.int32), len(np.unique(chosen))
+    gate_up, down = (experts_of(2 * F, D), normal(E, 2 * F)), (experts_of(D, F), normal(E, D))
+    weight_bytes = 17 / 32 if c.quantized else gate_up[0].dtype.itemsize
+
+    def mlp(how, x, chosen, *weights):
+        scores = jnp.full(chosen.shape, 1 / A, jnp.float32)
+        ones = (chosen[..., None] == jnp.arange(E)).any(axis=1).astype(jnp.float32)
+        router = expert_matmul.Router(ones, jnp.zeros(E), None, np.zeros(1, np.int32))
+        return expert_matmul.expert_mlp(x, chosen, scores, *weights, limit=c.swiglu_limit, alpha=c.swiglu_alpha, router=router, implementation=how)
+
+    found = [Case("expert_mlp", f"{tokens} tokens", tuple(expert_matmul.IMPLEMENTATIONS), mlp, normal(tokens, D),
+                  (jnp.asarray(chosen, jnp.int32), *gate_up, *down), round(used * 3 * D * F * weight_bytes), 6 * tokens * A * D * F)]
+    for name, out, inputs, weight in (("gate_up", 2 * F, D, gate_up), ("down", D, F, down)):
+        found.append(Case("expert_matmul", f"{name} {tokens * A} rows", tuple(expert_matmul.IMPLEMENTATIONS),
+                          lambda how, x, sizes, weight, bias: expert_matmul.expert_matmul(x, weight, bias, sizes, implementation=how),
+                          normal(tokens * A, inputs), (sizes, *weight), round(used * out * inputs * weight_bytes), 2 * tokens * A * out * inputs))
+    return found
+
+
+def _dense_cases(c: GptOssConfig, rows: int, normal: _Normal) -> list[Case]:
+    found = []
+    for name, out in (("q_proj", c.num_attention_heads * c.head_dim), ("lm_head", c.vocab_size)):
+        weight = normal(out, c.hidden_size)
+        found.append(Case("dense_matmul", f"{name} {rows} rows", ("xla", "cpu"), lambda how, x, weight: dense_matmul(x, weight, implementation=how),
+                          normal(rows, c.hidden_size), (weight,), weight.size * weight.dtype.itemsize, 2 * rows * weight.size))
     return found
 
 

@@ -22,13 +22,17 @@ def jax_unmet() -> str | None:
     return None if jax.__version_info__ >= OLDEST_JAX else f"jax {'.'.join(map(str, OLDEST_JAX))} or newer (found {jax.__version__})"
 
 
+def is_hopper(device: jax.Device) -> bool:
+    return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
+
+
 def device_unmet(op: str, device: jax.Device | None = None, *, training: bool = False) -> str | None:
     """Return what a device lacks for an op's kernels, or for those that only training takes; by default this process's first.
 
     None for a Hopper GPU that computes right, or one that isn't here to be asked. op: its folder in `kernels`.
     """
     device = device or jax.local_devices()[0]
-    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
+    if not is_hopper(device):
         return f"a Hopper GPU (found {device.device_kind})"
     return wrong_here(op, training) if device in jax.local_devices() else None
 

@@ -17,6 +17,8 @@ from gptoss_jax.checkpoint import load_weights
 from gptoss_jax.checkpoint.loading import load_targets, resolve as resolve_path
 from gptoss_jax.checkpoint.opening import open_checkpoint
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.kernels import hopper
+from gptoss_jax.kernels.expert_matmul.hopper_layout import LARGEST_SCALE
 from gptoss_jax.model import lora
 from gptoss_jax.model.weights import Weight, declare, initialize
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
@@ -128,10 +130,16 @@ def initial_state(config: TrainingConfig, optimizer: optax.GradientTransformatio
 
 
 def load_frozen(config: TrainingConfig, mesh: Mesh | None = None) -> Weights:
-    """Return the weights that aren't trained, from `init.checkpoint`."""
+    """Return the weights that aren't trained, from `init.checkpoint`. Raises TrainingConfigError for experts that a kernel would take for infinite."""
     if config.train.mode != "lora":
         return {}
-    return load_weights(resolve_path(config.init.checkpoint), dtype=config.train.compute_dtype, mesh=mesh)[1]
+    frozen = load_weights(resolve_path(config.init.checkpoint), dtype=config.train.compute_dtype, mesh=mesh)[1]
+    if config.train.compute_dtype == "bfloat16" and hopper.is_hopper(jax.local_devices()[0]):  # in a traced step nobody can look
+        for name, scales in frozen.items():
+            if name.endswith("_scales") and (largest := int(scales.max())) > LARGEST_SCALE:
+                raise TrainingConfigError(f"init.checkpoint {config.init.checkpoint}: {name} has a scale byte of {largest}, expected at most "
+                                          f"{LARGEST_SCALE} to train adapters above it on a Hopper GPU")
+    return frozen
 
 
 def data_part(mesh: Mesh | None) -> tuple[int, int]:
