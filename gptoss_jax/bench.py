@@ -112,23 +112,30 @@ def _load(args: argparse.Namespace) -> None:
     from gptoss_jax.model import cost
 
     out = _Output(args)
-    seconds, config = [], None
-    for repetition in range(args.repetitions):
-        with _trace(args, repetition)() if args.profile else contextlib.nullcontext():
-            start = time.perf_counter()
-            model = checkpoint.load(args.checkpoint, dtype=args.dtype, admit=None if repetition else lambda config: memory_plan.announce(
-                config, 1, 256, dtype=args.dtype, write=_tell))
-            jax.block_until_ready(model.weights())
-            seconds.append(time.perf_counter() - start)
-        config = model.config
-        del model
-    size, median, peak = cost.weight_bytes(config, args.dtype), statistics.median(seconds), _peak(jax)
-    floor = measure.read_seconds(open_checkpoint(checkpoint.resolve(args.checkpoint)).files)
-    out.add({"what": "load", "seconds": median, "lowest": min(seconds), "highest": max(seconds), "first_run_seconds": seconds[0], "weights_bytes": size,
-             "gb_per_second": size / median / 1e9, "floor_seconds": floor, "floor_fraction": floor / median} | peak)
-    out.show(*_TIMES, ("first s", "first_run_seconds", "{:.2f}".format), ("GB/s", "gb_per_second", "{:.2f}".format), _FLOOR,
-             ("host peak MB", "host_peak_bytes", lambda size: f"{size / 1e6:,.0f}"))
-    out.note(f"floor: {_milli(floor)} ms, a plain read of the same files, from the page cache where they fit, into memory used again")
+    seconds, facts = [], {}
+    try:
+        for repetition in range(args.repetitions):
+            with _trace(args, repetition)() if args.profile else contextlib.nullcontext():
+                start = time.perf_counter()
+                model = checkpoint.load(args.checkpoint, dtype=args.dtype, admit=None if repetition else lambda config: memory_plan.announce(
+                    config, 1, 256, dtype=args.dtype, write=_tell))
+                jax.block_until_ready(model.weights())
+                took = time.perf_counter() - start
+            size = cost.weight_bytes(model.config, args.dtype)
+            seconds.append(took)
+            del model
+        floor = measure.read_seconds(open_checkpoint(checkpoint.resolve(args.checkpoint)).files)
+        out.note(f"floor: {_milli(floor)} ms, a plain read of the same files, from the page cache where they fit, into memory used again")
+        facts = {"floor_seconds": floor, "floor_fraction": floor / statistics.median(seconds[1:] or seconds)}
+    finally:  # what there is after an interrupt, too
+        if seconds:
+            later = seconds[1:] or seconds  # the first, which may have read the disk, apart
+            median = statistics.median(later)
+            row = {"what": "load", "seconds": median, "lowest": min(later), "highest": max(later), "first_run_seconds": seconds[0], "weights_bytes": size,
+                   "gb_per_second": size / median / 1e9}
+            out.add(row | facts | _peak(jax))
+            out.show(*_TIMES, ("first s", "first_run_seconds", "{:.2f}".format), ("GB/s", "gb_per_second", "{:.2f}".format), _FLOOR,
+                     ("host peak MB", "host_peak_bytes", lambda size: f"{size / 1e6:,.0f}"))
 
 
 def _kernels(args: argparse.Namespace) -> None:

@@ -279,6 +279,21 @@ def test_load_is_timed(capsys, quick):
     assert 0 < row["floor_fraction"] < 1 and f"floor: {row['floor_seconds'] * 1e3:,.2f} ms, a plain read of the same files" in out
 
 
+def test_an_interrupted_load_shows_those_before_it_and_the_first_is_not_in_the_median(capsys, quick, monkeypatch):
+    load, clock = checkpoint.load, iter([0, 5, 10, 11, 20, 22, 30])
+
+    def interrupted(*args, **options):
+        if clock.__length_hint__():
+            return load(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "load", interrupted)
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+    assert run(capsys, "load", "--checkpoint", "tiny", "--repetitions", "9", "--json", str(quick))[0] == 130
+    row = json.loads(quick.read_text())
+    assert [row[name] for name in ("first_run_seconds", "lowest", "seconds", "highest")] == [5, 1, 1.5, 2] and "floor_seconds" not in row
+
+
 def test_a_plain_read_is_of_every_byte_of_the_files_that_hold_weights(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint.resolve("tiny"), folder)
