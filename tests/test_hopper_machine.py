@@ -249,10 +249,10 @@ def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden
 
 @needs_compiler
 @asynchronous
-@pytest.mark.parametrize("tokens", [3, 8, 17])
-def test_the_experts_of_few_tokens(tokens, late, monkeypatch):
-    """Routed, gathered or, where all tokens fit a tile, shared by all tiles: fewer rows than a TMA copy takes, too."""
-    found, expected, ran = experts_on_machine(tokens, monkeypatch, late=late)
+@pytest.mark.parametrize("tokens, first", [(3, 0), (8, 0), (17, 0), (40, 4)])
+def test_the_experts_of_tokens_that_a_kernel_routes(tokens, first, late, monkeypatch):
+    """Gathered or, where all tokens fit a tile, shared by all tiles: fewer rows than a TMA copy takes, too. Of more than 32 into tiles of two heights."""
+    found, expected, ran = experts_on_machine(tokens, monkeypatch, late=late, first=first)
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6 * expected.std())
     assert len(ran) == 3
 

@@ -199,8 +199,8 @@ def arranged(arguments):
 
 @needs_new_jax
 @pytest.mark.parametrize("tokens,routed,parts,sizes", [(1, True, 0, ()), (1, True, 24, ()), (1, True, 0, (128, 640)), (5, True, 0, ()), (21, True, 0, ()),
-                                                       (21, False, 0, ())],
-                         ids=["one token", "one token by parts of its scores", "more steps than stages", "tokens of one tile", "few tokens", "sorted"])
+                                                       (70, True, 0, ()), (21, False, 0, ())],
+                         ids=["one token", "one token by parts of its scores", "more steps than stages", "tokens of one tile", "few tokens", "many tokens", "sorted"])
 def test_interpreted_the_experts_of_each_token_equal_the_reference(tokens, routed, parts, sizes, monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
