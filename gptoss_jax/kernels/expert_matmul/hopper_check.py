@@ -26,8 +26,9 @@ CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576,
 def disagreement(interpret=None) -> str | None:
     """Return how the kernel's results differ from the reference's on JAX's first device, or why there are none; None where they agree."""
     one_token = (dict(parts=0, inputs=192, hidden=320, count=2), dict(parts=16, inputs=1152, hidden=576, count=1))
-    routings = dict(tokens=20, rows=8), dict(tokens=40, rows=16)  # each pair compared with each; experts counted
-    checks = [*(functools.partial(_compare, *case) for case in CASES), *(functools.partial(_misrouted, **case) for case in routings), *(functools.partial(_one_token, **case) for case in one_token)]
+    routed = dict(tokens=20, rows=8), dict(tokens=40, rows=16)  # each pair compared with each; experts' counted
+    checks = [functools.partial(_compare, *case) for case in CASES]
+    checks += [functools.partial(check, **case) for check, cases in ((_misrouted, routed), (_one_token, one_token)) for case in cases]
     return first_disagreement(checks, interpret)
 
 
