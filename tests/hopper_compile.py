@@ -169,13 +169,13 @@ def compile_routing(shape, tokens, experts, parts):
     import jax.numpy as jnp
     import numpy as np
 
-    from gptoss_jax.kernels.expert_matmul import hopper_routing
+    from gptoss_jax.kernels.expert_matmul import hopper_choosing, hopper_routing
     from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
     def run(scores, bias):
         first = np.zeros(1, np.int32)
         if parts:
-            return hopper_routing.choose_for_one(scores, bias, first, count=4, experts=experts)
+            return hopper_choosing.choose_for_one(scores, bias, first, count=4, experts=experts)
         (*_, rows) = hopper_routing.heights(tokens, 4, experts, experts)
         return hopper_routing.route(scores, bias, None, first, count=4, experts=experts, rows=rows)
 

@@ -76,7 +76,7 @@ LONE = [(24, (24, 0), 4, 0, "ties"), (128, (128, 0), 4, 0, "-inf"), (128, (64, 3
 def test_a_single_tokens_experts_are_chosen_by_its_scores_or_their_parts(experts, here, count, parts, special):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from gptoss_jax.kernels.expert_matmul import hopper_routing
+    from gptoss_jax.kernels.expert_matmul import hopper_choosing
     from gptoss_jax.kernels.expert_matmul.reference import FACTORS
 
     random, (local, first) = np.random.default_rng(experts + parts), here
@@ -85,7 +85,7 @@ def test_a_single_tokens_experts_are_chosen_by_its_scores_or_their_parts(experts
     sums[-1, 5] = np.nan if special == "nan" else sums[-1, 5]
     bias = random.integers(-3, 4, experts) / np.float32(2)
     given = np.concatenate([sums, np.full((parts, FACTORS), 4 / parts)], axis=1, dtype=np.float32) if parts else sums
-    expert, weight, factor, zeros = map(np.asarray, hopper_routing.choose_for_one(
+    expert, weight, factor, zeros = map(np.asarray, hopper_choosing.choose_for_one(
         jnp.asarray(given), jnp.asarray(bias, jnp.bfloat16), jnp.full(1, first, jnp.int32), count=count, experts=local,
         interpret=plgpu.InterpretGPUParams(detect_races=True)))
     logits = sums.sum(axis=0) * (0.5 if parts else 1) + bias

@@ -77,7 +77,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
 
     Few tokens are routed here, by one kernel, if `router` says from what; the rows of others are sorted by expert.
     """
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_one_token, hopper_routing
+    from gptoss_jax.kernels.expert_matmul import hopper_choosing, hopper_kernel, hopper_one_token, hopper_routing
 
     (T, A), E = expert_TA.shape, gate_up_bias.shape[0]
     all_experts = router.scores.shape[1] if router else E  # of which a mesh has some here
@@ -85,7 +85,7 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     lone = routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0
     if lone and (plan := hopper_one_token.plan(gate_up, down, A, hopper.processors())):
         x_1D, scores = router.early or (x_TD, router.scores)
-        expert_A, weight_A, *begun = hopper_routing.choose_for_one(scores, router.bias, router.first, count=A, experts=E, interpret=interpret)
+        expert_A, weight_A, *begun = hopper_choosing.choose_for_one(scores, router.bias, router.first, count=A, experts=E, interpret=interpret)
         plan = plan._replace(interpret=interpret, blocks=1) if interpret else plan
         y_PAD = hopper_one_token.mlp(x_1D, expert_A, *begun, gate_up, gate_up_bias, down, down_bias, plan, limit=limit, alpha=alpha)
         y_AD = jnp.where(expert_A[:, None] < E, y_PAD.sum(axis=0), 0)
