@@ -1,4 +1,5 @@
-"""Everything worth measuring on one GPU, in under eight minutes: kernels checked and timed, decode, prefill, training, load, and others' programs.
+"""What is worth measuring on one GPU, in under eight minutes, and of it what matters most first: kernels checked and timed, decode, prefill, training,
+load, and others' programs. What found no time is listed at the end.
 
     python benchmarks/gpu.py --out results.jsonl [--seconds 460] [--models gpt-oss-120b gpt-oss-20b]
 

@@ -236,30 +236,9 @@ def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: floa
                     pl.when(block == 0)(functools.partial(plgpu.copy_smem_to_gmem, held, there.at[here]))
             plgpu.wait_smem_to_gmem(0)
 
-    swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-    def held(there):
-        if lone:
-            return plgpu.SMEM((chunks if there else 4, GROUP), jnp.bfloat16)
-        return plgpu.SMEM((R, chunks * GROUP if there else GROUP), jnp.bfloat16, transforms=swizzle)
-
     kernel = plgpu.kernel(
         body, out_type=out_type, grid=(O // N + (first.blocks if first else 0),), grid_names=("block",), num_threads=_WARPGROUPS, thread_name="warpgroup",
-        scratch_types=[
-            held(True),
-            held(summing),
-            plgpu.SMEM((chunks, GROUP), jnp.bfloat16),
-            plgpu.SMEM((stages, N, width), jnp.bfloat16, transforms=swizzle),
-            plgpu.SMEM((_WARPGROUPS, 4) if lone else (_WARPGROUPS, R, GROUP), jnp.float32),
-            plgpu.SMEM((_WARPGROUPS, N) if after else (_WARPGROUPS, ROWS, N), jnp.float32),
-            plgpu.SMEM((ROWS, N), dtype),
-            plgpu.SMEM((_WARPGROUPS, GROUP, N) if plan.interpret else (1, 8, 8), jnp.float32),
-            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1 + summing + norming),
-            plgpu.Barrier(num_arrivals=_WARPGROUPS),
-            *[plgpu.SMEM((E, N), jnp.bfloat16), plgpu.SMEM((E + FACTORS,), jnp.float32), plgpu.Barrier()][: 3 * bool(after)],
-            *(first.scratch if first else ()),
-        ],
+        scratch_types=[*_scratch_types(plan, chunks, summing, norming, E, dtype), *(first.scratch if first else ())],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plan.interpret)
     y, *found = kernel(*(arrays[name] for name in given), *others)
@@ -271,6 +250,33 @@ def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: floa
 
 
 matmul = jax.jit(run, static_argnames=("epsilon", "dtype", "plan", "counters"))  # so that a kernel is made once for all layers
+
+
+def _scratch_types(plan: Plan, chunks: int, summing: bool, norming: bool, experts: int, dtype):
+    """Return the shared memory of a block that multiplies rows of so many groups of inputs; experts: of a router that follows, or 0."""
+    swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    R, N, groups, stages, interpret = plan
+
+    def held(there):
+        if R == 1:
+            return plgpu.SMEM((chunks if there else 4, GROUP), jnp.bfloat16)
+        return plgpu.SMEM((R, chunks * GROUP if there else GROUP), jnp.bfloat16, transforms=swizzle)
+
+    scoring = plgpu.SMEM((experts, N), jnp.bfloat16), plgpu.SMEM((experts + FACTORS,), jnp.float32), plgpu.Barrier()
+    return (
+        held(True),
+        held(summing),
+        plgpu.SMEM((chunks, GROUP), jnp.bfloat16),
+        plgpu.SMEM((stages, N, groups * GROUP), jnp.bfloat16, transforms=swizzle),
+        plgpu.SMEM((_WARPGROUPS, 4) if R == 1 else (_WARPGROUPS, R, GROUP), jnp.float32),
+        plgpu.SMEM((_WARPGROUPS, N) if experts else (_WARPGROUPS, ROWS, N), jnp.float32),
+        plgpu.SMEM((ROWS, N), dtype),
+        plgpu.SMEM((_WARPGROUPS, GROUP, N) if interpret else (1, 8, 8), jnp.float32),
+        plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=1 + summing + norming),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        *(scoring if experts else ()),
+    )
 
 
 def _score(y, late, router_smem, parts_smem, out_smem, *, outputs, epsilon):

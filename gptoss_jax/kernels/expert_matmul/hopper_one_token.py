@@ -79,6 +79,19 @@ class _Product(NamedTuple):
     splits: int
 
 
+def _unit(product: _Product, at, *, chosen, here):
+    """Return a unit's (expert's place among the token's, expert, column of outputs, part of the sum, first step, number of steps).
+
+    chosen: the token's experts; here: how many of them are here before each place, and in all.
+    """
+    at = at - product.before
+    rank, part = at // (product.columns * product.splits), at // product.columns % product.splits
+    place = sum(jnp.where(before <= rank, 1, 0) for before in here[1:])
+    expert = sum(jnp.where(place == index, expert, 0) for index, expert in enumerate(chosen))
+    begin, end = part * product.steps // product.splits, (part + 1) * product.steps // product.splits
+    return place, expert, at % product.columns, part, begin, end - begin
+
+
 @functools.partial(jax.jit, static_argnames=("plan", "limit", "alpha"))  # so that a kernel is made once for all layers
 def mlp(x_1D, expert_A, factor, counters, gate_up, gate_up_bias, down, down_bias, plan: Plan, *, limit: float, alpha: float):
     """Run the kernel: x bfloat16 [1, D]; experts int32 [A], E for one that isn't here; the factor that x lacks, float32 [1]; zeros, int32 [A + 1].
@@ -101,14 +114,7 @@ def mlp(x_1D, expert_A, factor, counters, gate_up, gate_up_bias, down, down_bias
         first = _Product(*weights[:3], 0, between, 2 * ins, outs // each, 1)
         second = _Product(*weights[3:], between, between + here[A] * (outs * splits), outs, ins // each, splits)
 
-        def unit(product, at):
-            """Return a unit's (expert's place among the token's, expert, column of outputs, part of the sum, first step, number of steps)."""
-            at = at - product.before
-            rank, part = at // (product.columns * product.splits), at // product.columns % product.splits
-            place = sum(jnp.where(before <= rank, 1, 0) for before in here[1:])
-            expert = sum(jnp.where(place == index, expert, 0) for index, expert in enumerate(chosen))
-            begin, end = part * product.steps // product.splits, (part + 1) * product.steps // product.splits
-            return place, expert, at % product.columns, part, begin, end - begin
+        unit = functools.partial(_unit, chosen=chosen, here=here)
 
         @pl.when(me == wgs)
         def _copy():
@@ -247,25 +253,31 @@ def mlp(x_1D, expert_A, factor, counters, gate_up, gate_up_bias, down, down_bias
     run = plgpu.kernel(
         body, out_type=(jax.ShapeDtypeStruct((A, ins, GROUP), jnp.bfloat16), jax.ShapeDtypeStruct((splits, A, outs * GROUP), jnp.float32)),
         grid=(plan.blocks,), grid_names=("block",), num_threads=wgs + 2, thread_name="warpgroup",
-        scratch_types=[
-            plgpu.SMEM((outs, GROUP), jnp.bfloat16),
-            plgpu.SMEM((A, ins, GROUP), jnp.bfloat16),
-            plgpu.SMEM((stages, wgs, groups, 4, 128), jnp.uint32),
-            plgpu.SMEM((stages, wgs, groups, 32), jnp.uint32),
-            plgpu.SMEM((stages + 1,), jnp.int32),
-            plgpu.SMEM((_BUFFERS, wgs, GROUP), jnp.float32),
-            plgpu.SMEM((_BUFFERS,), jnp.int32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=len(_parts(outs))),
-            plgpu.Barrier(num_arrivals=len(_parts(ins)), num_barriers=A),
-            *(plgpu.Barrier(num_arrivals=arrivals, num_barriers=_BUFFERS) for arrivals in (1, wgs, 1)),
-            *([plgpu.Barrier(num_arrivals=2 * ins, num_barriers=A)] if plan.interpret else []),  # the counters of the only block
-        ],
+        scratch_types=_scratch_types(plan, A, outs, ins),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plan.interpret)
     weights = ((*_as_copied(weight, groups), bias) for weight, bias in ((gate_up, gate_up_bias), (down, down_bias)))
     return run(expert_A, factor, x_1D.reshape(outs, GROUP), *itertools.chain(*weights), jax.new_ref(counters))[1]
+
+
+def _scratch_types(plan: Plan, A: int, outs: int, ins: int):
+    """Return the shared memory of a block, for so many experts of a token, of `outs` and `ins` groups of 64 outputs and inputs of down."""
+    wgs, groups, stages = plan[:3]
+    return [
+        plgpu.SMEM((outs, GROUP), jnp.bfloat16),
+        plgpu.SMEM((A, ins, GROUP), jnp.bfloat16),
+        plgpu.SMEM((stages, wgs, groups, 4, 128), jnp.uint32),
+        plgpu.SMEM((stages, wgs, groups, 32), jnp.uint32),
+        plgpu.SMEM((stages + 1,), jnp.int32),
+        plgpu.SMEM((_BUFFERS, wgs, GROUP), jnp.float32),
+        plgpu.SMEM((_BUFFERS,), jnp.int32),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=len(_parts(outs))),
+        plgpu.Barrier(num_arrivals=len(_parts(ins)), num_barriers=A),
+        *(plgpu.Barrier(num_arrivals=arrivals, num_barriers=_BUFFERS) for arrivals in (1, wgs, 1)),
+        *([plgpu.Barrier(num_arrivals=2 * ins, num_barriers=A)] if plan.interpret else []),  # the counters of the only block
+    ]
 
 
 def _as_copied(weight, groups):

@@ -125,7 +125,8 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
 
         share(groups, choose_of_group)
         meet()
-        of_tiles = (_place_few if few else _place_many)(here_smem, slot_smem, *places, T, experts, rows, slots, share, meet)
+        given = here_smem, slot_smem, *places
+        of_tiles = _place_few(*given, T, experts, rows, slots, meet) if few else _place_many(*given, experts, rows, slots, share, meet)
         plgpu.commit_smem()
         meet()
 
@@ -172,7 +173,7 @@ def route(scores_TE, bias_E, real_T, first, *, count: int, experts: int, rows: i
     return Routing(expert[:, :T], weight[:, :T], slot[:, :T], None if shared else token, Tiles(*found))
 
 
-def _place_few(here_smem, slot_smem, key_smem, T, experts, rows, slots, share, meet):
+def _place_few(here_smem, slot_smem, key_smem, T, experts, rows, slots, meet):
     """Give the pairs of 32 tokens and fewer their slots, each compared with each. Returns a function from tiles to their `Tiles`."""
     A, width, bits = here_smem.shape[0], -(-T // 8) * 8, rows.bit_length() - 1
     mine = pl.ds(0, _TOKENS)
@@ -221,7 +222,7 @@ def _place_few(here_smem, slot_smem, key_smem, T, experts, rows, slots, share, m
     return of_tiles
 
 
-def _place_many(here_smem, slot_smem, slot_of_smem, size_smem, first_smem, tile_smem, T, experts, rows, slots, share, meet):
+def _place_many(here_smem, slot_smem, slot_of_smem, size_smem, first_smem, tile_smem, experts, rows, slots, share, meet):
     """Do the same for more tokens: each expert's slots follow those of the one before, from a multiple of ALIGNMENT on, and its tiles likewise."""
     A, groups = here_smem.shape[0], slot_of_smem.shape[0]
     chunks = size_smem.shape[0] // _TOKENS
