@@ -1,9 +1,8 @@
-"""What is worth measuring on one GPU, in under eight minutes, and of it what matters most first: kernels checked and timed, decode, prefill, training,
-load, and others' programs. What found no time is listed at the end.
+"""What is worth measuring on one GPU, in under eight minutes, what matters most first: kernels, decode, prefill, training, load, others' programs.
 
     python benchmarks/gpu.py --out results.jsonl [--seconds 460] [--models gpt-oss-120b gpt-oss-20b]
 
-Each section is a process of its own, so that one that fails, or is out of time, costs only what it had left to do. Most of the time is a compiler's:
+What found no time is listed at the end. Each section is a process of its own, so that one that fails, or is out of time, costs only what it had left to do. Most of the time is a compiler's:
 where the GPU's memory allows, three lanes of sections compile beside each other, each in its share of the memory, and time in turn, while nobody
 compiles. A line of JSON is written after each measurement. Weights are random, made on the device; no network and no checkpoint are needed.
 Smallest run, also on a CPU:
