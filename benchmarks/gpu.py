@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from gpu_lanes import GPU_FRACTION, NO_TIME, Turns, alone, gpu_memory, lanes, read, run_lane, write
 from gpu_rivals import torch_ceilings, transformers_rival, triton_rival
@@ -101,24 +101,35 @@ def run_section(arguments) -> int:
     return 0
 
 
-def measured(arguments, record, points: list[tuple[dict, Callable]]) -> None:
-    """Record a measurement of each point, or why there is none: what is out of memory, or not possible here, the next may be.
+def measured(arguments, record, points: list[tuple[list[dict], Callable]]) -> None:
+    """Record measurements, or why there is none of something: what is out of memory, or not possible here, the next may be.
 
-    points: (its row, what gets it ready and returns what measures it). All are got ready beside each other, then measured one by one; of the first
-    only, or of none, where more would take longer than is left, by what a point took so far.
+    points: (a row for each measurement, what compiles and returns what makes them, in that order). All are compiled beside each other, then measured one
+    by one; the first only, or none, where more would take longer than is left, by what each took so far.
     """
     begun = time.monotonic()
     most = len(points) if not arguments.took else max(0, min(len(points), int((arguments.end - begun) / arguments.took)))
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        waiting = [(row, pool.submit(prepare) if index < most else None) for index, (row, prepare) in enumerate(points)]
+        waiting = [(rows, pool.submit(prepared, prepare) if index < most else None) for index, (rows, prepare) in enumerate(points)]
     with alone() if most else contextlib.nullcontext():
-        for row, future in waiting:
-            try:
-                record(**({"skipped": NO_TIME} if future is None or time.monotonic() > arguments.end else future.result()()) | row)
-            except Exception as error:
-                record(**row, failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+        for rows, future in waiting:
+            for index, row in enumerate(rows):
+                try:
+                    record(**({"skipped": NO_TIME} if future is None or time.monotonic() > arguments.end else future.result()[index]()) | row)
+                except Exception as error:
+                    record(**row, failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
     if most:
         arguments.took = max(arguments.took, (time.monotonic() - begun) / max(most, AT_ONCE // 2))  # one alone says little of others
+
+
+def prepared(prepare: Callable) -> list[Callable]:
+    """Return prepare(), called again where a compiler's process couldn't be started beside so many others."""
+    try:
+        return prepare()
+    except Exception as error:
+        if "Failed to launch" not in str(error):
+            raise
+        return prepare()
 
 
 def begin(arguments, record):
@@ -161,6 +172,7 @@ def check(arguments, record) -> None:
     begin(arguments, record)
     from gptoss_jax.kernels import hopper
 
+    hopper.wrong_here = hopper.disagreement  # that they were right before doesn't count
     asked = {op: functools.partial(hopper.device_unmet, op) for op in HOPPER_OPS}
     asked[TRAINING] = functools.partial(hopper.device_unmet, "expert_matmul", training=True)
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
@@ -176,18 +188,20 @@ def kernels(arguments, record) -> None:
     from gptoss_jax.inference import measure_ops
 
     def points(cases, what, measure):
-        return [({"what": what, "op": case.op, "size": case.size, "implementation": how}, functools.partial(measure, case, how))
+        return [([{"what": what, "op": case.op, "size": case.size, "implementation": how}], functools.partial(measure, case, how))
                 for case in cases for how in reversed(case.implementations) if how != "reference" and (how != "cpu" or jax.default_backend() == "cpu")]
 
     def error(case, how):
         found = measure_ops.compare(case, how)
-        return lambda: {"error": found}
+        return [lambda: {"error": found}]
+
+    def timed(case, how):
+        return [measure_ops.kernel(case, how, limits, repetitions=3, seconds=0.05)]
 
     context = min(8192, config.max_position_embeddings, max(arguments.contexts))
     measured(arguments, record, points(measure_ops.cases(config, 4, min(context, 1024), experts=min(8, config.num_local_experts)), "check", error))
-    for index in range(0, len(arguments.batches), 2):  # of more at once, the weights would find no room
-        cases = [case for batch in arguments.batches[index : index + 2] for case in measure_ops.cases(config, batch, context if batch <= 16 else min(context, 1024))]
-        measured(arguments, record, points(cases, "kernel", functools.partial(measure_ops.kernel, limits=limits, repetitions=3, seconds=0.05)))
+    for batch in arguments.batches[::2]:  # of all at once, the weights would find no room
+        measured(arguments, record, points(measure_ops.cases(config, batch, context if batch <= 16 else min(context, 1024)), "kernel", timed))
 
 
 def variants(arguments, record) -> None:
@@ -233,6 +247,7 @@ def model(arguments, record) -> None:
 
     from gptoss_jax import devices
     from gptoss_jax.inference import measure, memory_plan
+    from gptoss_jax.inference.engine import cache_length
     from gptoss_jax.inference.sampling import Sampling
     from gptoss_jax.model import GptOss
 
@@ -251,39 +266,50 @@ def model(arguments, record) -> None:
     by_kernel = any(name.endswith("hopper_words") for name in model.arrays())
     record(what="weights", seconds=time.monotonic() - start, experts="mosaic_gpu" if by_kernel else "xla")
 
-    def ready(what, batch, context):
+    def cache(batch, context):
+        """Of Hopper's kernel only what it was planned as: it reads no slot that isn't filled."""
+        slots = cache_length(context, context)
+        if not by_kernel:
+            return slots
+        from gptoss_jax.kernels.decode_attention import hopper_kernel
+
+        return hopper_kernel.plan(batch, slots, config.num_key_value_heads)
+
+    def ready(what, batch, *contexts):
         if what == "prefill":
-            return measure.prefill(model, batch, context, limits, repetitions=3)
+            return [measure.prefill(model, batch, *contexts, limits, repetitions=3)]
         sampling = Sampling(top_p=0.95) if what == "decode sampled" else measure.GREEDY  # of the sampler's three kinds the one that does most
-        decode = functools.partial(measure.decode, model, batch, context, limits, steps=arguments.steps, repetitions=3, sampling=sampling)
-        return traced_as_well(decode, record) if (what, batch, context) == traced else decode()
+        decode = functools.partial(measure.decode, model, batch, contexts, limits, steps=arguments.steps, repetitions=3, sampling=sampling)
+        return traced_as_well(decode, record) if (what, batch, contexts[0]) == traced else decode()
 
     traced = None if before else next(iter(needs))
-    for group in together(needs, free):
-        measured(arguments, record, [(dict(zip(POINT, point)), functools.partial(ready, *point)) for point in group])
+    programs = [([dict(zip(POINT, point)) for point in points], functools.partial(ready, *points[0], *(context for *_, context in points[1:])))
+                for points in by_program(needs, cache)]
+    for start in range(0, len(programs), AT_ONCE):
+        measured(arguments, record, programs[start : start + AT_ONCE])
     record(what="memory", **{name: size for name, size in (jax.devices()[0].memory_stats() or {}).items() if "bytes" in name})
 
 
-def traced_as_well(decode, record) -> Callable[[], dict]:
-    """Get a measurement ready, which when it is made is made once more with a trace, whose GPU's part is recorded."""
+def traced_as_well(decode, record) -> list[Callable[[], dict]]:
+    """Get measurements ready, the first of which when it is made is made once more with a trace, whose GPU's part is recorded."""
     import jax
 
-    options, contexts = jax.profiler.ProfileOptions(), [contextlib.nullcontext()]
+    options, traces = jax.profiler.ProfileOptions(), []
     options.python_tracer_level = 0  # which would slow the host
-    run = decode(trace=lambda: contexts.pop())
+    run, *others = decode(trace=lambda: traces.pop() if traces else contextlib.nullcontext())
 
     def measured() -> dict:
         found = run()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                contexts.append(jax.profiler.trace(folder, profiler_options=options))
+                traces.append(jax.profiler.trace(folder, profiler_options=options))
                 run()
                 record(what="trace", **gpu_events(folder))
         except Exception as error:  # a profiler that can't run here costs its trace alone
             record(what="trace", failed=f"{type(error).__name__}: {error}"[:300])
         return found
 
-    return measured
+    return [measured, *others]
 
 
 def gpu_events(folder: str) -> dict:
@@ -305,15 +331,13 @@ def model_points(arguments, config) -> list[tuple[str, int, int]]:
     return [*decode[:3], *prefill[:2], *(("decode sampled", *point[1:]) for point in decode[:1]), *decode[3:], *prefill[2:]]
 
 
-def together(needs: dict, free: float) -> list[list]:
-    """Return the points in groups whose caches and temporaries fit at once, each in the first that has room."""
-    groups: list[list] = []
-    for point, need in needs.items():
-        group = next((group for group in groups if len(group) < AT_ONCE and need + sum(needs[other] for other in group) <= free), None)
-        if group is None:
-            groups.append(group := [])
-        group.append(point)
-    return groups
+def by_program(points: Iterable[tuple[str, int, int]], cache: Callable) -> list[list]:
+    """Return points (what, batch, context) in groups that one program measures. cache(batch, context): what decode steps have in common that take as
+    long in each other's cache."""
+    programs: dict[tuple, list] = {}
+    for what, batch, context in points:
+        programs.setdefault((what, batch, context if what == "prefill" else cache(batch, context)), []).append((what, batch, context))
+    return list(programs.values())
 
 
 def load(arguments, record) -> None:

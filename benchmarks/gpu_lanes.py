@@ -23,10 +23,10 @@ def lanes(models: list[str], memory: int) -> list[tuple[float, list[tuple[str, s
     Points of the smaller model that don't fit beside the larger one are left to the lane that held that, when it is done.
     """
     large, small = models[0], models[-1]
-    rivals, kernels = [("train", small, 4), ("load", small, 1), ("torch", small, 1), ("triton", small, 1)], [("kernels", large, 2), ("variants", large, 1)]
+    rivals, kernels = [("train", small, 3), ("load", small, 1), ("torch", small, 1), ("triton", small, 1)], [("kernels", large, 2), ("variants", large, 1)]
     if memory < LANES_FROM or len(models) < 2:
         return [(GPU_FRACTION, [*(("model", model, 6) for model in models), *rivals, ("transformers", small, 1), *kernels])]
-    return [(0.63, [("model", large, 8), ("model", small, 1), ("transformers", small, 1)]), (0.21, [("model", small, 8), *rivals]), (0.1, kernels)]
+    return [(0.63, [("model", large, 8), ("model", small, 1), ("transformers", small, 1)]), (0.21, [("model", small, 9), *rivals]), (0.1, kernels)]
 
 
 def gpu_memory() -> int:

@@ -24,7 +24,7 @@ def groups(config, limits) -> Iterator[list]:
 
 def _point(case, plan, planned, limits, **facts):
     row = {"what": "variant", "size": case.size, **facts, "stages": plan.stages, "planned": plan == planned}
-    return row, functools.partial(measure_ops.kernel, case, "", limits, repetitions=3, seconds=0.02)
+    return [row], lambda: [measure_ops.kernel(case, "", limits, repetitions=3, seconds=0.02)]
 
 
 def _experts(config, limits):
@@ -127,13 +127,15 @@ def trained(config, limits, tokens: int) -> Iterator[list]:
     def error():
         ours, expected = (jax.jit(functools.partial(run, how))(case.carry, *arrays).astype(jnp.float32) for how in case.implementations)
         found = float(jnp.linalg.norm(ours - expected) / jnp.linalg.norm(expected))
-        return lambda: {"error": found}
+        return [lambda: {"error": found}]
+
+    def timed(how):
+        return [measure_ops.kernel(case, how, limits, repetitions=3, seconds=0.05)]
 
     row = {"op": case.op, "size": case.size}
     if by_kernels:
-        yield [(row | {"what": "check", "implementation": "mosaic_gpu"}, error)]
-    yield [(row | {"what": "kernel", "implementation": how}, functools.partial(measure_ops.kernel, case, how, limits, repetitions=3, seconds=0.05))
-           for how in case.implementations]
+        yield [([row | {"what": "check", "implementation": "mosaic_gpu"}], error)]
+    yield [([row | {"what": "kernel", "implementation": how}], functools.partial(timed, how)) for how in case.implementations]
     if by_kernels:
         yield [_stored_product(linear[0], limits, tokens * A, transposed) for linear in arrays[2:] for transposed in (False, True)]
 

@@ -94,13 +94,16 @@ def _steps(args: argparse.Namespace) -> None:
         for batch, ran in zip(args.batch, ran_at):
             out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
             for context in args.context:
-                run = functools.partial(measure.decode, steps=args.steps) if args.mode == "decode" else measure.prefill
-                row = run(model, batch, context, limits, repetitions=args.repetitions, trace=_trace(args, batch, context))()
-                out.add(row | {"implementations": ran} | _peak(jax))
+                options = {"repetitions": args.repetitions, "trace": _trace(args, batch, context)}
+                if args.mode == "decode":
+                    (run,) = measure.decode(model, batch, [context], limits, steps=args.steps, **options)
+                else:
+                    run = measure.prefill(model, batch, context, limits, **options)
+                out.add(run() | {"implementations": ran} | _peak(jax))
     finally:  # what there is after an interrupt, too
         out.show(("batch", "batch", str), ("context", "context", "{:,}".format), *_TIMES, ("tokens/s", "tokens_per_second", "{:,.1f}".format),
                  ("GB read", "read_bytes", lambda size: f"{size / 1e9:.3f}"), ("GB/s", "gb_per_second", "{:,.1f}".format), _FLOOR,
-                 ("first run s", "first_run_seconds", "{:.1f}".format))
+                 ("compile s", "compile_seconds", "{:.1f}".format))
 
 
 def _load(args: argparse.Namespace) -> None:
@@ -215,7 +218,7 @@ def _train(args: argparse.Namespace) -> None:
 
     tokens, again, train = batch.tokens.size, config.train.remat == "layer", config.train
     model_flops, step_flops = (tokens * speed.flops_per_token(config.model, state.trained, config.data.row_tokens, again=twice) for twice in (False, again))
-    row = measure.ready(once, args.repetitions, _trace(args), tokens=tokens)()
+    row = measure.timed(once, args.repetitions, _trace(args), tokens=tokens)
     count = 1 if mesh is None or jax.default_backend() == "cpu" else mesh.size  # devices of a CPU share what it reaches
     if peak := speed.peak_flops(jax.devices()[0]):
         row["model_flops_utilisation"] = model_flops / row["seconds"] / peak / count

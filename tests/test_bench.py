@@ -58,15 +58,30 @@ def test_decode_is_timed_at_its_context_and_its_numbers_agree(model, monkeypatch
 
     def spied(self, prompts, length):
         cache, hidden = primed(self, prompts, length)
-        lengths.append((len(prompts), int(cache.lengths[0]), length, float(jnp.abs(cache.layers[1].keys.astype(jnp.float32)).mean())))
+        lengths.append((len(prompts), int(cache.lengths[0]), cache.layers[1].keys.shape[1], float(jnp.abs(cache.layers[1].keys.astype(jnp.float32)).mean())))
         return cache, hidden
 
     monkeypatch.setattr(measure._Primed, "_prefill_prompts", spied)
-    row = measure.decode(model, 2, 300, LIMITS, steps=4, repetitions=2)()
-    assert len(lengths) == 3 and lengths[0][:3] == (2, 300 - 14, 304) and 0.5 < lengths[0][3] < 1.1  # random, not zeros
-    assert row["read_bytes"] == cost.decode_bytes(SMALL, 2, 300) and row["lowest"] <= row["seconds"] <= row["highest"] < row["first_run_seconds"]
+    runs = measure.decode(model, 2, [20, 300], LIMITS, steps=4, repetitions=2)
+    short, row = (run() for run in runs)
+    assert len(lengths) == 6 and lengths[3][:3] == (2, 300 - 14, 304) and 0.5 < lengths[3][3] < 1.1  # random, not zeros
+    assert lengths[0][1:3] == (20 - 14, 304) and short["context"] == 20  # in the longer one's cache
+    assert row["read_bytes"] == cost.decode_bytes(SMALL, 2, 300) and row["lowest"] <= row["seconds"] <= row["highest"] < row["compile_seconds"]
     assert row["tokens_per_second"] == pytest.approx(2 / row["seconds"])
     assert row["floor_fraction"] == pytest.approx(row["read_bytes"] / 1e9 / row["seconds"])
+
+
+def test_what_is_timed_is_compiled_before(model):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
+    try:
+        runs = [*measure.decode(model, 4, [40, 200], LIMITS, steps=4, repetitions=1), measure.prefill(model, 2, 70, LIMITS, repetitions=1)]
+        assert len(compiled) >= 7  # keys and values of two kinds, hidden states, first token and step; prefill, empty state and first token
+        compiled.clear()
+        assert [run()["context"] for run in runs] == [40, 200, 70]
+        assert not compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
 
 
 @pytest.mark.parametrize("each", [1, 3, 8])
@@ -83,7 +98,7 @@ def test_a_rate_is_that_of_the_tokens_read_while_it_was_measured(model, monkeypa
     monkeypatch.setitem(engine._STEPS, "cpu", each)
     monkeypatch.setattr(engine.jax, "device_get", device_get)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
-    assert measure.decode(model, 1, 200, LIMITS, steps=12, repetitions=1)()["seconds"] == pytest.approx(1e-3)
+    assert measure.decode(model, 1, [200], LIMITS, steps=12, repetitions=1)[0]()["seconds"] == pytest.approx(1e-3)
 
 
 def test_every_implementation_that_runs_here_agrees_with_the_reference():
@@ -171,7 +186,7 @@ def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
 
 
 @pytest.mark.parametrize("mode, body, first, shown", [
-    ("decode", "measure.decode", lambda: {"batch": 1, "context": 20, "seconds": 0.25}, "1 20 250.00"),
+    ("decode", "measure.decode", [lambda: {"batch": 1, "context": 20, "seconds": 0.25}], "1 20 250.00"),
     ("kernels", "measure_ops.compare", 0.125, "expert_mlp 1 tokens reference 1.2e-01"),
 ])
 def test_an_interrupt_shows_what_there_is_and_says_so(capsys, quick, monkeypatch, mode, body, first, shown):
@@ -377,9 +392,10 @@ def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(gpu, tmp_p
         return {"seconds": 1}
 
     def section(arguments, record):
-        gpu.measured(arguments, record, [({"what": "a"}, lambda: 1 / 0), ({"what": "b"}, lambda: lambda: {"seconds": 2, "what": "kernel"}),
-                                         ({"what": "c"}, lambda: lambda: 1 / 0), ({"what": "d"}, lambda: late), ({"what": "e"}, lambda: late)])
-        gpu.measured(arguments, record, [({"what": "f"}, pytest.fail)])  # isn't begun
+        right, wrong = lambda: {"seconds": 2, "what": "kernel"}, lambda: 1 / 0
+        points = [("ab", wrong), ("c", lambda: [right]), ("de", lambda: [wrong, right]), ("fg", lambda: [late, late])]
+        gpu.measured(arguments, record, [([{"what": what} for what in letters], prepare) for letters, prepare in points])
+        gpu.measured(arguments, record, [([{"what": "h"}], pytest.fail)])  # isn't begun
         raise RuntimeError("out of luck\nand more")
 
     monkeypatch.setitem(gpu.SECTIONS, "torch", section)
@@ -388,8 +404,21 @@ def test_the_gpu_script_keeps_going_past_what_fails_and_stops_in_time(gpu, tmp_p
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()]
     division = "ZeroDivisionError: division by zero"
     assert [row.get("failed") or row.get("skipped") or row["seconds"] for row in rows] == [
-        division, 2, division, 1, gpu.NO_TIME, gpu.NO_TIME, "RuntimeError: out of luck"]
-    assert [row["what"] for row in rows[:-1]] == list("abcdef")
+        division, division, 2, division, 2, 1, gpu.NO_TIME, gpu.NO_TIME, "RuntimeError: out of luck"]
+    assert [row["what"] for row in rows[:-1]] == list("abcdefgh")
+
+
+@pytest.mark.parametrize("said, tries", [("INTERNAL: Failed to launch ptxas", 2), ("INTERNAL: ptxas died", 1)])
+def test_the_gpu_script_compiles_again_what_found_no_process(gpu, said, tries):
+    tried = []
+
+    def prepare():
+        tried.append(said)
+        raise RuntimeError(said)
+
+    with pytest.raises(RuntimeError, match=said):
+        gpu.prepared(prepare)
+    assert len(tried) == tries
 
 
 def test_the_gpu_script_begins_as_many_points_as_find_time_and_measures_ceilings_once_a_run(gpu, tmp_path, monkeypatch):
@@ -397,7 +426,7 @@ def test_the_gpu_script_begins_as_many_points_as_find_time_and_measures_ceilings
     arguments.out.write_text('{"what": "ceilings", "gb_per_second": 7, "tflop_per_second": 7}\n')  # of an earlier run
     record = functools.partial(gpu.write, arguments.out)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n" * 4))
-    gpu.measured(arguments, lambda **row: record(row), [({"what": what}, lambda: lambda: {"seconds": 1}) for what in "abc"])
+    gpu.measured(arguments, lambda **row: record(row), [([{"what": what}], lambda: [lambda: {"seconds": 1}]) for what in "abc"])
     assert [row.get("skipped") for row in gpu.read(arguments.out)[1:]] == [None, None, gpu.NO_TIME]
     found = iter([measure.Ceilings(4e9, 5e12)])
     monkeypatch.setattr(measure, "ceilings", lambda: next(found))
@@ -410,10 +439,12 @@ def test_the_gpu_script_checks_every_hopper_kernel_and_sections_after_it_look_ag
     ops = {path.parent.name for path in pathlib.Path(hopper.__file__).parent.glob("*/hopper_check.py")}
     assert set(gpu.HOPPER_OPS) == ops
     monkeypatch.setattr(gpu, "begin", lambda *_: None)
+    monkeypatch.setattr(hopper, "wrong_here", pytest.fail)  # which may only remember
     for wrong in (None, gpu.TRAINING, *ops):
         monkeypatch.setattr(hopper, "device_unmet", lambda op, *, training=False: "luck" if (gpu.TRAINING if training else op) == wrong else None)
         rows = [{"what": "ceilings"}]
         gpu.check(None, lambda **row: rows.append(row))
+        assert hopper.wrong_here is hopper.disagreement
         assert gpu.hopper_checked(rows) == (wrong is None)
         assert not gpu.hopper_checked(rows[:-1])
 
@@ -432,7 +463,7 @@ def test_the_gpu_script_traces_what_matters_most_after_it_was_measured(gpu, monk
                 ways.append(way)
             return {"seconds": 1.0}
 
-        return run
+        return [run, run]
 
     @contextlib.contextmanager
     def traced(folder, profiler_options):
@@ -441,12 +472,12 @@ def test_the_gpu_script_traces_what_matters_most_after_it_was_measured(gpu, monk
 
     monkeypatch.setattr(jax.profiler, "trace", traced)
     monkeypatch.setattr(jax.profiler, "ProfileData", types.SimpleNamespace(from_file=lambda path: types.SimpleNamespace(planes=planes)))
-    assert gpu.traced_as_well(decode, lambda **row: rows.append(row))() == {"seconds": 1.0} and ways == [None, "traced"]
+    assert [run() for run in gpu.traced_as_well(decode, lambda **row: rows.append(row))] == [{"seconds": 1.0}] * 2 and ways == [None, "traced", None]
     assert rows == [{"what": "trace", "names": ["a", "b"], "events": [[0, 0, 0.9], [1, 2, 1.5], [1, 4, 2.5]]}]
     gpu.show([rows[0] | {"model": "tiny", "section": "model"}])
     assert "tiny b: 2 x 2.5 us" in capsys.readouterr().out
     planes[1].lines = 5
-    assert gpu.traced_as_well(decode, lambda **row: rows.append(row))() == {"seconds": 1.0} and rows[1]["failed"].startswith("TypeError")
+    assert gpu.traced_as_well(decode, lambda **row: rows.append(row))[0]() == {"seconds": 1.0} and rows[1]["failed"].startswith("TypeError")
 
 
 def test_the_gpu_script_refuses_what_it_cannot_use_before_it_begins(gpu, tmp_path, monkeypatch, capsys):
@@ -510,9 +541,9 @@ def test_the_gpu_scripts_lanes_time_while_nobody_compiles(gpu, tmp_path):
     assert len(states) == 5 and set(states.values()) == {"waits", "ends"} and beside  # they do compile beside each other
 
 
-def test_the_gpu_scripts_points_share_memory_and_lanes_its_gpu(gpu):
-    needs = {("decode", 1, 128): 1, ("decode", 64, 8192): 20, ("prefill", 1, 8192): 4, ("decode", 4, 131_072): 20, ("decode", 4, 128): 1}
-    assert gpu.together(needs, 24.0) == [[("decode", 1, 128), ("decode", 64, 8192), ("decode", 4, 128)], [("prefill", 1, 8192), ("decode", 4, 131_072)]]
+def test_the_gpu_scripts_points_share_programs_and_lanes_its_memory(gpu):
+    points = [("decode", 1, 128), ("prefill", 1, 128), ("decode", 1, 8192), ("prefill", 1, 8192), ("decode", 4, 8192), ("decode", 1, 131_072)]
+    assert gpu.by_program(points, lambda batch, context: context > 256) == [points[:1], points[1:2], [points[2], points[5]], points[3:4], points[4:5]]
     whole, shared = gpu.lanes(["large", "small"], 80 << 30), gpu.lanes(["large", "small"], 141 << 30)
     assert len(whole) == 1 and sum(share for share, _ in shared) <= gpu.GPU_FRACTION
     assert {section[:2] for _, lane in whole for section in lane} == {section[:2] for _, lane in shared for section in lane}

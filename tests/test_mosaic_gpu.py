@@ -312,6 +312,42 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     assert "mosaic" not in str(program) and ["computes right here" in r.message for r in caplog.records] == [True]
 
 
+def test_kernels_found_right_are_not_looked_at_again_before_something_has_changed(monkeypatch, tmp_path):
+    device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", client=types.SimpleNamespace(platform_version="cuda 13000"))
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    looked, found = [], {("decode_block", False): "luck"}
+    monkeypatch.setattr(hopper, "disagreement", lambda *which: looked.append(which) or found.get(which))
+
+    def ask(*which):
+        looked.clear()
+        hopper.wrong_here.cache_clear()  # as another process would
+        answers = [hopper.wrong_here(*which) for _ in range(2)]
+        assert answers == [found.get(which)] * 2
+        return len(looked)
+
+    try:
+        assert [ask("decode_attention", False) for _ in range(2)] == [1, 0]
+        assert [ask("expert_matmul", training) for training in (False, True, False, True)] == [1, 1, 0, 0]
+        assert [ask("decode_block", False) for _ in range(2)] == [1, 1]  # that a kernel is wrong isn't remembered
+        assert all(path.read_bytes() == b"" for path in (tmp_path / "new" / "gptoss_jax").iterdir())  # nothing that could be half written
+        for owner, name, other in ((jax, "__version__", "0.99"), (device, "device_kind", "NVIDIA H200"), (device.client, "platform_version", "cuda 13010")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, other)
+                assert [ask("decode_attention", False) for _ in range(2)] == [1, 0]
+        with monkeypatch.context() as patch:
+            patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0")
+            assert ask("decode_attention", False) == 1
+            patch.setattr(pathlib.Path, "read_bytes", lambda path: b"another kernel")
+            assert ask("decode_attention", False) == 1
+        assert ask("decode_attention", False) == 0
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where nothing can be kept
+        assert [ask("decode_attention", False) for _ in range(2)] == [1, 1]
+    finally:
+        hopper.wrong_here.cache_clear()
+
+
 def test_named_it_says_what_is_missing(monkeypatch):
     weight, x, sizes = packed(2, 64, 64), jnp.ones((4, 64), jnp.bfloat16), jnp.full(2, 2, jnp.int32)
     bias = jnp.zeros((2, 64))

@@ -124,7 +124,7 @@ class Engine:
         batch = _power_of_two(len(prompts))
         spare = batch - len(prompts)
         kind, arrays = stack(settings + settings[-1:] * spare)
-        arrays = jax.tree.map(jnp.asarray, arrays)
+        arrays = jax.device_put(arrays)  # which compiles nothing, as jnp.asarray would
         cache, hidden = self._prefill_prompts([*prompts, *[()] * spare], cache_length(length, self.max_context))
         ids, logprobs = self._first(self.weights, hidden, arrays, np.zeros(batch, np.int32), kind=kind)
         steps = self._steps(cache, ids, logprobs, arrays, np.asarray(room + [0] * spare, np.int32), kind)
@@ -145,7 +145,8 @@ class Engine:
         After the last row's end come up to two dispatches of steps, less one, that are nobody's.
         """
         pending, count = (ids, logprobs), 1
-        (open_B,) = jax.device_put((jnp.asarray(room_B > 1),), self._place(jnp.asarray(room_B)))
+        open_B = jax.device_put(room_B > 1)
+        (open_B,) = jax.device_put((open_B,), self._place(open_B))
         while True:
             read, pending = pending, None
             if count < room_B.max():
@@ -235,14 +236,14 @@ class Engine:
 
         The model may hold jax.ShapeDtypeStructs, with shardings of devices that aren't here.
         """
-        (prefill, *_), *_, decode = self._calls(batch, cache_length(tokens, self.max_context), tokens, Sampling(top_k=1))
+        (prefill, *_), _, decode = self._calls(batch, cache_length(tokens, self.max_context), tokens, Sampling(top_k=1))
         return {name: jitted.lower(*arguments, **static) for name, (jitted, arguments, static) in (("prefill", prefill), ("decode", decode))}
 
-    def compile(self, tokens: int, max_new_tokens: int, sampling: Sampling) -> None:
-        """Compile what `stream` will run for a prompt of so many tokens. The model may hold jax.ShapeDtypeStructs: `hold` then gives the arrays."""
+    def compile(self, tokens: int, max_new_tokens: int, sampling: Sampling, *, batch: int = 1) -> None:
+        """Compile what `stream` will run for `batch` prompts of so many tokens. The model may hold jax.ShapeDtypeStructs: `hold` then gives the arrays."""
         length = cache_length(min(tokens + max_new_tokens, self.max_context), self.max_context)
-        prefills, *others = self._calls(1, length, tokens, sampling)
-        calls = [*prefills, *others]
+        prompts, first, decode = self._calls(_power_of_two(batch), length, tokens, sampling)
+        calls = [*prompts, first, *[decode] * (max_new_tokens > 1)]
         with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:  # lowered one after another, which is Python's; compiled beside each other
             for compiled in [pool.submit(jitted.lower(*arguments, **static).compile) for jitted, arguments, static in calls]:
                 compiled.result()
@@ -258,8 +259,8 @@ class Engine:
         return ours == theirs
 
     def _calls(self, batch: int, length: int, tokens: int, sampling: Sampling):
-        """Return [prefill, largest chunk first], empty state, first token, decode for rows of up to `tokens` tokens of prompt over a cache of `length`
-        slots: (function, abstract arguments, static arguments) of each."""
+        """Return [prefill, largest chunk first, and empty state], first token, decode for rows of up to `tokens` tokens of prompt over a cache of
+        `length` slots: (function, abstract arguments, static arguments) of each."""
         abstract, everywhere = jax.ShapeDtypeStruct, self._everywhere
         cache = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
         hidden = abstract((batch, self.config.hidden_size), self.dtype, sharding=everywhere)
@@ -271,7 +272,7 @@ class Engine:
         first = self._first, (self.weights, hidden, settings, steps), {"kind": kind}
         rows = ids, abstract((batch,), np.bool, sharding=everywhere)
         decode = self._decode, (self.weights, cache, rows, settings, abstract((), np.int32), steps), {"kind": kind}
-        return prefills, (self._empty, (batch, length), {}), first, decode
+        return [*prefills, (self._empty, (batch, length), {})], first, decode
 
     def _check(self, prompts) -> None:
         for row, prompt in enumerate(prompts):

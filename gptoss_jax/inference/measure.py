@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.config import GptOssConfig
-from gptoss_jax.inference.engine import Engine, usual_steps
+from gptoss_jax.inference.engine import Engine, cache_length, usual_steps
 from gptoss_jax.inference.sampling import Sampling
 from gptoss_jax.model import GptOss, cost
 from gptoss_jax.model.cache import abstract_cache
@@ -115,18 +115,30 @@ def draw(kind: str, shape, dtype, key):
 
 
 class _Primed(Engine):
-    """An engine that finds its prompts computed: random keys and values, so that decoding a long context needs no prefill of it."""
+    """An engine that finds its prompts computed: random keys and values, so that decoding a long context needs no prefill of it. Its cache is for rows
+    of max_context, however long they are."""
 
     def _prefill_prompts(self, prompts, length: int):
-        batch = len(prompts)
-        abstract = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=self._everywhere)
-        key = jax.random.key(0, impl="rbg")
-        fill = {shape: jax.jit(functools.partial(jax.random.normal, shape=shape, dtype=self.dtype), out_shardings=target.sharding)
-                for target in jax.tree.leaves(abstract.layers) for shape in [target.shape]}
-        layers = jax.tree.map(lambda target: fill[target.shape](key), abstract.layers)
-        cache = abstract._replace(lengths=jnp.asarray([len(prompt) for prompt in prompts], jnp.int32), layers=layers)
-        hidden = jax.random.normal(key, (batch, self.config.hidden_size), self.dtype)
+        cache, fill, hidden = self._random(len(prompts))
+        layers, hidden = jax.tree.map(lambda target: fill[target](jax.random.key(0, impl="rbg")), (cache.layers, hidden))
+        cache = cache._replace(lengths=jax.device_put(np.asarray([len(prompt) for prompt in prompts], np.int32)), layers=layers)
         return jax.device_put((cache, hidden), self._place(cache, hidden))
+
+    def _random(self, batch: int):
+        """Return the cache and final hidden states that prompts leave, abstract, and what makes each kind of array at random."""
+        slots = cache_length(self.max_context, self.max_context)
+        cache = abstract_cache(self.config, batch, slots, self.dtype, mesh=self.mesh, elsewhere=self._everywhere)
+        hidden = jax.ShapeDtypeStruct((batch, self.config.hidden_size), self.dtype, sharding=self._everywhere)
+        return cache, {target: _normal(target.shape, target.dtype, target.sharding) for target in jax.tree.leaves((cache.layers, hidden))}, hidden
+
+    def _calls(self, batch: int, length: int, tokens: int, sampling: Sampling):
+        _, *others = super()._calls(batch, length, tokens, sampling)
+        return [(fill, (jax.random.key(0, impl="rbg"),), {}) for fill in self._random(batch)[1].values()], *others
+
+
+@functools.cache
+def _normal(shape, dtype, sharding) -> Callable:
+    return jax.jit(functools.partial(jax.random.normal, shape=shape, dtype=dtype), out_shardings=sharding)
 
 
 def decoded_tokens(steps: int) -> int:
@@ -139,72 +151,70 @@ def _dispatches(steps: int, each: int) -> int:
     return -(-steps // each)
 
 
-def decode(model: GptOss, batch: int, context: int, limits: Ceilings, *, steps: int = 32, repetitions: int = 5, trace=None,
-           sampling: Sampling = GREEDY) -> Callable[[], dict]:
-    """Get ready to time decode steps of `batch` rows whose contexts end at `context` tokens, as `Engine.stream` runs them, the tokens read by the
-    host: everything is compiled and has run once when this returns. Call what it returns for the measurement.
+def decode(model: GptOss, batch: int, contexts: Sequence[int], limits: Ceilings, *, steps: int = 32, repetitions: int = 5, trace=None,
+           sampling: Sampling = GREEDY) -> list[Callable[[], dict]]:
+    """Compile decode steps of `batch` rows; return what measures them, for each of the contexts at whose end they are, as `Engine.stream` runs them, the
+    tokens read by the host. All contexts have the longest one's cache.
 
     Whole dispatches are timed, of `steps` steps or what is missing to the next one, from the moment that tokens of one have been read to the moment
     that those of a later one have, the next dispatched each time. A context is longer than `decoded_tokens`.
     """
-    engine = _Primed(model, max_context=context)
+    engine = _Primed(model, max_context=max(contexts))
     engine.stop_ids = frozenset()
     each, count = engine.steps_per_dispatch, decoded_tokens(steps)
     start, end = (1 + each * (_dispatches(taken, each) - 1) for taken in (WARM_STEPS, count - 1 - each))
-    prompts = [[0] * (context - count)] * batch
+    compile_seconds = _seconds(lambda: engine.compile(engine.max_context - count, count, sampling, batch=batch))
 
-    def once() -> float:
-        times = [time.perf_counter() for token in engine.stream(prompts, sampling, max_new_tokens=count) if token.row == batch - 1]
-        return (times[end] - times[start]) / (end - start)
+    def measured(context: int) -> dict:
+        prompts = [[0] * (context - count)] * batch
 
-    dtype = str(engine.dtype)
-    needed = cost.decode_bytes(model.config, batch, context, dtype)
-    return ready(once, repetitions, trace, tokens=batch, floor=needed / limits.bandwidth, what="decode", batch=batch, context=context,
-                 read_bytes=needed)
+        def once() -> float:
+            times = [time.perf_counter() for token in engine.stream(prompts, sampling, max_new_tokens=count) if token.row == batch - 1]
+            return (times[end] - times[start]) / (end - start)
+
+        needed = cost.decode_bytes(model.config, batch, context, str(engine.dtype))
+        return timed(once, repetitions, trace, tokens=batch, floor=needed / limits.bandwidth, what="decode", batch=batch, context=context,
+                     read_bytes=needed, compile_seconds=compile_seconds)
+
+    return [functools.partial(measured, context) for context in contexts]
 
 
 def prefill(model: GptOss, batch: int, tokens: int, limits: Ceilings, *, repetitions: int = 5, trace=None) -> Callable[[], dict]:
-    """Get ready, as `decode` does, to time `batch` prompts of `tokens` random tokens, from the call to the first token of each."""
+    """Compile, as `decode` does, what runs for `batch` prompts of `tokens` random tokens; return what measures it, from the call to the first token of
+    each."""
     engine = Engine(model, max_context=min(model.config.max_position_embeddings, tokens + 1))
     tokens = min(tokens, engine.max_context - 1)
     prompts = np.random.default_rng(0).integers(0, engine.sampleable, (batch, tokens)).tolist()
+    compile_seconds = _seconds(lambda: engine.compile(tokens, 1, GREEDY, batch=batch))
 
     def once() -> float:
-        start = time.perf_counter()
-        for _ in engine.stream(prompts, GREEDY, max_new_tokens=1):
-            pass
-        return time.perf_counter() - start
+        return _seconds(lambda: list(engine.stream(prompts, GREEDY, max_new_tokens=1)))
 
     flops = cost.prefill_flops(model.config, batch, tokens)
     weights = cost.decode_bytes(model.config, batch * tokens, 0, str(engine.dtype))  # all of them once
-    floor = max(flops / limits.matmul, weights / limits.bandwidth)
-    return ready(once, repetitions, trace, tokens=batch * tokens, floor=floor, what="prefill", batch=batch, context=tokens, read_bytes=weights, flops=flops)
+    return functools.partial(timed, once, repetitions, trace, tokens=batch * tokens, floor=max(flops / limits.matmul, weights / limits.bandwidth),
+                             what="prefill", batch=batch, context=tokens, read_bytes=weights, flops=flops, compile_seconds=compile_seconds)
 
 
-def ready(once: Callable[[], float], repetitions: int, trace=None, *, tokens: int, floor: float | None = None, **facts) -> Callable[[], dict]:
-    """Call `once`, which returns seconds, a first time; return what calls it `repetitions` times more. trace: opens the context that those run in."""
+def _seconds(run: Callable) -> float:
     start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def timed(once: Callable[[], float], repetitions: int, trace=None, *, tokens: int, floor: float | None = None, **facts) -> dict:
+    """Call `once`, which returns seconds, `repetitions` times after a first; return their median and the rest. trace: opens the context that they run in."""
     once()
-    first = time.perf_counter() - start
-
-    def measured() -> dict:
-        with trace() if trace else contextlib.nullcontext():
-            seconds = sorted(once() for _ in range(repetitions))
-        median = statistics.median(seconds)
-        found = facts | {"seconds": median, "lowest": seconds[0], "highest": seconds[-1], "first_run_seconds": first, "tokens_per_second": tokens / median}
-        if "read_bytes" in facts:
-            found["gb_per_second"] = facts["read_bytes"] / median / 1e9
-        return found if floor is None else found | {"floor_seconds": floor, "floor_fraction": floor / median}
-
-    return measured
+    with trace() if trace else contextlib.nullcontext():
+        seconds = sorted(once() for _ in range(repetitions))
+    median = statistics.median(seconds)
+    found = facts | {"seconds": median, "lowest": seconds[0], "highest": seconds[-1], "tokens_per_second": tokens / median}
+    if "read_bytes" in facts:
+        found["gb_per_second"] = facts["read_bytes"] / median / 1e9
+    return found if floor is None else found | {"floor_seconds": floor, "floor_fraction": floor / median}
 
 
 def batches(run: Callable, repetitions: int, calls: int) -> list[float]:
     """Return seconds a call of `repetitions` runs of `calls` calls that don't wait for each other, after one untimed."""
     jax.block_until_ready(run())
-    seconds = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        jax.block_until_ready([run() for _ in range(calls)])
-        seconds.append((time.perf_counter() - start) / calls)
-    return seconds
+    return [_seconds(lambda: jax.block_until_ready([run() for _ in range(calls)])) / calls for _ in range(repetitions)]

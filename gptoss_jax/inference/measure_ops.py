@@ -227,8 +227,8 @@ def compare(case: Case, implementation: str) -> float:
 
 
 def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: int = 5, seconds: float = 0.1, trace=None) -> Callable[[], dict]:
-    """Get ready, as `decode` does, to time one op by a loop on the device, each call fed from the one before; experts change from call to call, so
-    that no cache keeps them.
+    """Compile, as `decode` does, a loop of one op on the device, each call fed from the one before; return what times it. Experts change from call to
+    call, so that no cache keeps them.
 
     The loop is of rounds of _ROUND calls, a number that XLA knows: on a GPU the host is asked whether to go on after each round only, which takes
     as long as a small op.

@@ -6,12 +6,20 @@ Pallas' GPU side isn't in every jax and takes its time to import, so modules tha
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
+import hashlib
 import importlib
+import importlib.metadata
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
+import jaxlib
 import numpy as np
+
+from gptoss_jax.kernels.cpu_library import cache_directory
 
 OLDEST_JAX = (0, 11, 2)
 SMS = 132  # multiprocessors of an H100 or H200 (SXM)
@@ -45,9 +53,38 @@ def processors() -> int:
 
 @functools.cache
 def wrong_here(op: str, training: bool) -> str | None:
-    """Look once a process whether an op's kernels compute right on the first device; see the `disagreement` of its `hopper_check`."""
+    """Return what an op's kernels get wrong on the first device, None if nothing.
+
+    They are looked at once: that they were right is remembered in the user's cache directory, of this jax, kind of device and state of `kernels`, as
+    looking is mostly compiling, which takes longer than to compile a model's programs.
+    """
+    mark = _mark(op, training)
+    if os.path.exists(mark):
+        return None
+    found = disagreement(op, training)
+    if found is None:
+        with contextlib.suppress(OSError):  # looked at again, next time
+            mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mark.touch()
+    return found
+
+
+def disagreement(op: str, training: bool) -> str | None:
+    """Look whether an op's kernels compute right on the first device; see the `disagreement` of its `hopper_check`."""
     check = importlib.import_module(f"gptoss_jax.kernels.{op}.hopper_check")
     return check.disagreement_of_training() if training else check.disagreement()
+
+
+def _mark(op: str, training: bool) -> pathlib.Path:
+    """Return the file that is there once these kernels were right: whatever may change their code or its compiler changes its name."""
+    device, folder = jax.local_devices()[0], pathlib.Path(__file__).parent
+    about = [jax.__version__, jaxlib.__version__, device.device_kind, device.client.platform_version, os.environ.get("XLA_FLAGS", "")]
+    for compiler in ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            about.append(importlib.metadata.version(compiler))
+    sources = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
+    key = hashlib.blake2b(b"\0".join([*map(str.encode, about), *sources]), digest_size=16).hexdigest()
+    return cache_directory() / f"hopper-{op}{'-training' * training}-{key}"
 
 
 def first_disagreement(checks: Sequence[Callable[..., str | None]], interpret) -> str | None:
