@@ -278,6 +278,7 @@ def _positions(shape, segment_ids, lengths_B):
     if segment_ids is None:
         return index if lengths_B is None else index + lengths_B[:, None]
     if lengths_B is not None:
-        return jnp.maximum(jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32) - 1, 0) + lengths_B[:, None]
+        last_B = jnp.maximum((segment_ids != 0).sum(axis=1, dtype=jnp.int32) - 1, 0)  # the real tokens come first
+        return jnp.minimum(index, last_B[:, None]) + lengths_B[:, None]
     starts = jnp.concatenate([jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
