@@ -181,7 +181,7 @@ def check(arguments, record) -> None:
 
 
 def kernels(arguments, record) -> None:
-    """Check every implementation of every op against the reference, at the model's widths with 8 experts; then time them with all."""
+    """Check every implementation of every op against the reference, at the model's widths with 8 experts; then time them with all, at every other batch."""
     config, limits = begin(arguments, record)
     import jax
 
