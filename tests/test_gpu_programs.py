@@ -65,9 +65,9 @@ def test_no_buffer_of_a_prefill_grows_with_the_layers(programs):
 
 
 def test_a_prompt_of_one_chunk_attends_to_nothing_else(programs):
-    """20 operations fewer of two layers than there were when it attended to an empty past, 78 of 98."""
+    """59 operations of two layers; there were 98 when it attended to an empty past, 78 when experts' rows were sorted, which a GPU takes several kernels for."""
     found = programs["one_chunk_kernels"]
-    assert found["__cudnn$fmhaSoftmax"] == 2 and set(found) == {"fusion", "__cudnn$fmhaSoftmax", "mosaic_gpu_v2"} and sum(found.values()) <= 82
+    assert found["__cudnn$fmhaSoftmax"] == 2 and set(found) == {"fusion", "__cudnn$fmhaSoftmax", "mosaic_gpu_v2"} and sum(found.values()) <= 62
     assert programs["one_chunk"]["temp"] < 750e6
     assert programs["one_chunk"]["alias"] >= 2 * (128 + 8192) * 512 * 2  # keys and values of a ring and of a full layer, in place
 
@@ -81,5 +81,5 @@ def test_training_starts_five_kernels_of_our_own_for_a_layers_experts_and_no_loo
     """4,096 tokens of 20b: two products forward, gate and up again and two transposed ones backward. What there is of 16,640 rows takes 0.1 GB of D, or
     F, and 0.2 of gate and up, which are there twice at most."""
     found = programs["trained_experts_kernels"]
-    assert found["mosaic_gpu_v2"] == 5 and set(found) == {"fusion", "mosaic_gpu_v2"} and sum(found.values()) <= 68  # 65 and 66 when written
+    assert found["mosaic_gpu_v2"] == 5 and set(found) == {"fusion", "mosaic_gpu_v2"} and sum(found.values()) <= 61  # 58 and 59 when written
     assert programs["trained_experts"]["temp"] < 800e6

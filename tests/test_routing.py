@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.kernels.expert_matmul import grouping
+from gptoss_jax.kernels.expert_matmul import grouping, mosaic_gpu
 from gptoss_jax.model import moe
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -43,3 +43,21 @@ def test_comparing_groups_rows_as_a_stable_sort_does(rows, experts):
         for a, b in zip(ours, expected, strict=True):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("tokens,experts", [(1, 3), (2, 128), (63, 7), (64, 32), (65, 4), (1300, 128)])  # of four choices each, counted by 256
+def test_counting_gives_an_experts_choices_slots_in_their_order_from_a_multiple_of_eight_on(tokens, experts):
+    random, run = np.random.default_rng(tokens), jax.jit(functools.partial(mosaic_gpu.place, experts=experts))
+    for low, high in ((0, 1), (0, experts), (0, experts + 1), (0, 2 * experts), (experts, experts + 3)):  # one has all; some have none; nobody here has any
+        expert_TA = random.integers(low, high, (tokens, 4)).astype(np.int32)
+        slot_TA, slots, room_E = (np.asarray(x) for x in run(jnp.asarray(expert_TA)))
+        sizes = np.bincount(np.minimum(expert_TA, experts).ravel(), minlength=experts + 1)[:experts]
+        starts = np.cumsum(room_E) - room_E
+        expected = np.full(expert_TA.size, slots)
+        for expert in range(experts):
+            expected[np.flatnonzero(expert_TA.ravel() == expert)] = starts[expert] + np.arange(sizes[expert])
+        np.testing.assert_array_equal(room_E, -(-sizes // 8) * 8)
+        np.testing.assert_array_equal(slot_TA.ravel(), expected)
+        assert slot_TA.dtype == room_E.dtype == np.int32 and slots % 8 == 0 and room_E.sum() <= slots <= 4 * tokens + 7 * min(experts, 4 * tokens) + 7
+        choice_S, here = np.asarray(mosaic_gpu.at_slots(jnp.asarray(slot_TA), int(slots))), np.flatnonzero(expected < slots)
+        np.testing.assert_array_equal(choice_S[expected[here]], here)

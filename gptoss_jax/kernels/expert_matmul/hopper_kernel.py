@@ -95,16 +95,17 @@ class Tiles(NamedTuple):
     count: jax.Array
 
 
-def tiles(group_sizes_E, num_rows: int, rows: int) -> Tiles:
+def tiles(group_sizes_E, num_rows: int, rows: int, *, nobodys: bool = True) -> Tiles:
     """Cut rows sorted by expert into tiles of at most `rows`.
 
-    Group sizes and num_rows are multiples of ALIGNMENT. Rows past the groups' sum belong to expert E, which means nobody.
+    Group sizes and num_rows are multiples of ALIGNMENT. Rows past the groups' sum belong to expert E, which means nobody, or if not nobodys are in no tile.
     """
-    E, height = group_sizes_E.shape[0], rows // ALIGNMENT
-    sizes = jnp.append(group_sizes_E, num_rows - group_sizes_E.sum()).astype(jnp.int32) // ALIGNMENT
+    E, height, sizes = group_sizes_E.shape[0], rows // ALIGNMENT, group_sizes_E.astype(jnp.int32) // ALIGNMENT
+    if nobodys:
+        sizes = jnp.append(sizes, num_rows // ALIGNMENT - sizes.sum())
     row_end, tile_end = ends(sizes), ends(-(-sizes // height))
     tile = jnp.arange(most_tiles(num_rows, E, rows), dtype=jnp.int32)
-    expert = jnp.minimum((tile_end <= tile[:, None]).sum(axis=1, dtype=jnp.int32), E)
+    expert = jnp.minimum((tile_end <= tile[:, None]).sum(axis=1, dtype=jnp.int32), len(sizes) - 1)
     first = row_end[expert] - sizes[expert] + (tile - tile_end[expert] + -(-sizes[expert] // height)) * height
     return Tiles(expert, first, jnp.clip(row_end[expert] - first, 0, height), tile_end[-1:])
 

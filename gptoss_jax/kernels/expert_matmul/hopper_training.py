@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels.expert_matmul import grouping, mosaic_gpu
+from gptoss_jax.kernels.expert_matmul import mosaic_gpu
 from gptoss_jax.kernels.expert_matmul.hopper_layout import GROUP
 from gptoss_jax.kernels.expert_matmul.reference import swiglu
 
@@ -149,12 +149,11 @@ class _Layer:
     def __init__(self, x_TD, expert_TA, weight_TA, gate_up, down, limit, alpha, interpret):
         (T, A), self.experts = expert_TA.shape, gate_up[1].shape[0]
         self.weight_TA = jnp.where(expert_TA < self.experts, weight_TA, 0)
-        order_M, place_M, sizes_E = grouping.group(expert_TA.reshape(-1), self.experts)
-        row_S, slot_M, self._sizes_E = mosaic_gpu.align(sizes_E, T * A)
-        self._parts = -(-len(row_S) // ROWS)
-        self._rows = -(-len(row_S) // (self._parts * _MULTIPLE)) * _MULTIPLE
-        choice_S = jnp.pad(order_M[row_S], (0, self._parts * self._rows - len(row_S)))
-        self._slot_TA = slot_M[place_M].reshape(T, A)
+        slot_TA, slots, self._sizes_E = mosaic_gpu.place(expert_TA, self.experts)
+        self._parts = -(-slots // ROWS)
+        self._rows = -(-slots // (self._parts * _MULTIPLE)) * _MULTIPLE
+        self._slot_TA = jnp.where(expert_TA < self.experts, slot_TA, self._parts * self._rows)
+        choice_S = mosaic_gpu.at_slots(self._slot_TA, self._parts * self._rows)
         self._token_S, self._expert_S = choice_S // A, expert_TA.reshape(-1)[choice_S]
         self._is_real_S = self._slot_TA.reshape(-1)[choice_S] == jnp.arange(len(choice_S))
         self._weight_S = self.weight_TA.reshape(-1)[choice_S].astype(jnp.float32)

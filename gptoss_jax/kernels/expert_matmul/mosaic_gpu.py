@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from gptoss_jax import mxfp4
 from gptoss_jax.kernels import hopper
-from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
+from gptoss_jax.kernels.expert_matmul import hopper_layout
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
+
+_COUNTED = 256  # choices of a block
 
 
 def unmet(x, weight, bias_EO) -> str | None:
@@ -99,14 +101,11 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
             x_SD = x_TD if T <= ALIGNMENT else jnp.pad(x_TD, ((0, -T % ALIGNMENT), (0, 0)))
     else:
-        order_M, place_M, group_sizes_E = grouping.group(expert_TA.reshape(-1), E)
-        row_S, slot_M, group_sizes_E = align(group_sizes_E, T * A)
-        slots, token_S, weight_AT = len(row_S), row_S, weight_TA.T
-        slot_AT = jnp.where(expert_TA < E, slot_M[place_M].reshape(T, A), slots).T
-        x_SD = x_TD[order_M[row_S] // A]
+        slot_TA, slots, group_sizes_E = place(expert_TA, E)
+        token_S, weight_AT, slot_AT = at_slots(slot_TA, slots) // A, weight_TA.T, slot_TA.T
+        x_SD = x_TD[token_S]
         heights = hopper_kernel.heights(-(-T * A * E // all_experts), E)
-        tiles = hopper_kernel.tiles(group_sizes_E, slots, heights[-1])
-        tiles = tiles._replace(count=(-(-group_sizes_E // heights[-1])).sum(keepdims=True))  # nobody's rows aren't read
+        tiles = hopper_kernel.tiles(group_sizes_E, slots, heights[-1], nobodys=False)
     expected = max(ALIGNMENT, slots * E // all_experts)  # of these rows, if tokens choose evenly
     first, second = (planned(expected, weight, heights, interpret) for weight in (gate_up, down))
     h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, first, slots=slots if token_S is None else None, limit=limit, alpha=alpha)
@@ -130,6 +129,38 @@ def interpreted(plan, interpret):
     return plan._replace(interpret=interpret, blocks=3) if interpret else plan
 
 
+def place(expert_TA, experts: int):
+    """Give each of the tokens' choices a slot: those of an expert in their order, from a multiple of ALIGNMENT on.
+
+    How many of an expert come before is counted in blocks of choices and over blocks, by sums that XLA fuses; sorting takes it a dozen kernels.
+    Returns (slots int32 [T, A], past all others for an expert of `experts` or more, which is somebody else's; how many slots there are; each expert's [E]).
+    """
+    M, B = expert_TA.size, _COUNTED
+    expert_NB = jnp.pad(expert_TA.reshape(-1), (0, -M % B), constant_values=experts).reshape(-1, B)
+    count_NE = (expert_NB[:, :, None] == jnp.arange(experts)).sum(axis=1, dtype=jnp.int32)
+    room_E = -(-count_NE.sum(axis=0) // ALIGNMENT) * ALIGNMENT
+
+    def before(count_NE):
+        return jnp.where(jnp.tri(len(count_NE), k=-1, dtype=bool)[:, :, None], count_NE, 0).sum(axis=1, dtype=jnp.int32)
+
+    first_NE = before(count_NE) + before(room_E[:, None])[:, 0]
+    rank_NB = ((expert_NB[:, None] == expert_NB[:, :, None]) & jnp.tri(B, k=-1, dtype=bool)).sum(axis=2, dtype=jnp.int32)
+    slot_NB = rank_NB + jnp.take_along_axis(first_NE, expert_NB, axis=1, mode="clip")
+    slots = most_slots(M, experts)
+    return jnp.where(expert_NB < experts, slot_NB, slots).reshape(-1)[:M].reshape(expert_TA.shape), slots, room_E
+
+
+def at_slots(slot_TA, slots: int):
+    """Return which choice is at each slot, int32 [S]; any at a spare one."""
+    choice_M = jnp.arange(slot_TA.size, dtype=jnp.int32)
+    return jnp.zeros(slots, jnp.int32).at[slot_TA.reshape(-1)].set(choice_M, mode="drop")
+
+
+def most_slots(num_rows: int, groups: int) -> int:
+    """Return how many slots so many rows can need, where each group's begin at a multiple of ALIGNMENT."""
+    return -(-(num_rows + (ALIGNMENT - 1) * min(groups, num_rows)) // ALIGNMENT) * ALIGNMENT
+
+
 def align(group_sizes_E, num_rows: int):
     """Give every group of rows sorted by expert slots from a multiple of ALIGNMENT on, rows past the groups' sum some of their own.
 
@@ -147,5 +178,5 @@ def align(group_sizes_E, num_rows: int):
         return jnp.minimum((ends <= index[:, None]).sum(axis=1, dtype=jnp.int32), E)
 
     row = jnp.arange(num_rows, dtype=jnp.int32)
-    slot = jnp.arange(-(-(num_rows + (ALIGNMENT - 1) * min(E + 1, num_rows)) // ALIGNMENT) * ALIGNMENT, dtype=jnp.int32)
+    slot = jnp.arange(most_slots(num_rows, E + 1), dtype=jnp.int32)
     return jnp.clip(slot - shift[group_of(slot, slot_ends)], 0, num_rows - 1), row + shift[group_of(row, row_ends)], room[:E]
