@@ -147,7 +147,7 @@ def _low_rank(low_SR, factor, dim: int):
 
 class _Layer:
     def __init__(self, x_TD, expert_TA, weight_TA, gate_up, down, limit, alpha, interpret):
-        (T, A), self.experts = expert_TA.shape, gate_up[1].shape[0]
+        A, self.experts = expert_TA.shape[1], gate_up[1].shape[0]
         self.weight_TA = jnp.where(expert_TA < self.experts, weight_TA, 0)
         slot_TA, slots, self._sizes_E = mosaic_gpu.place(expert_TA, self.experts)
         self._parts = -(-slots // ROWS)
