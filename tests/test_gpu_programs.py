@@ -56,7 +56,7 @@ def test_the_cache_is_written_in_place(programs):
 def test_no_buffer_grows_with_the_context(programs):
     """131,072 tokens of context: the cache of one full layer is 268 MB, the float32 scores of a chunk of 8,192 tokens would be 275 GB."""
     assert programs["decode"]["temp"] < 50e6
-    assert programs["prefill"]["temp"] < 600e6 and programs["prefill_kernels"]["__cudnn$fmhaSoftmax"] == 3  # past and chunk of the full layer
+    assert programs["prefill"]["temp"] < 560e6 and programs["prefill_kernels"]["__cudnn$fmhaSoftmax"] == 3  # past and chunk of the full layer
 
 
 def test_no_buffer_of_a_prefill_grows_with_the_layers(programs):
@@ -65,10 +65,10 @@ def test_no_buffer_of_a_prefill_grows_with_the_layers(programs):
 
 
 def test_a_prompt_of_one_chunk_attends_to_nothing_else(programs):
-    """59 operations of two layers; there were 98 when it attended to an empty past, 78 when experts' rows were sorted, which a GPU takes several kernels for."""
+    """57 operations of two layers; there were 98 when it attended to an empty past, 78 when experts' rows were sorted, which a GPU takes several kernels for."""
     found = programs["one_chunk_kernels"]
-    assert found["__cudnn$fmhaSoftmax"] == 2 and set(found) == {"fusion", "__cudnn$fmhaSoftmax", "mosaic_gpu_v2"} and sum(found.values()) <= 62
-    assert programs["one_chunk"]["temp"] < 750e6
+    assert found["__cudnn$fmhaSoftmax"] == 2 and set(found) == {"fusion", "__cudnn$fmhaSoftmax", "mosaic_gpu_v2"} and sum(found.values()) <= 60
+    assert programs["one_chunk"]["temp"] < 560e6
     assert programs["one_chunk"]["alias"] >= 2 * (128 + 8192) * 512 * 2  # keys and values of a ring and of a full layer, in place
 
 

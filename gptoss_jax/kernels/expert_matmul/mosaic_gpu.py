@@ -111,10 +111,9 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, first, slots=slots if token_S is None else None, limit=limit, alpha=alpha)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second).reshape(second.splits, slots, -1)
 
-    def rows_of(slot_T):  # zeros for somebody else's; written out, as of a gather that fills it would be a kernel of its own
-        return jnp.where((slot_T < slots)[:, None], y.at[:, slot_T].get(mode="clip").astype(jnp.float32).sum(axis=0), 0)
-
-    return functools.reduce(jnp.add, (rows_of(slot_T) * weight_T[:, None] for slot_T, weight_T in zip(slot_AT, weight_AT)))
+    # As one array, which XLA sums while it gathers; of several it writes some first.
+    y_ATD = y.at[:, slot_AT].get(mode="clip").astype(jnp.float32).sum(axis=0)
+    return jnp.where((slot_AT < slots)[..., None], y_ATD * weight_AT[..., None], 0).sum(axis=0)
 
 
 def planned(slots: int, weight, heights: tuple[int, ...], interpret):
