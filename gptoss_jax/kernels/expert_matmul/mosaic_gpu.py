@@ -77,7 +77,7 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, interpret=None, **constants)
 def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, router, limit, alpha, interpret=None):
     """Same result as `expert_mlp` of this package, for bfloat16 rows, a HopperGateUpWeight and a HopperWeight; no look at the device.
 
-    Few tokens are routed here, by one kernel, if `router` says from what; the rows of others are sorted by expert.
+    Few tokens are routed here, by one kernel, if `router` says from what; the rows of others are put in the order of their experts.
     """
     from gptoss_jax.kernels.expert_matmul import hopper_choosing, hopper_kernel, hopper_one_token, hopper_routing
 
