@@ -104,6 +104,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         cpu_library.build(tmp_path / "file")
 
 
+def test_without_a_home_there_is_no_place_for_built_files(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", home)
+    with pytest.raises(cpu_library.CpuLibraryError, match="Could not determine home directory. Set HOME or XDG_CACHE_HOME"):
+        cpu_library.cache_directory()
+
+
 @pytest.mark.parametrize("change", ["version", "processor", "source", "architecture"])
 def test_another_compiler_processor_or_source_has_another_file(change, built, tmp_path, monkeypatch):
     """The compiler fails here, so that a build which isn't found in the cache is seen."""

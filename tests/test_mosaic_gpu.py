@@ -317,6 +317,10 @@ def test_kernels_found_right_are_not_looked_at_again_before_something_has_change
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
     looked, found = [], {("decode_block", False): "luck"}
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
     monkeypatch.setattr(hopper, "disagreement", lambda *which: looked.append(which) or found.get(which))
 
     def ask(*which):
@@ -344,6 +348,9 @@ def test_kernels_found_right_are_not_looked_at_again_before_something_has_change
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where nothing can be kept
         assert [ask("decode_attention", False) for _ in range(2)] == [1, 1]
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(pathlib.Path, "home", no_home)
+        assert ask("decode_attention", False) == 1
     finally:
         hopper.wrong_here.cache_clear()
 

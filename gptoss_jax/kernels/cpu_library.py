@@ -76,8 +76,11 @@ def register(prefix: str, path: pathlib.Path) -> None:
 
 
 def cache_directory() -> pathlib.Path:
-    """Return the folder built files are kept in: `gptoss_jax` in XDG_CACHE_HOME or ~/.cache."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gptoss_jax"
+    """Return the folder built files are kept in: `gptoss_jax` in XDG_CACHE_HOME or ~/.cache. Raises CpuLibraryError where there is no home."""
+    try:
+        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gptoss_jax"
+    except RuntimeError as error:
+        raise CpuLibraryError(f"no place to keep built files: {error} Set HOME or XDG_CACHE_HOME") from error
 
 
 def build(directory: pathlib.Path, architecture: str | None = None) -> pathlib.Path:

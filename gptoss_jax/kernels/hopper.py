@@ -19,7 +19,7 @@ import jax
 import jaxlib
 import numpy as np
 
-from gptoss_jax.kernels.cpu_library import cache_directory
+from gptoss_jax.kernels.cpu_library import CpuLibraryError, cache_directory
 
 OLDEST_JAX = (0, 11, 2)
 SMS = 132  # multiprocessors of an H100 or H200 (SXM)
@@ -58,7 +58,10 @@ def wrong_here(op: str, training: bool) -> str | None:
     They are looked at once: that they were right is remembered in the user's cache directory, of this jax, kind of device and state of `kernels`, as
     looking is mostly compiling, which takes longer than to compile a model's programs.
     """
-    mark = _mark(op, training)
+    try:
+        mark = _mark(op, training)
+    except CpuLibraryError:  # no home to remember in
+        return disagreement(op, training)
     if os.path.exists(mark):
         return None
     found = disagreement(op, training)
