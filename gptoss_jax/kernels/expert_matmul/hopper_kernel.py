@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gptoss_jax.kernels.expert_matmul import grouping
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import Interpreted, Mosaic, decode
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight
 from gptoss_jax.kernels.hopper import SMS
@@ -103,17 +104,11 @@ def tiles(group_sizes_E, num_rows: int, rows: int, *, nobodys: bool = True) -> T
     E, height, sizes = group_sizes_E.shape[0], rows // ALIGNMENT, group_sizes_E.astype(jnp.int32) // ALIGNMENT
     if nobodys:
         sizes = jnp.append(sizes, num_rows // ALIGNMENT - sizes.sum())
-    row_end, tile_end = ends(sizes), ends(-(-sizes // height))
+    row_end, tile_end = grouping.ends(sizes), grouping.ends(-(-sizes // height))
     tile = jnp.arange(most_tiles(num_rows, E, rows), dtype=jnp.int32)
     expert = jnp.minimum((tile_end <= tile[:, None]).sum(axis=1, dtype=jnp.int32), len(sizes) - 1)
     first = row_end[expert] - sizes[expert] + (tile - tile_end[expert] + -(-sizes[expert] // height)) * height
     return Tiles(expert, first, jnp.clip(row_end[expert] - first, 0, height), tile_end[-1:])
-
-
-def ends(sizes_E):
-    """Return the cumulative sum of few numbers, by comparing: one kernel that fuses with others, where a scan is some."""
-    index = jnp.arange(sizes_E.shape[0])
-    return jnp.where(index <= index[:, None], sizes_E, 0).sum(axis=1, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "slots", "limit", "alpha"))  # so that a kernel is made once for all layers

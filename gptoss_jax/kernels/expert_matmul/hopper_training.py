@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels.expert_matmul import mosaic_gpu
+from gptoss_jax.kernels.expert_matmul import grouping, mosaic_gpu
 from gptoss_jax.kernels.expert_matmul.hopper_layout import GROUP
 from gptoss_jax.kernels.expert_matmul.reference import swiglu
 
@@ -181,7 +181,7 @@ class _Layer:
         token_S, expert_S, is_real_S, weight_S = (jax.lax.dynamic_slice_in_dim(array, start, self._rows)
                                                   for array in (self._token_S, self._expert_S, self._is_real_S, self._weight_S))
         mine_SE = (expert_S[:, None] == jnp.arange(self.experts)) & is_real_S[:, None]
-        ends_E = hopper_kernel.ends(self._sizes_E) - start
+        ends_E = grouping.ends(self._sizes_E) - start
         sizes_E = jnp.clip(ends_E, 0, self._rows) - jnp.clip(ends_E - self._sizes_E, 0, self._rows)
         slot_TA = self._slot_TA - start
         return _Part(token_S, jnp.minimum(expert_S, self.experts - 1), weight_S,

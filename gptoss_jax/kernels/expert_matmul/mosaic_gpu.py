@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from gptoss_jax import mxfp4
 from gptoss_jax.kernels import hopper
-from gptoss_jax.kernels.expert_matmul import hopper_layout
+from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
@@ -96,16 +96,15 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
         heights = hopper_routing.heights(T, A, E, all_experts)
         _, weight_AT, slot_AT, token_S, tiles = hopper_routing.route(*router[:4], count=A, experts=E, rows=heights[-1], interpret=interpret)
         _, slots = hopper_routing.most_tiles(T, A, E, heights[-1])
-        if token_S is not None:
-            x_SD = x_TD.at[token_S].get(mode="clip")
-        else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
-            x_SD = x_TD if T <= ALIGNMENT else jnp.pad(x_TD, ((0, -T % ALIGNMENT), (0, 0)))
     else:
         slot_TA, slots, group_sizes_E = place(expert_TA, E)
         token_S, weight_AT, slot_AT = at_slots(slot_TA, slots) // A, weight_TA.T, slot_TA.T
-        x_SD = x_TD[token_S]
         heights = hopper_kernel.heights(-(-T * A * E // all_experts), E)
         tiles = hopper_kernel.tiles(group_sizes_E, slots, heights[-1], nobodys=False)
+    if token_S is not None:
+        x_SD = x_TD.at[token_S].get(mode="clip")
+    else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
+        x_SD = x_TD if T <= ALIGNMENT else jnp.pad(x_TD, ((0, -T % ALIGNMENT), (0, 0)))
     expected = max(ALIGNMENT, slots * E // all_experts)  # of these rows, if tokens choose evenly
     first, second = (planned(expected, weight, heights, interpret) for weight in (gate_up, down))
     h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, first, slots=slots if token_S is None else None, limit=limit, alpha=alpha)
@@ -138,11 +137,7 @@ def place(expert_TA, experts: int):
     expert_NB = jnp.pad(expert_TA.reshape(-1), (0, -M % B), constant_values=experts).reshape(-1, B)
     count_NE = (expert_NB[:, :, None] == jnp.arange(experts)).sum(axis=1, dtype=jnp.int32)
     room_E = -(-count_NE.sum(axis=0) // ALIGNMENT) * ALIGNMENT
-
-    def before(count_NE):
-        return jnp.where(jnp.tri(len(count_NE), k=-1, dtype=bool)[:, :, None], count_NE, 0).sum(axis=1, dtype=jnp.int32)
-
-    first_NE = before(count_NE) + before(room_E[:, None])[:, 0]
+    first_NE = grouping.ends(count_NE) - count_NE + grouping.ends(room_E) - room_E  # of a block, and an expert
     rank_NB = ((expert_NB[:, None] == expert_NB[:, :, None]) & jnp.tri(B, k=-1, dtype=bool)).sum(axis=2, dtype=jnp.int32)
     slot_NB = rank_NB + jnp.take_along_axis(first_NE, expert_NB, axis=1, mode="clip")
     slots = most_slots(M, experts)
@@ -165,12 +160,10 @@ def align(group_sizes_E, num_rows: int):
 
     Returns (a row for each slot, int32 [S], any where the slot is spare; the slot of each row, int32 [M]; slots of each group).
     """
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel
-
     E = group_sizes_E.shape[0]
     sizes = jnp.append(group_sizes_E, num_rows - group_sizes_E.sum()).astype(jnp.int32)
     room = -(-sizes // ALIGNMENT) * ALIGNMENT
-    row_ends, slot_ends = hopper_kernel.ends(sizes), hopper_kernel.ends(room)
+    row_ends, slot_ends = grouping.ends(sizes), grouping.ends(room)
     shift = slot_ends - room - row_ends + sizes  # of each group
 
     def group_of(index, ends):
