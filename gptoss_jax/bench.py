@@ -65,6 +65,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.overrides and args.mode != "train":
         raise command.UsageError(f"{args.overrides[0]}: of a training configuration, found with {args.mode}")
     if args.profile:
+        if os.path.exists(args.profile) and not os.path.isdir(args.profile):
+            raise command.UsageError(f"--profile {args.profile}: a file, expected a directory or the name of a new one")
         os.makedirs(args.profile, exist_ok=True)  # JAX does so when all has run
     args.body(args)
 
@@ -136,9 +138,11 @@ def _load(args: argparse.Namespace) -> None:
             median = statistics.median(later)
             row = {"what": "load", "seconds": median, "lowest": min(later), "highest": max(later), "first_run_seconds": seconds[0], "weights_bytes": size,
                    "gb_per_second": size / median / 1e9}
-            out.add(row | facts | _peak(jax))
-            out.show(*_TIMES, ("first s", "first_run_seconds", "{:.2f}".format), ("GB/s", "gb_per_second", "{:.2f}".format), _FLOOR,
-                     ("host peak MB", "host_peak_bytes", lambda size: f"{size / 1e6:,.0f}"))
+            try:
+                out.add(row | facts | _peak(jax))
+            finally:  # a full disk
+                out.show(*_TIMES, ("first s", "first_run_seconds", "{:.2f}".format), ("GB/s", "gb_per_second", "{:.2f}".format), _FLOOR,
+                         ("host peak MB", "host_peak_bytes", lambda size: f"{size / 1e6:,.0f}"))
 
 
 def _kernels(args: argparse.Namespace) -> None:
@@ -295,8 +299,12 @@ class _Output:
     def add(self, row: dict) -> None:
         self.rows.append(row)
         if self._file:
-            with open(self._file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self._facts | row) + "\n")
+            try:
+                with open(self._file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(self._facts | row) + "\n")
+            except OSError as error:
+                error.filename = self._file  # a full disk's names no file
+                raise
         self._bar(" ".join(str(row[key]) for key in ("what", "op", "size", "implementation", "batch", "context") if key in row))
 
     def show(self, *columns) -> None:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import io
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -357,7 +358,7 @@ def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path, mo
     (["kernels", "--random-weights", "tiny", "--repetitions", "0"], "--repetitions is 0, expected at least 1"),
     (["kernels", "--random-weights", "tiny", "--context", "0"], "context is 0, expected 2 to the model's maximum of 4096"),
     (["load", "--checkpoint", "tiny", "--json", "/no/such/rows.jsonl"], "--json /no/such/rows.jsonl: can't be written, expected a file in a"),
-    (["decode", "--random-weights", "tiny", "--profile", __file__], f"{__file__}: File exists"),
+    (["decode", "--random-weights", "tiny", "--profile", __file__], f"--profile {__file__}: a file, expected a directory or the name of a new one"),
     (["load"], "one of the arguments --checkpoint is required"),
     (["train", "/no/such.yaml"], "/no/such.yaml"),
     (["decode", "--random-weights", "tiny", "--train.mode", "qat"], "--train.mode: of a training configuration, found with decode"),
@@ -366,6 +367,12 @@ def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path, mo
 def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, quick, argv, said):
     code, out, err = run(capsys, *argv)
     assert code == 2 and said in err and len(err.splitlines()) == 1 and "GB/s" not in out  # nothing was measured
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_named_and_what_was_measured_is_shown(capsys, quick):
+    code, out, err = run(capsys, "load", "--checkpoint", "tiny", "--repetitions", "1", "--json", "/dev/full")
+    assert code == 2 and err.splitlines()[-1].endswith("error: /dev/full: No space left on device") and "host peak MB" in out
 
 
 @pytest.mark.parametrize("mode", ["decode", "kernels"])
