@@ -409,8 +409,8 @@ def test_compiled_for_hopper_it_spills_nothing_and_decodes_cheaply(tmp_path):
             assert report["products"] == 32 and report["registers_each"] * 128 * 4 <= 65536, report
             continue
         if report["op"] == "stored":
-            # A loop over two steps for each height. 4.52 to 4.64 instructions a weight when written: of a product with 152 rows, which takes twice their time.
-            assert report["loops"] == len(report["heights"]) and report["shared_bytes"] <= 232448 and 0 < report["instructions_per_weight"] <= 4.7, report
+            # A loop over two steps for each height. 3.94 to 4.23 instructions a weight when written: of a product with 152 rows, which takes twice their time.
+            assert report["loops"] == len(report["heights"]) and report["shared_bytes"] <= 232448 and 0 < report["instructions_per_weight"] <= 4.3, report
             continue
         lone = report["op"] == "lone"
         # For each height, or both products, a loop over a step of three groups, or over two steps of one and an odd one behind it.

@@ -188,7 +188,7 @@ def matmul(x_MI, weight, bias_EO, tiles: Tiles, plan: Plan, *, slots: int | None
 
                 def compute(height, ring):
                     def accumulate(acc):
-                        def multiply(decoded, slot, group):
+                        def multiply(decoded, slot, group, _):
                             ops.multiply(acc, decoded, x_smem.at[slot, pl.ds(0, height), pl.ds(group * GROUP, GROUP)])
 
                         ring_after = multiply_steps(
@@ -268,13 +268,14 @@ def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back, dec
     """Take so many steps through the ring: (slot of the step before, this step's, its loaded words and scales), returned as the next unit finds it.
 
     While a group of inputs is multiplied the next one is decoded, in registers of its own, over the steps' ends too. load(slot) waits for a
-    step's words; multiply(decoded, slot, group) begins a product; give_back(slot) lets the slot be filled again; decode(words, scales).
+    step's words; multiply(decoded, slot, group, turn) begins a product, turn 0 and 1 by turns where a step is one group; give_back(slot) lets the
+    slot be filled again; decode(words, scales).
     """
-    def step(state):
+    def step(state, turn=0):
         before, slot, decoded, loaded = state
         following = jnp.where(slot + 1 == plan.stages, 0, slot + 1)
         for group in range(plan.groups):
-            multiply(decoded, slot, group)
+            multiply(decoded, slot, group, turn)
             if group + 1 == plan.groups:
                 loaded = load(following)
             ops.finish(but=1)
@@ -288,7 +289,7 @@ def multiply_steps(length, ring, plan: Plan, ops, load, multiply, give_back, dec
     if plan.groups > 1:
         state = jax.lax.fori_loop(0, length, lambda _, state: step(state), state)
     else:  # two by two, as registers that a product reads can't be the next one's
-        state = jax.lax.fori_loop(0, length // 2, lambda _, state: step(step(state)), state)
+        state = jax.lax.fori_loop(0, length // 2, lambda _, state: step(step(state), 1), state)
         state = jax.lax.cond(length % 2 == 1, step, lambda state: state, state)
     before, slot, _, loaded = state
     return before, slot, loaded

@@ -47,7 +47,7 @@ def plan(num_rows: int, weight: StoredWeight, *, transposed: bool) -> Plan:
     warpgroups = next(n for n in (3, 2, 1) if (ins if transposed else outs) % n == 0)
     room = SHARED_BYTES - warpgroups * 2 * GROUP * (2 * GROUP + rows)
     stages = room // (warpgroups * (GROUP * _HALF + 4 * GROUP) + 2 * rows * GROUP)
-    return Plan(tall, warpgroups, 1, min(8, stages // 2 * 2), 1)  # an even number: what is decoded alternates between two places
+    return Plan(tall, warpgroups, 1, min(8, stages), 1)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "transposed"))  # so that a kernel is made once for all layers
@@ -137,15 +137,15 @@ def matmul(x_MI, weight: StoredWeight, tiles: Tiles, plan: Plan, bias_EO=None, l
 
                 def compute(height, ring):
                     def accumulate(acc):
-                        def multiply(decoded, slot, _, transposed=transposed):
-                            place = decoded_smem.at[me, jax.lax.rem(slot, 2)]
+                        def multiply(decoded, slot, _, turn, transposed=transposed):
+                            place = decoded_smem.at[me, turn]
                             place[...] = decoded  # all threads wait first, so that the product before the last, of this place, is done
                             plgpu.commit_smem()
                             ops.multiply(acc, place.T if transposed else place, x_smem.at[slot, pl.ds(0, height)])
 
                         def multiply_low(ring):
                             before, slot, _ = ring
-                            multiply(low, slot, 0, not transposed)
+                            multiply(low, slot, 0, turn=1, transposed=not transposed)  # a unit's steps begin at turn 0
                             give_back(before)
                             following = jnp.where(slot + 1 == stages, 0, slot + 1)
                             return slot, following, load(following)
