@@ -194,6 +194,7 @@ def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
 @pytest.mark.parametrize("outputs,inputs,sizes,adapter,transposed", [
     (192, 128, (8, 0, 16, 8), True, False), (192, 192, (8, 0, 16, 8), True, True), (64, 704, (8, 168), False, False),  # 8 rows are nobody's
     (704, 64, (8, 168), True, True), (320, 64, (0, 24), True, False), (64, 320, (24, 0), False, True),  # tiles of both heights, many steps; one and few
+    (192, 448, (56, 72), True, False),  # a ring of five stages
 ])
 def test_products_with_weights_as_they_are_stored(outputs, inputs, sizes, adapter, transposed, late):
     from hopper_machine import on_machine
