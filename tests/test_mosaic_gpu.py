@@ -355,6 +355,13 @@ def test_kernels_found_right_are_not_looked_at_again_before_something_has_change
         hopper.wrong_here.cache_clear()
 
 
+def test_a_look_at_kernels_which_takes_seconds_is_announced(monkeypatch, caplog):
+    module = types.SimpleNamespace(disagreement=lambda: None, disagreement_of_training=lambda: "luck")
+    monkeypatch.setattr(hopper.importlib, "import_module", {"gptoss_jax.kernels.expert_matmul.hopper_check": module}.get)
+    assert [hopper.disagreement("expert_matmul", training) for training in (False, True)] == [None, "luck"]
+    assert [record.message for record in caplog.records] == [f"checking the expert_matmul kernels{what} on this cpu, a few seconds" for what in ("", " of training")]
+
+
 def test_named_it_says_what_is_missing(monkeypatch):
     weight, x, sizes = packed(2, 64, 64), jnp.ones((4, 64), jnp.bfloat16), jnp.full(2, 2, jnp.int32)
     bias = jnp.zeros((2, 64))

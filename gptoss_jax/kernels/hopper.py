@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ import jaxlib
 import numpy as np
 
 from gptoss_jax.kernels.cpu_library import CpuLibraryError, cache_directory
+
+log = logging.getLogger("gptoss_jax")
 
 OLDEST_JAX = (0, 11, 2)
 SMS = 132  # multiprocessors of an H100 or H200 (SXM)
@@ -74,6 +77,7 @@ def wrong_here(op: str, training: bool) -> str | None:
 
 def disagreement(op: str, training: bool) -> str | None:
     """Look whether an op's kernels compute right on the first device; see the `disagreement` of its `hopper_check`."""
+    log.warning("checking the %s kernels%s on this %s, a few seconds", op, " of training" * training, jax.local_devices()[0].device_kind)
     check = importlib.import_module(f"gptoss_jax.kernels.{op}.hopper_check")
     return check.disagreement_of_training() if training else check.disagreement()
 
