@@ -4,7 +4,7 @@
 
 What found no time is listed at the end. Each section is a process of its own, so that one that fails, or is out of time, costs only what it had left to do. Most of the time is a compiler's:
 where the GPU's memory allows, three lanes of sections compile beside each other, each in its share of the memory, and time in turn, while nobody
-compiles. A line of JSON is written after each measurement. Weights are random, made on the device; no network and no checkpoint are needed.
+compiles. Ctrl-C shows what there is so far. A line of JSON is written after each measurement. Weights are random, made on the device; no network and no checkpoint are needed.
 Smallest run, also on a CPU:
 
     python benchmarks/gpu.py --out results.jsonl --models tiny --batches 1 --contexts 128 --prompts 64 --steps 4
@@ -20,6 +20,7 @@ import functools
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,11 +70,15 @@ def main() -> int:
     end, earlier, turns = time.monotonic() + arguments.seconds, len(read(arguments.out)), Turns()
     command = [sys.executable, __file__, "--out", str(arguments.out), "--steps", str(arguments.steps), "--earlier", str(earlier)]
     command += [part for name in ("batches", "contexts", "prompts") for part in (f"--{name}", *map(str, getattr(arguments, name)))]
-    failed = run_lane([("check", arguments.models[0], 1)], GPU_FRACTION, command, arguments.out, time.monotonic() + arguments.seconds / 4, turns)
-    command += ["--checked"] * hopper_checked(read(arguments.out)[earlier:])
-    plan = lanes(arguments.models, gpu_memory())
-    with concurrent.futures.ThreadPoolExecutor(len(plan)) as pool:
-        failed += sum(pool.map(lambda lane: run_lane(lane[1], lane[0], command, arguments.out, end, turns), plan))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        try:
+            first = [("check", arguments.models[0], 1)]
+            failed = pool.submit(run_lane, first, GPU_FRACTION, command, arguments.out, time.monotonic() + arguments.seconds / 4, turns).result()
+            command += ["--checked"] * hopper_checked(read(arguments.out)[earlier:])
+            failed += sum(pool.map(lambda lane: run_lane(lane[1], lane[0], command, arguments.out, end, turns), lanes(arguments.models, gpu_memory())))
+        except KeyboardInterrupt:
+            turns.interrupt()
+            failed = 1
     show(read(arguments.out)[earlier:])
     return 1 if failed else 0
 
@@ -168,7 +173,7 @@ def config_of(name: str):
 
 
 def check(arguments, record) -> None:
-    """Check the Hopper kernels against the reference, small and with traps: a model uses those that are right."""
+    """Check the Hopper kernels against the reference, small and with traps: later sections' models use those that are right."""
     begin(arguments, record)
     from gptoss_jax.kernels import hopper
 
@@ -257,6 +262,7 @@ def model(arguments, record) -> None:
     from gptoss_jax.inference import measure, memory_plan
     from gptoss_jax.inference.engine import cache_length
     from gptoss_jax.inference.sampling import Sampling
+    from gptoss_jax.kernels import hopper
     from gptoss_jax.model import GptOss
 
     memory = devices.usable_bytes()
@@ -271,13 +277,13 @@ def model(arguments, record) -> None:
     start = time.monotonic()
     model = GptOss(config, jax.block_until_ready(measure.random_weights(config)))
     model.arrange()
-    by_kernel = any(name.endswith("hopper_words") for name in model.arrays())
-    record(what="weights", seconds=time.monotonic() - start, experts="mosaic_gpu" if by_kernel else "xla")
+    arranged = any(name.endswith("hopper_words") for name in model.arrays())
+    record(what="weights", seconds=time.monotonic() - start, experts="mosaic_gpu" if arranged else "xla")
 
     def cache(batch, context):
         """Of Hopper's kernel only what it was planned as: it reads no slot that isn't filled."""
         slots = cache_length(context, context)
-        if not by_kernel:
+        if hopper.jax_unmet() or hopper.device_unmet("decode_attention"):
             return slots
         from gptoss_jax.kernels.decode_attention import hopper_kernel
 
@@ -402,4 +408,5 @@ def show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())

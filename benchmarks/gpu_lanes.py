@@ -13,7 +13,7 @@ import threading
 import time
 
 LANES_FROM, GPU_FRACTION = 120e9, 0.94  # bytes of a GPU's memory that hold three lanes; how much of it they take
-NO_TIME = "no time left"
+NO_TIME, INTERRUPTED = "no time left", "interrupted"
 READY, TIMED = "ready to time", "timed"  # what a section says to the process that started it, and waits for its answer
 
 
@@ -42,6 +42,7 @@ class Turns:
 
     def __init__(self):
         self.changed, self.compiling, self.ready, self.timing = threading.Condition(), 0, 0, False
+        self.processes, self.interrupted = [], False
 
     def compile(self) -> None:
         with self.changed:
@@ -68,6 +69,19 @@ class Turns:
         self.end_timing()
         self.compile()
 
+    def began(self, process: subprocess.Popen) -> None:
+        with self.changed:
+            self.processes.append(process)
+            if self.interrupted:
+                process.kill()
+
+    def interrupt(self) -> None:
+        """Stop all sections, now and later."""
+        with self.changed:
+            self.interrupted = True
+            for process in self.processes:
+                process.kill()
+
 
 def run_lane(sections, share: float, command: list[str], out: pathlib.Path, end: float, turns: Turns) -> int:
     """Run sections one after another, each a process that says when it is ready to time. Returns how many failed."""
@@ -76,13 +90,14 @@ def run_lane(sections, share: float, command: list[str], out: pathlib.Path, end:
     for index, (section, model, weight) in enumerate(sections):
         turns.compile()
         seconds = (end - time.monotonic()) * weight / sum(others for *_, others in sections[index:])
-        if seconds < 10:
-            write(out, {"section": section, "model": model, "skipped": NO_TIME})
+        if seconds < 10 or turns.interrupted:
+            write(out, {"section": section, "model": model, "skipped": INTERRUPTED if turns.interrupted else NO_TIME})
             turns.end_compiling()
             continue
         timing, told = False, {READY: turns.time, TIMED: turns.compile_again}
         with subprocess.Popen([*command, "--seconds", str(seconds), "--section", section, "--model", model], text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, env=environment) as process:
+                              stdout=subprocess.PIPE, env=environment, start_new_session=True) as process:  # Ctrl-C is for who started it
+            turns.began(process)
             watch = threading.Timer(seconds + 10, process.kill)  # it watches the time itself
             watch.start()
             for line in process.stdout:
@@ -97,7 +112,8 @@ def run_lane(sections, share: float, command: list[str], out: pathlib.Path, end:
         watch.cancel()
         failed += process.returncode != 0
         if process.returncode < 0:
-            write(out, {"section": section, "model": model, "skipped": f"stopped by signal {-process.returncode} after {seconds + 10:.0f} s or less"})
+            why = INTERRUPTED if turns.interrupted else f"stopped by signal {-process.returncode} after {seconds + 10:.0f} s or less"
+            write(out, {"section": section, "model": model, "skipped": why})
     return failed
 
 
@@ -115,7 +131,11 @@ def alone():
 
 def read(path: pathlib.Path) -> list[dict]:
     """Return the rows of a file of results; half a line, where a run was cut off, is none."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def write(path: pathlib.Path, row: dict) -> None:

@@ -501,7 +501,7 @@ def test_the_gpu_script_refuses_what_it_cannot_use_before_it_begins(gpu, tmp_pat
 def test_the_gpu_script_shows_what_this_run_found_and_a_kernel_of_nan_is_wrong(gpu, tmp_path, monkeypatch, capsys):
     found = {"section": "kernels", "model": "tiny", "what": "check", "op": "attention", "size": "1 x 64 keys", "implementation": "xla"}
     out = tmp_path / "rows.jsonl"
-    out.write_text(json.dumps(found | {"error": 0.5}) + '\n{"half')
+    out.write_text("not ours }\n" + json.dumps(found | {"error": 0.5}) + '\n{"half": {}')
     monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), "--models", "tiny"])
     monkeypatch.setattr(gpu, "run_lane", lambda *_: sum(gpu.write(out, found | {"error": error}) or 0 for error in (float("nan"), 0.01)))
     monkeypatch.setattr(gpu, "lanes", lambda *_: [(0.5, [])])
@@ -546,6 +546,29 @@ def test_the_gpu_scripts_lanes_time_while_nobody_compiles(gpu, tmp_path):
         assert len(busy) == 1 or "times" not in states.values()
         beside += state == "compiles" and len(busy) > 1
     assert len(states) == 5 and set(states.values()) == {"waits", "ends"} and beside  # they do compile beside each other
+
+
+def test_the_gpu_script_interrupted_stops_its_sections_and_begins_no_others(gpu, tmp_path, monkeypatch, capsys):
+    turns, log, out = gpu.Turns(), tmp_path / "log", tmp_path / "rows.jsonl"
+    lanes = [[("a2", "tiny", 1), ("a3", "tiny", 1)], [("b1", "tiny", 1)]]
+    command = [sys.executable, "-c", LANE.replace('"a": 0.1', '"a": 60'), str(log)]  # lane b waits for its turn
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(gpu.run_lane, lane, 0.3, command, out, time.monotonic() + 600, turns) for lane in lanes]
+        while not (log.exists() and {"a2 compiles", "b1 waits"} <= set(log.read_text().splitlines())):
+            time.sleep(0.01)
+        turns.interrupt()
+        assert [end.result(timeout=10) for end in ends] == [1, 1]
+    assert sorted((row["section"], row["skipped"]) for row in gpu.read(out)) == [(section, "interrupted") for section in ("a2", "a3", "b1")]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), "--models", "tiny"])
+    monkeypatch.setattr("sys.path", sys.path[:])
+    monkeypatch.setattr(gpu, "run_lane", interrupt)
+    shown = []
+    monkeypatch.setattr(gpu, "show", shown.append)
+    assert gpu.main() == 1 and shown == [[]]
 
 
 def test_the_gpu_scripts_points_share_programs_and_lanes_its_memory(gpu):

@@ -2,6 +2,7 @@
 what the compiler makes of it for an H100 and an H200 where the wheels for that are installed (hopper_compile.py says which)."""
 
 import functools
+import importlib.metadata
 import json
 import logging
 import os
@@ -312,7 +313,7 @@ def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, capl
     assert "mosaic" not in str(program) and ["computes right here" in r.message for r in caplog.records] == [True]
 
 
-def test_kernels_found_right_are_not_looked_at_again_before_something_has_changed(monkeypatch, tmp_path):
+def test_kernels_found_right_are_not_looked_at_again_before_something_has_changed(monkeypatch, tmp_path, caplog):
     device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", client=types.SimpleNamespace(platform_version="cuda 13000"))
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
@@ -321,7 +322,11 @@ def test_kernels_found_right_are_not_looked_at_again_before_something_has_change
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(hopper, "disagreement", lambda *which: looked.append(which) or found.get(which))
+    def check(name):
+        return types.SimpleNamespace(**{function: lambda which=(name.split(".")[-2], training): looked.append(which) or found.get(which)
+                                        for function, training in (("disagreement", False), ("disagreement_of_training", True))})
+
+    monkeypatch.setattr(hopper.importlib, "import_module", check)
 
     def ask(*which):
         looked.clear()
@@ -344,7 +349,18 @@ def test_kernels_found_right_are_not_looked_at_again_before_something_has_change
             assert ask("decode_attention", False) == 1
             patch.setattr(pathlib.Path, "read_bytes", lambda path: b"another kernel")
             assert ask("decode_attention", False) == 1
+        with monkeypatch.context() as patch:
+            distributions = [*importlib.metadata.distributions(), types.SimpleNamespace(name="nvidia-nvvm", version="99")]
+            patch.setattr(importlib.metadata, "distributions", lambda: distributions)
+            assert ask("decode_attention", False) == 1
         assert ask("decode_attention", False) == 0
+        assert {record.message for record in caplog.records} == {f"checking the {kernels} on this {device}, a few seconds" for kernels, device in (
+            ("decode_attention kernels", "NVIDIA H100 80GB HBM3"), ("decode_attention kernels", "NVIDIA H200"), ("decode_block kernels", "NVIDIA H100 80GB HBM3"),
+            ("expert_matmul kernels", "NVIDIA H100 80GB HBM3"), ("expert_matmul kernels of training", "NVIDIA H100 80GB HBM3"))}
+        found["decode_attention", False] = "wrong now"
+        assert hopper.wrong_here("decode_attention", False) is None and hopper.disagreement("decode_attention", False) == "wrong now"
+        assert [ask("decode_attention", False) for _ in range(2)] == [1, 1]  # that it was right once is forgotten
+        del found["decode_attention", False]
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where nothing can be kept
         assert [ask("decode_attention", False) for _ in range(2)] == [1, 1]
@@ -353,13 +369,6 @@ def test_kernels_found_right_are_not_looked_at_again_before_something_has_change
         assert ask("decode_attention", False) == 1
     finally:
         hopper.wrong_here.cache_clear()
-
-
-def test_a_look_at_kernels_which_takes_seconds_is_announced(monkeypatch, caplog):
-    module = types.SimpleNamespace(disagreement=lambda: None, disagreement_of_training=lambda: "luck")
-    monkeypatch.setattr(hopper.importlib, "import_module", {"gptoss_jax.kernels.expert_matmul.hopper_check": module}.get)
-    assert [hopper.disagreement("expert_matmul", training) for training in (False, True)] == [None, "luck"]
-    assert [record.message for record in caplog.records] == [f"checking the expert_matmul kernels{what} on this cpu, a few seconds" for what in ("", " of training")]
 
 
 def test_named_it_says_what_is_missing(monkeypatch):

@@ -56,40 +56,38 @@ def processors() -> int:
 
 @functools.cache
 def wrong_here(op: str, training: bool) -> str | None:
-    """Return what an op's kernels get wrong on the first device, None if nothing.
-
-    They are looked at once: that they were right is remembered in the user's cache directory, of this jax, kind of device and state of `kernels`, as
-    looking is mostly compiling, which takes longer than to compile a model's programs.
-    """
-    try:
-        mark = _mark(op, training)
-    except CpuLibraryError:  # no home to remember in
-        return disagreement(op, training)
-    if os.path.exists(mark):
-        return None
-    found = disagreement(op, training)
-    if found is None:
-        with contextlib.suppress(OSError):  # looked at again, next time
-            mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            mark.touch()
-    return found
+    """Return what an op's kernels get wrong on the first device, None if nothing: what `disagreement` finds, or remembers that it didn't."""
+    with contextlib.suppress(CpuLibraryError):  # no home to remember in
+        if os.path.isfile(_mark(op, training)):
+            return None
+    return disagreement(op, training)
 
 
 def disagreement(op: str, training: bool) -> str | None:
-    """Look whether an op's kernels compute right on the first device; see the `disagreement` of its `hopper_check`."""
+    """Look whether an op's kernels compute right on the first device; see the `disagreement` of its `hopper_check`.
+
+    That they did is remembered in the user's cache directory, as looking is mostly compiling, which takes longer than to compile a model's programs.
+    """
     log.warning("checking the %s kernels%s on this %s, a few seconds", op, " of training" * training, jax.local_devices()[0].device_kind)
     check = importlib.import_module(f"gptoss_jax.kernels.{op}.hopper_check")
-    return check.disagreement_of_training() if training else check.disagreement()
+    found = check.disagreement_of_training() if training else check.disagreement()
+    with contextlib.suppress(CpuLibraryError, OSError):  # looked at again, next time
+        mark = _mark(op, training)
+        if found is None:
+            mark.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mark.touch()
+        else:
+            mark.unlink(missing_ok=True)
+    return found
 
 
 def _mark(op: str, training: bool) -> pathlib.Path:
-    """Return the file that is there once these kernels were right: whatever may change their code or its compiler changes its name."""
-    device, folder = jax.local_devices()[0], pathlib.Path(__file__).parent
-    about = [jax.__version__, jaxlib.__version__, device.device_kind, device.client.platform_version, os.environ.get("XLA_FLAGS", "")]
-    for compiler in ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            about.append(importlib.metadata.version(compiler))
-    sources = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
+    """Return the file that is there once these kernels were right, whose name says what their code, its compiler and the device follow from."""
+    device, folder, driver = jax.local_devices()[0], pathlib.Path(__file__).parent, pathlib.Path("/proc/driver/nvidia/version")
+    about = [jax.__version__, jaxlib.__version__, device.device_kind, device.client.platform_version]
+    about += [os.environ.get(name, "") for name in ("XLA_FLAGS", "CUDA_ROOT", "CUDA_HOME", "CUDA_FORCE_PTX_JIT")]
+    about += sorted({f"{found.name} {found.version}" for found in importlib.metadata.distributions() if str(found.name).startswith(("jax", "nvidia-"))})
+    sources = [path.read_bytes() for path in (*sorted(folder.rglob("*.py")), folder.parent / "mxfp4.py", *([driver] if driver.exists() else []))]
     key = hashlib.blake2b(b"\0".join([*map(str.encode, about), *sources]), digest_size=16).hexdigest()
     return cache_directory() / f"hopper-{op}{'-training' * training}-{key}"
 
