@@ -554,7 +554,8 @@ def test_the_gpu_script_interrupted_stops_its_sections_and_begins_no_others(gpu,
     command = [sys.executable, "-c", LANE.replace('"a": 0.1', '"a": 60'), str(log)]  # lane b waits for its turn
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         ends = [pool.submit(gpu.run_lane, lane, 0.3, command, out, time.monotonic() + 600, turns) for lane in lanes]
-        while not (log.exists() and {"a2 compiles", "b1 waits"} <= set(log.read_text().splitlines())):
+        begun = time.monotonic()
+        while time.monotonic() < begun + 30 and not (log.exists() and {"a2 compiles", "b1 waits"} <= set(log.read_text().splitlines())):
             time.sleep(0.01)
         turns.interrupt()
         assert [end.result(timeout=10) for end in ends] == [1, 1]

@@ -17,7 +17,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
-import jaxlib
 import numpy as np
 
 from gptoss_jax.kernels.cpu_library import CpuLibraryError, cache_directory
@@ -84,7 +83,7 @@ def disagreement(op: str, training: bool) -> str | None:
 def _mark(op: str, training: bool) -> pathlib.Path:
     """Return the file that is there once these kernels were right, whose name says what their code, its compiler and the device follow from."""
     device, folder, driver = jax.local_devices()[0], pathlib.Path(__file__).parent, pathlib.Path("/proc/driver/nvidia/version")
-    about = [jax.__version__, jaxlib.__version__, device.device_kind, device.client.platform_version]
+    about = [jax.__version__, device.device_kind, device.client.platform_version]
     about += [os.environ.get(name, "") for name in ("XLA_FLAGS", "CUDA_ROOT", "CUDA_HOME", "CUDA_FORCE_PTX_JIT")]
     about += sorted({f"{found.name} {found.version}" for found in importlib.metadata.distributions() if str(found.name).startswith(("jax", "nvidia-"))})
     sources = [path.read_bytes() for path in (*sorted(folder.rglob("*.py")), folder.parent / "mxfp4.py", *([driver] if driver.exists() else []))]
