@@ -3,10 +3,10 @@
 What interpret mode can't show is shown here: the fragments in which wgmma takes and gives matrices, layouts made by hand, TMA descriptors, mbarrier
 counts, and whether warps wait for each other for ever. It is no timing model. `late` picks when asynchronous work is done: as soon as it is
 asked for, or as late as the waits in the program allow; or, with "readers", products and copies from shared memory late and copies to it at
-once; or, with "writers", likewise, and a block's last warps, which copy and store, after the others: a program that doesn't wait for what it needs
-can't be right with all of them. What a thread
-stored in shared memory must have been fenced by that thread before TMA copies it, or writes there, or wgmma reads it; and a warp must have
-fenced its copies since it looked at a counter before TMA reads what was stored in the arguments meanwhile.
+once; or, with "writers", likewise, and a block's last warps, which copy and store, after the others. With these two, who waits for an arrival, a copy
+or a barrier goes on before the warp that it waited for does anything more. A program that doesn't wait for what it needs can't be right with all of
+them. What a thread stored in shared memory must have been fenced by that thread before TMA copies it, or writes there, or wgmma reads it; and a warp
+must have fenced its copies since it looked at a counter before TMA reads what was stored in the arguments meanwhile.
 
 Source: NVIDIA's PTX ISA 9.0: sections on wgmma, matrix descriptors, mbarrier, cp.async.bulk.tensor, stmatrix.
 """
@@ -189,7 +189,7 @@ class Machine:
                     if polled == warp.polled:
                         return looked
                     looked = True
-                if operation.startswith("mbarrier.arrive.release") and self.late and not self.loads_late:
+                if operation.startswith(("bar", "mbarrier.arrive", "cp.async.bulk.tensor")) and self.late and not self.loads_late:
                     return True  # who waited for it goes on before what this warp has begun is done
             moved = True
         return moved

@@ -26,7 +26,7 @@ from gptoss_jax.model import GptOss, arrangement, make_cache
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None,
                               reason="no jax-cuda13-plugin and jax-cuda13-pjrt: pip install --no-deps both in JAX's version (no GPU needed)")
-asynchronous = pytest.mark.parametrize("late", [False, True, "readers"], ids=["early", "late", "readers late"])
+asynchronous = pytest.mark.parametrize("late", [False, True, "readers", "writers"], ids=["early", "late", "readers late", "writers last"])
 WAIT = """.entry kernel(
 	.param .u64 kernel_param_0
 )
