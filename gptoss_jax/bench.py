@@ -88,14 +88,21 @@ def _steps(args: argparse.Namespace) -> None:
         raise command.UsageError(f"--context is {min(args.context)}, expected more than the {before} tokens that --steps {args.steps} decodes until then")
     memory_plan.announce(config, max(args.batch), min(max(args.context) + 1, config.max_position_embeddings), dtype=args.dtype, write=_tell)
     limits = _limits(out, args.dtype)
-    cases = measure_ops.cases if args.mode == "decode" else measure_ops.prefill_cases
-    ran_at = [{case.op: measure_ops.chosen_implementation(case) for case in cases(
-        config, batch, min(args.context), args.dtype, experts=config.num_experts_per_tok)} for batch in args.batch]  # before there is a model in memory
+    prompts = args.mode == "prefill"
+    # No op of a decode step is chosen by the context, nor of a prompt by more tokens than these.
+    looked_at = {context: min(context, measure_ops.MOST_PREFILLED) if prompts else min(args.context) for context in args.context}
+    ran_at = {(batch, context): measure_ops.what_runs(config, batch, context, args.dtype, prompts=prompts)
+              for batch in args.batch for context in dict.fromkeys(looked_at.values())}  # before there is a model in memory
     model = _model(args, config)
     try:
-        for batch, ran in zip(args.batch, ran_at):
-            out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1))
+        for batch in args.batch:
+            said = None
             for context in args.context:
+                ran = ran_at[batch, looked_at[context]]
+                if ran != said:
+                    out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1)
+                             + f", {context:,} tokens" * (said is not None))
+                said = ran
                 options = {"repetitions": args.repetitions, "trace": _trace(args, batch, context)}
                 if args.mode == "decode":
                     (run,) = measure.decode(model, batch, [context], limits, steps=args.steps, **options)

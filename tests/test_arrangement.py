@@ -83,14 +83,17 @@ def test_generate_compiles_again_for_scale_bytes_that_cannot_be_arranged(as_on_a
     assert out and "3 out" in err
 
 
-def test_what_the_kernel_cannot_take_stays_as_it_is_and_one_line_says_why(as_on_a_hopper, caplog):
-    model = GptOss(CONFIG, cost.abstract_weights(CONFIG, "float32", device=jax.devices()[0]))
+@pytest.mark.parametrize("config, dtype, name, needs", [
+    (CONFIG, "float32", "gate_up_proj_blocks", "rows in bfloat16 (found float32)"),
+    (CONFIG.replace(quantized=False), "bfloat16", "gate_up_proj", "a packed weight (found a dense one, bfloat16)")], ids=["float32", "dense"])
+def test_what_the_kernel_cannot_take_stays_as_it_is_and_one_line_says_why(as_on_a_hopper, caplog, config, dtype, name, needs):
+    model = GptOss(config, cost.abstract_weights(config, dtype, device=jax.devices()[0]))
     expert_matmul.say.cache_clear()
     with caplog.at_level(logging.INFO, "gptoss_jax"):
         model.arrange()
-    assert "model.layers.0.mlp.experts.gate_up_proj_blocks" in model.arrays()
+    assert f"model.layers.0.mlp.experts.{name}" in model.arrays()
     (line,) = [record.message for record in caplog.records]
-    assert line.startswith("expert_matmul: XLA, slowly, as mosaic_gpu needs " + ("rows in bfloat16 (found float32)" if HAS_KERNEL else "jax 0.11.2"))
+    assert line.startswith("expert_matmul: XLA, slowly, as mosaic_gpu needs " + (needs if HAS_KERNEL else "jax 0.11.2"))
 
 
 @pytest.mark.skipif(not HAS_KERNEL, reason="the kernel needs jax 0.11.2")

@@ -25,7 +25,7 @@ from gptoss_jax import bench, checkpoint
 from gptoss_jax.checkpoint import opening
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference import engine, measure, measure_ops
-from gptoss_jax.kernels import hopper
+from gptoss_jax.kernels import cpu_library, hopper
 from gptoss_jax.model import GptOss, cost
 
 SMALL = GptOssConfig(vocab_size=640, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2,
@@ -184,6 +184,26 @@ def test_prefill_prints_a_table_and_writes_what_ran(capsys, quick):
     assert set(rows[1]["implementations"]) == {"expert_mlp", "expert_matmul", "attention", "dense_matmul"}  # no decode step's
     (found,) = (case for case in measure_ops.prefill_cases(SMALL, 2, 5000, experts=2) if case.op == "attention")
     assert found.size == "2 x 256 tokens" and measure_ops.compare(found, "auto") < 0.02
+
+
+def test_what_ran_is_said_of_each_prompt_as_it_is_computed_and_of_a_cache_as_it_is_made(capsys, quick, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(measure_ops, "chosen_implementation", lambda case: shapes.append((case.op, case.size)) or ("few" if "16" in case.size else "many"))
+    monkeypatch.setattr(measure, "prefill", lambda model, batch, tokens, *_, **__: lambda: {"batch": batch, "context": tokens})
+    code, out, _ = run(capsys, "prefill", "--random-weights", "small", "--context", "7", "10", "33", "--json", str(quick))
+    products = [size for op, size in shapes if op == "dense_matmul" and "lm_head" in size]
+    assert code == 0 and products == ["lm_head 16 rows", "lm_head 16 rows", "lm_head 64 rows"]
+    rows = [json.loads(line)["implementations"]["dense_matmul"] for line in quick.read_text().splitlines()[1:]]
+    assert rows == ["few", "few", "many"] and [line.endswith(", 33 tokens") for line in out.splitlines() if line.startswith("ran ")] == [False, True]
+    shapes.clear()
+    measure_ops.what_runs(SMALL, 1, 100, "bfloat16", prompts=False)
+    assert ("decode_attention", "1 x 104 slots") in shapes
+
+
+@pytest.mark.skipif(not cpu_library.available(), reason="needs the CPU kernels")
+def test_a_prompt_of_many_rows_takes_another_product_on_cpus_than_one_of_few():
+    few, many = (measure_ops.what_runs(SMALL, 1, tokens, "bfloat16", prompts=True)["dense_matmul"] for tokens in (16, 33))
+    assert (few, many) == ("cpu", "xla")  # 33 are computed as 64
 
 
 @pytest.mark.parametrize("mode, body, first, shown", [

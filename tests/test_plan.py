@@ -211,6 +211,21 @@ def test_what_grows_with_layers_on_a_tpu_is_in_what_fits(monkeypatch):
     assert planner.at(largest, 4096).needed <= planner.memory < planner.at(2 * largest, 4096).needed
 
 
+@pytest.mark.parametrize("kind", [SLIDING, FULL])
+def test_of_layers_of_one_kind_not_only_the_last_is_compiled_whose_experts_get_few_tokens(monkeypatch, kind):
+    config = SMALL.replace(num_hidden_layers=3, layer_types=(kind,) * 3)
+    planner, weights = Planner(config, "cpu"), cost.weight_bytes(config)
+    planner.memory = weights + 10**7
+
+    def compiled(config, batch, context, guess=False):
+        parts = {"weights": weights, "cache": cost.cache_bytes(config, batch, context)}
+        return Plan(planner.memory, parts, temporaries={"prefill": 100 * batch * context if config.num_hidden_layers > 1 else 10})
+
+    monkeypatch.setattr(planner, "_compile", compiled)
+    largest = planner.largest_batch(512, planner.at(1, 512), 1)
+    assert planner.at(largest, 512).needed <= planner.memory < planner.at(2 * largest, 512).needed
+
+
 def test_a_preset_and_a_checkpoint_are_planned_by_arithmetic_without_compiling(capsys):
     assert plan.main(["gpt-oss-120b", "--arithmetic", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -175,7 +175,7 @@ class Engine:
     def _chunks(self, batch: int, tokens: int) -> list[int]:
         """Return how many tokens of each row are computed at once, chunk by chunk, where the longest prompt has `tokens`."""
         most = max(_SMALLEST_CHUNK, self.prefill_chunk // batch)
-        return [max(_SMALLEST_CHUNK, min(_bucket(tokens - start), most)) for start in range(0, tokens, most)]
+        return [chunk_length(tokens - start, most) for start in range(0, tokens, most)]
 
     def _place(self, *trees):
         if self.mesh is None:
@@ -293,6 +293,11 @@ def usual_steps(platform: str) -> int:
 def cache_length(tokens: int, max_context: int) -> int:
     """Return the slots of the cache that rows of up to `tokens` tokens, answer included, get: a multiple of 8, as decode's kernel takes it."""
     return min(_power_of_two(max(tokens, _SMALLEST_CACHE)), -(-max_context // 8) * 8)
+
+
+def chunk_length(tokens: int, most: int) -> int:
+    """Return as how many tokens of a row so many of its prompt are computed at once, `most` if it is that many or more."""
+    return max(_SMALLEST_CHUNK, min(_bucket(tokens), most))
 
 
 def _bucket(tokens: int) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.config import GptOssConfig
+from gptoss_jax.inference.engine import cache_length, chunk_length
 from gptoss_jax.inference.measure import Ceilings, batches, draw
 from gptoss_jax.kernels import attention, decode_attention, decode_block, decode_matmul, expert_matmul, hopper
 from gptoss_jax.kernels.cache_write import cache_write
@@ -21,7 +22,8 @@ from gptoss_jax.kernels.dense_matmul import dense_matmul
 from gptoss_jax.kernels.expert_matmul import HopperGateUpWeight, HopperWeight, Mxfp4Weight
 from gptoss_jax.model import cost
 
-_ROUND, _MOST_PREFILLED = 10, 512
+MOST_PREFILLED = 512  # tokens of all rows, that a prompt's ops are looked at with
+_ROUND = 10
 
 
 class Case(NamedTuple):
@@ -87,8 +89,9 @@ def cases(config: GptOssConfig, batch: int, context: int, dtype: str = "bfloat16
 
 
 def prefill_cases(config: GptOssConfig, batch: int, tokens: int, dtype: str = "bfloat16", *, experts: int) -> list[Case]:
-    """Return the ops of a prompt's prefill likewise, of so many rows of few tokens: which implementation is best doesn't depend on how many."""
-    c, tokens = config.replace(num_local_experts=experts), max(2, min(tokens, _MOST_PREFILLED // batch))
+    """Return the ops of a prompt's prefill likewise, of a chunk as it is computed, or of few of its tokens: which implementation is best doesn't
+    depend on how many more there are."""
+    c, tokens = config.replace(num_local_experts=experts), max(2, min(chunk_length(tokens, MOST_PREFILLED), MOST_PREFILLED // batch))
     N, K, H, normal = c.num_attention_heads, c.num_key_value_heads, c.head_dim, _Normal(dtype)
     positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
 
@@ -208,6 +211,12 @@ def chosen_implementation(case: Case) -> str:
     text = jax.jit(functools.partial(case.run, "auto")).lower(case.carry, *_arranged(case, "auto")).compile().as_text()
     calls = " ".join(re.findall(r'custom_call_target="([^"]*)"', text))
     return next((name for part, name in (("gptoss_jax_", "cpu"), ("mosaic_gpu", "mosaic_gpu"), ("cudnn", "cudnn")) if part in calls), "xla")
+
+
+def what_runs(config: GptOssConfig, batch: int, context: int, dtype: str, *, prompts: bool) -> dict[str, str]:
+    """Return the implementation of each op of a decode step over the cache that an engine has for `context`, or of prompts of as many tokens."""
+    made, tokens = (prefill_cases, context) if prompts else (cases, cache_length(context, context))
+    return {case.op: chosen_implementation(case) for case in made(config, batch, tokens, dtype, experts=config.num_experts_per_tok)}
 
 
 def _arranged(case: Case, implementation: str) -> tuple:

@@ -82,10 +82,12 @@ class Planner:
         through the last two found, whichever is less.
 
         What fits at `at` is the least to be returned; None only where the smallest candidate, compiled whole, doesn't fit. Compiled otherwise
-        is a model with one layer of each kind: temporaries hardly depend on the number of layers, by a constant that `known` tells. On TPUs they
-        do: a decode step keeps a padded copy of every layer's cache. There the whole model is compiled, which takes little longer.
+        is a model with one layer of each kind, two where there is one kind, as the last layer's experts get few tokens of a prompt: temporaries
+        hardly depend on the number of layers, by a constant that `known` tells. On TPUs they do: a decode step keeps a padded copy of every layer's
+        cache. There the whole model is compiled, which takes little longer.
         """
         kinds = tuple(dict.fromkeys(self.config.layer_types))
+        kinds = kinds if len(kinds) > 1 else self.config.layer_types[:2]
         whole = devices.kind_named(self.kind).platform == "tpu"
         shallow = self.config if whole else self.config.replace(num_hidden_layers=len(kinds), layer_types=kinds)
 

@@ -62,9 +62,9 @@ class Experts(nnx.Module):
     def matrix(self, name: str):
         """Return `gate_up_proj` or `down_proj` as the kernels take it: Mxfp4Weight, its arrangement for Hopper, or dense [E, in, out]."""
         if hasattr(self, name):
-            return getattr(self, name)[...]
+            return getattr(self, name).get_raw_value()  # abstract weights have no [...]
         kind, parts = (FOR_HOPPER[name], ARRANGED) if hasattr(self, f"{name}_{ARRANGED[0]}") else (Mxfp4Weight, STORED)
-        return kind(*(getattr(self, f"{name}_{part}").get_raw_value() for part in parts))  # abstract weights have no [...]
+        return kind(*(getattr(self, f"{name}_{part}").get_raw_value() for part in parts))
 
     def linear(self, name: str) -> ExpertLinear:
         """Return `gate_up_proj` or `down_proj` as it is applied."""
