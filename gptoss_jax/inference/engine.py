@@ -145,8 +145,7 @@ class Engine:
         After the last row's end come up to two dispatches of steps, less one, that are nobody's.
         """
         pending, count = (ids, logprobs), 1
-        open_B = jax.device_put(room_B > 1)
-        (open_B,) = jax.device_put((open_B,), self._place(open_B))
+        open_B = jax.device_put(room_B > 1, self._everywhere)
         while True:
             read, pending = pending, None
             if count < room_B.max():
@@ -176,11 +175,6 @@ class Engine:
         """Return how many tokens of each row are computed at once, chunk by chunk, where the longest prompt has `tokens`."""
         most = max(_SMALLEST_CHUNK, self.prefill_chunk // batch)
         return [chunk_length(tokens - start, most) for start in range(0, tokens, most)]
-
-    def _place(self, *trees):
-        if self.mesh is None:
-            return self._everywhere
-        return jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else self._everywhere, trees)
 
     def _model(self, weights) -> GptOss:
         return GptOss(self.config, weights, mesh=self.mesh)

@@ -121,8 +121,8 @@ class _Primed(Engine):
     def _prefill_prompts(self, prompts, length: int):
         cache, fill, hidden = self._random(len(prompts))
         layers, hidden = jax.tree.map(lambda target: fill[target](jax.random.key(0, impl="rbg")), (cache.layers, hidden))
-        cache = cache._replace(lengths=jax.device_put(np.asarray([len(prompt) for prompt in prompts], np.int32)), layers=layers)
-        return jax.device_put((cache, hidden), self._place(cache, hidden))
+        lengths = jax.device_put(np.asarray([len(prompt) for prompt in prompts], np.int32), self._everywhere)
+        return cache._replace(lengths=lengths, layers=layers), hidden
 
     def _random(self, batch: int):
         """Return the cache and final hidden states that prompts leave, abstract, and what makes each kind of array at random."""
