@@ -171,9 +171,7 @@ def test_shared_memory_given_back_before_the_product_that_reads_it_is_done_is_fo
 def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
     from hopper_machine import on_machine
 
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel
-
-    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, heights, interpret: hopper_kernel.plan(slots, weight, heights)._replace(blocks=3))
+    monkeypatch.setattr(mosaic_gpu, "interpreted", lambda plan, interpret: plan._replace(blocks=3))
     random, experts = np.random.default_rng(0), min(len(sizes), 4)
     weight = Mxfp4Weight(random.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8),
                          random.integers(118, 123, (experts, outputs, inputs // 32), np.uint8))
@@ -225,11 +223,10 @@ def experts_on_machine(tokens, monkeypatch, *, late, blocks=3, width=192, hidden
     """Return what the experts of some tokens come to in the simulator and by the reference, and which operations each kernel ran."""
     from hopper_machine import on_machine
 
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel, hopper_one_token
+    from gptoss_jax.kernels.expert_matmul import hopper_one_token
 
     monkeypatch.setattr(hopper_one_token, "_MOST_STAGES", stages)
-
-    monkeypatch.setattr(mosaic_gpu, "planned", lambda slots, weight, heights, interpret: hopper_kernel.plan(slots, weight, heights)._replace(blocks=blocks))
+    monkeypatch.setattr(mosaic_gpu, "interpreted", lambda plan, interpret: plan._replace(blocks=blocks))
     monkeypatch.setattr(hopper, "processors", lambda: blocks)
     random, E = np.random.default_rng(0), 8
     weights = [Mxfp4Weight(random.integers(0, 256, (E, out, inputs // 32, 16), np.uint8), random.integers(119, 122, (E, out, inputs // 32), np.uint8))

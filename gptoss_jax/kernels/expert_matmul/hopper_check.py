@@ -63,7 +63,7 @@ def _of_shared(x, weight, bias, sizes, *, slots, interpret, **constants):
     """Run the kernel on tiles of 8 rows that all take the same x."""
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    plan = mosaic_gpu.planned(slots, weight, (8,), interpret)
+    plan = mosaic_gpu.interpreted(hopper_kernel.plan(slots, weight, (8,)), interpret)
     return hopper_kernel.matmul(x, weight, bias, hopper_kernel.tiles(sizes, slots, 8), plan, slots=slots, **constants)
 
 

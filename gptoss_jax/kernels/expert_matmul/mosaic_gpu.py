@@ -66,7 +66,7 @@ def run(x_MI, weight, bias_EO, group_sizes_E, kind, interpret=None, **constants)
     heights = hopper_kernel.heights(x_MI.shape[0], len(group_sizes_E))
     row_S, slot_M, group_sizes_E = align(group_sizes_E, x_MI.shape[0])
     x_MI = x_MI[row_S]
-    plan = planned(x_MI.shape[0], weight, heights, interpret)
+    plan = interpreted(hopper_kernel.plan(x_MI.shape[0], weight, heights), interpret)
     tiles = hopper_kernel.tiles(group_sizes_E, x_MI.shape[0], plan.rows)
     out = hopper_kernel.matmul(x_MI, weight, bias_EO, tiles, plan, **constants)
     if plan.splits > 1:
@@ -106,20 +106,13 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     else:  # fewer rows than a TMA copy's tile need no padding, as what is past the end is read as zeros
         x_SD = x_TD if T <= ALIGNMENT else jnp.pad(x_TD, ((0, -T % ALIGNMENT), (0, 0)))
     expected = max(ALIGNMENT, slots * E // all_experts)  # of these rows, if tokens choose evenly
-    first, second = (planned(expected, weight, heights, interpret) for weight in (gate_up, down))
+    first, second = (interpreted(hopper_kernel.plan(expected, weight, heights), interpret) for weight in (gate_up, down))
     h_SF = hopper_kernel.matmul(x_SD, gate_up, gate_up_bias, tiles, first, slots=slots if token_S is None else None, limit=limit, alpha=alpha)
     y = hopper_kernel.matmul(h_SF, down, down_bias, tiles, second).reshape(second.splits, slots, -1)
 
     # As one array, which XLA sums while it gathers; of several it writes some first.
     y_ATD = y.at[:, slot_AT].get(mode="clip").astype(jnp.float32).sum(axis=0)
     return jnp.where((slot_AT < slots)[..., None], y_ATD * weight_AT[..., None], 0).sum(axis=0)
-
-
-def planned(slots: int, weight, heights: tuple[int, ...], interpret):
-    """Return the kernel's plan for so many slots, in tiles of these heights."""
-    from gptoss_jax.kernels.expert_matmul import hopper_kernel
-
-    return interpreted(hopper_kernel.plan(slots, weight, heights), interpret)
 
 
 def interpreted(plan, interpret):
