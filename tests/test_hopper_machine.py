@@ -182,7 +182,7 @@ def test_the_expert_matmul(kind, outputs, inputs, sizes, late, monkeypatch):
     if constants:
         expected = np.asarray(reference.swiglu(expected, **constants))
     with on_machine(late=late) as ran:
-        found = mosaic_gpu.run(jnp.asarray(x), hopper_layout.pack(weight, kind), *map(jnp.asarray, rest), kind, **constants)
+        found = mosaic_gpu.run(jnp.asarray(x), hopper_layout.pack(weight, kind), *map(jnp.asarray, rest), **constants)
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=2**-8, atol=2**-8 * expected.std())
     assert any(name.startswith("wgmma.mma_async") for name in ran[0])
 

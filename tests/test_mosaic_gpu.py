@@ -104,7 +104,7 @@ def interpreted(**constants):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    run = functools.partial(mosaic_gpu.run, kind=HopperGateUpWeight, **constants) if constants else mosaic_gpu.expert_matmul
+    run = functools.partial(mosaic_gpu.run, **constants) if constants else mosaic_gpu.expert_matmul
     return jax.jit(functools.partial(run, interpret=interpret))
 
 
@@ -117,8 +117,9 @@ def test_interpreted_with_race_detection_it_equals_the_reference(groups, gated):
     weight = packed(4, 192 if gated else 128, inputs)
     x = jnp.asarray(random.standard_normal((rows, inputs)), jnp.bfloat16)
     bias = jnp.asarray(random.standard_normal((4, weight.scales.shape[1])), jnp.bfloat16 if gated else jnp.float32)
-    arguments = x, weight, bias, jnp.asarray(sizes, jnp.int32)
-    out, expected = interpreted(**constants)(*arguments), jax.jit(reference.expert_matmul)(x.astype(jnp.float32), *arguments[1:])
+    rest = bias, jnp.asarray(sizes, jnp.int32)
+    out = interpreted(**constants)(x, hopper_layout.pack(weight, HopperGateUpWeight) if gated else weight, *rest)
+    expected = jax.jit(reference.expert_matmul)(x.astype(jnp.float32), weight, *rest)
     expected = reference.swiglu(expected, **constants) if gated else expected
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-8, atol=inputs * 1e-6)  # one rounding, at the end; sums of products

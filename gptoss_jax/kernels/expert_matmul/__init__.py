@@ -144,7 +144,7 @@ def _matmul(x_MI, weight, bias_EO, group_sizes_E, implementation):
     if implementation == "mosaic_gpu":
         return mosaic_gpu.expert_matmul(*arguments)
     if implementation == "auto" and isinstance(weight, HopperWeight) and _takes(*arguments[:3]):
-        return jax.lax.platform_dependent(*arguments, cuda=functools.partial(mosaic_gpu.run, kind=HopperWeight), default=xla.expert_matmul)
+        return jax.lax.platform_dependent(*arguments, cuda=mosaic_gpu.run, default=xla.expert_matmul)
     arranged = isinstance(weight, (HopperWeight, HopperGateUpWeight))
     if implementation not in ("auto", "xla"):
         return IMPLEMENTATIONS[implementation](x_MI, unpack(weight) if arranged else weight, bias_EO, group_sizes_E)

@@ -45,7 +45,7 @@ def _compare(kind, outputs, inputs, sizes, shared, interpret):
     x = np.asarray(random.standard_normal((sum(sizes), inputs)), jnp.bfloat16)
     rest = np.asarray(random.standard_normal((experts, outputs)), jnp.bfloat16), np.asarray(sizes, np.int32)
     constants = dict(limit=7.0, alpha=1.702) if kind is HopperGateUpWeight else {}
-    run, given = functools.partial(mosaic_gpu.run, kind=kind, interpret=interpret, **constants), x
+    run, given = functools.partial(mosaic_gpu.run, interpret=interpret, **constants), x
     if shared:
         run, given = functools.partial(_of_shared, slots=len(x), interpret=interpret, **constants), x[:shared]
         x = np.tile(np.pad(given, ((0, 8 - shared), (0, 0))), (len(x) // 8, 1))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gptoss_jax import mxfp4
 from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
-from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
+from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
 _COUNTED = 256  # choices of a block
@@ -36,7 +36,7 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, interpret=None):
     if isinstance(weight, HopperGateUpWeight):
         raise ValueError("expert_matmul implementation 'mosaic_gpu' needs a HopperWeight (a HopperGateUpWeight is for expert_mlp)")
     require("expert_matmul", x_MI, weight, bias_EO, interpret)
-    return run(x_MI, weight, bias_EO, group_sizes_E, HopperWeight, interpret=interpret)
+    return run(x_MI, hopper_layout.pack(weight) if isinstance(weight, Mxfp4Weight) else weight, bias_EO, group_sizes_E, interpret=interpret)
 
 
 def require(name, x, weight, bias_EO, interpret=None) -> None:
@@ -52,17 +52,15 @@ def require(name, x, weight, bias_EO, interpret=None) -> None:
         raise ValueError(f"{name} implementation 'mosaic_gpu' needs {requirement}")
 
 
-def run(x_MI, weight, bias_EO, group_sizes_E, kind, interpret=None, **constants):
-    """Do what `expert_matmul` does, and clamped SwiGLU after it for kind HopperGateUpWeight, which is rounded once, without a look at the device.
+def run(x_MI, weight, bias_EO, group_sizes_E, *, interpret=None, **constants):
+    """Do what `expert_matmul` does, and clamped SwiGLU after it of a HopperGateUpWeight, which is rounded once, without a look at the device.
 
     constants: SwiGLU's limit and alpha.
     """
     from gptoss_jax.kernels.expert_matmul import hopper_kernel
 
-    if isinstance(weight, Mxfp4Weight):
-        weight = hopper_layout.pack(weight, kind)
     if not x_MI.shape[0]:
-        return jnp.zeros((0, bias_EO.shape[1] // (2 if kind is HopperGateUpWeight else 1)), x_MI.dtype)
+        return jnp.zeros((0, bias_EO.shape[1] // (2 if isinstance(weight, HopperGateUpWeight) else 1)), x_MI.dtype)
     heights = hopper_kernel.heights(x_MI.shape[0], len(group_sizes_E))
     row_S, slot_M, group_sizes_E = align(group_sizes_E, x_MI.shape[0])
     x_MI = x_MI[row_S]
