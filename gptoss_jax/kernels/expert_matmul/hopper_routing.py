@@ -20,6 +20,7 @@ from gptoss_jax.kernels.expert_matmul.hopper_choosing import among, choose, in_r
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import COLUMN, INPUTS, MATRIX
 from gptoss_jax.kernels.expert_matmul.hopper_kernel import Tiles
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT
+from gptoss_jax.kernels.expert_matmul.mosaic_gpu import most_slots
 
 MOST_TOKENS = MOST_EXPERTS = 256  # of a TMA copy
 MOST_PAIRS, _MOST_SCORES = 1024, 32768  # in shared memory
@@ -61,7 +62,7 @@ def most_tiles(tokens: int, count: int, experts: int, rows: int) -> tuple[int, i
     """Return (how many tiles of at most so many rows tokens can need; how many slots)."""
     pairs = tokens * count
     if tokens > _TOKENS:
-        slots = -(-(pairs + (ALIGNMENT - 1) * min(experts, pairs)) // ALIGNMENT) * ALIGNMENT
+        slots = most_slots(pairs, experts)
         return hopper_kernel.most_tiles(slots, experts, rows), slots
     tiles = pairs if pairs <= experts else experts + (pairs - experts) // rows
     return tiles, tiles * rows
