@@ -89,9 +89,7 @@ def _arrange(weight, kind, xp):
             for mask, shift in runs:
                 words = words | (code & mask) << (shift + 16 * b) % 32
     factors = xp.minimum(_split_rows(weight.scales.reshape(E, O, C // 2, 2), kind).astype(xp.uint32) + _FACTOR, 255)
-    first, second = factors[..., 0], factors[..., 1]
-    first, second = (each.transpose(0, 1, 5, 2, 4, 3) for each in (first, second))  # [E, n, k, w, r, h]
-    first, second = (each[..., 0] << 7 | each[..., 1] << 23 for each in (first, second))
+    first, second = (each[..., 0] << 7 | each[..., 1] << 23 for each in factors.transpose(6, 0, 1, 5, 2, 4, 3))  # [block, E, n, k, w, r, h]
     scales = first | second >> 8 | second << 24
     return kind(words.reshape(*words.shape[:4], 128), scales.reshape(*scales.shape[:3], 32))
 

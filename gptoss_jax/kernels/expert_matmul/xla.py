@@ -53,12 +53,8 @@ def backward(residuals, g_MO):
     dweight = jnp.zeros(() if packed else weight.shape, jnp.float32)
     carry = _bits(jnp.zeros_like(x_MI)), dweight, jnp.zeros(bias_EO.shape, jnp.float32)
     dx, dweight, dbias = jax.lax.fori_loop(0, tiles.count, body, carry)
-    dx = _numbers(dx, x_MI.dtype)
-    if packed:
-        dweight = no_gradient(weight)
-    else:
-        dweight = dweight.astype(weight.dtype)
-    return dx, dweight, dbias.astype(bias_EO.dtype), no_gradient(group_sizes_E)
+    dweight = no_gradient(weight) if packed else dweight.astype(weight.dtype)
+    return _numbers(dx, x_MI.dtype), dweight, dbias.astype(bias_EO.dtype), no_gradient(group_sizes_E)
 
 
 def lean_mlp(x_TD, expert_TA, weight_TA, gate_up, down, limit: float, alpha: float):
