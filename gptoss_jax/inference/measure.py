@@ -163,7 +163,7 @@ def decode(model: GptOss, batch: int, contexts: Sequence[int], limits: Ceilings,
     engine.stop_ids = frozenset()
     each, count = engine.steps_per_dispatch, decoded_tokens(steps)
     start, end = (1 + each * (_dispatches(taken, each) - 1) for taken in (WARM_STEPS, count - 1 - each))
-    compile_seconds = _seconds(lambda: engine.compile(engine.max_context - count, count, sampling, batch=batch))
+    compile_seconds = seconds_of(lambda: engine.compile(engine.max_context - count, count, sampling, batch=batch))
 
     def measured(context: int) -> dict:
         prompts = [[0] * (context - count)] * batch
@@ -185,10 +185,10 @@ def prefill(model: GptOss, batch: int, tokens: int, limits: Ceilings, *, repetit
     engine = Engine(model, max_context=min(model.config.max_position_embeddings, tokens + 1))
     tokens = min(tokens, engine.max_context - 1)
     prompts = np.random.default_rng(0).integers(0, engine.sampleable, (batch, tokens)).tolist()
-    compile_seconds = _seconds(lambda: engine.compile(tokens, 1, GREEDY, batch=batch))
+    compile_seconds = seconds_of(lambda: engine.compile(tokens, 1, GREEDY, batch=batch))
 
     def once() -> float:
-        return _seconds(lambda: list(engine.stream(prompts, GREEDY, max_new_tokens=1)))
+        return seconds_of(lambda: list(engine.stream(prompts, GREEDY, max_new_tokens=1)))
 
     flops = cost.prefill_flops(model.config, batch, tokens)
     weights = cost.decode_bytes(model.config, batch * tokens, 0, str(engine.dtype))  # all of them once
@@ -196,19 +196,21 @@ def prefill(model: GptOss, batch: int, tokens: int, limits: Ceilings, *, repetit
                              what="prefill", batch=batch, context=tokens, read_bytes=weights, flops=flops, compile_seconds=compile_seconds)
 
 
-def _seconds(run: Callable) -> float:
+def seconds_of(run: Callable) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def timed(once: Callable[[], float], repetitions: int, trace=None, *, tokens: int, floor: float | None = None, **facts) -> dict:
+def timed(once: Callable[[], float], repetitions: int, trace=None, *, tokens: int | None = None, floor: float | None = None, **facts) -> dict:
     """Call `once`, which returns seconds, `repetitions` times after a first; return their median and the rest. trace: opens the context that they run in."""
     once()
     with trace() if trace else contextlib.nullcontext():
         seconds = sorted(once() for _ in range(repetitions))
     median = statistics.median(seconds)
-    found = facts | {"seconds": median, "lowest": seconds[0], "highest": seconds[-1], "tokens_per_second": tokens / median}
+    found = facts | {"seconds": median, "lowest": seconds[0], "highest": seconds[-1]}
+    if tokens is not None:
+        found["tokens_per_second"] = tokens / median
     if "read_bytes" in facts:
         found["gb_per_second"] = facts["read_bytes"] / median / 1e9
     return found if floor is None else found | {"floor_seconds": floor, "floor_fraction": floor / median}
@@ -217,4 +219,4 @@ def timed(once: Callable[[], float], repetitions: int, trace=None, *, tokens: in
 def batches(run: Callable, repetitions: int, calls: int) -> list[float]:
     """Return seconds a call of `repetitions` runs of `calls` calls that don't wait for each other, after one untimed."""
     jax.block_until_ready(run())
-    return [_seconds(lambda: jax.block_until_ready([run() for _ in range(calls)])) / calls for _ in range(repetitions)]
+    return [seconds_of(lambda: jax.block_until_ready([run() for _ in range(calls)])) / calls for _ in range(repetitions)]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
-import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +13,7 @@ import numpy as np
 
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.inference.engine import cache_length, chunk_length
-from gptoss_jax.inference.measure import Ceilings, batches, draw
+from gptoss_jax.inference.measure import Ceilings, draw, seconds_of, timed
 from gptoss_jax.kernels import attention, decode_attention, decode_block, decode_matmul, expert_matmul, hopper
 from gptoss_jax.kernels.cache_write import cache_write
 from gptoss_jax.kernels.dense_matmul import dense_matmul
@@ -261,16 +259,13 @@ def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: in
     arrays = _arranged(case, implementation)
     jax.block_until_ready(loop(1, case.carry, arrays))
 
+    def once(rounds: int) -> float:
+        return seconds_of(lambda: jax.block_until_ready(loop(rounds, case.carry, arrays)))
+
     def measured() -> dict:
-        once = min(batches(lambda: loop(1, case.carry, arrays), 2, 1))
-        rounds = int(min(max(seconds / once, 1), 100))
-        with trace() if trace else contextlib.nullcontext():
-            times = sorted(time / (rounds * _ROUND) for time in batches(lambda: loop(rounds, case.carry, arrays), repetitions, 1))
-        median = statistics.median(times)
-        floor = max(case.read_bytes / limits.bandwidth, case.flops / limits.matmul)
-        return {"what": "kernel", "op": case.op, "size": case.size, "implementation": implementation, "seconds": median, "lowest": times[0],
-                "highest": times[-1], "read_bytes": case.read_bytes, "flops": case.flops, "gb_per_second": case.read_bytes / median / 1e9,
-                "floor_seconds": floor, "floor_fraction": floor / median}
+        rounds = int(min(max(seconds / min(once(1) for _ in range(3)), 1), 100))
+        return timed(lambda: once(rounds) / (rounds * _ROUND), repetitions, trace, floor=max(case.read_bytes / limits.bandwidth, case.flops / limits.matmul),
+                     what="kernel", op=case.op, size=case.size, implementation=implementation, read_bytes=case.read_bytes, flops=case.flops)
 
     return measured
 
