@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from gptoss_jax import command
 from gptoss_jax.config import PRESETS, GptOssConfig
+from gptoss_jax.plan import config_named
 
 RANDOM = PRESETS | {"four-layer-20b": PRESETS["gpt-oss-20b"].replace(num_hidden_layers=4)}
 
@@ -325,7 +326,6 @@ class _Output:
 
 def _opened(args: argparse.Namespace) -> tuple[GptOssConfig, _Output]:
     from gptoss_jax.inference import memory_plan
-    from gptoss_jax.plan import config_named
 
     config = _named(args) if args.checkpoint is None else config_named(args.checkpoint)
     for batch in args.batch:
@@ -336,8 +336,6 @@ def _opened(args: argparse.Namespace) -> tuple[GptOssConfig, _Output]:
 
 def _named(args: argparse.Namespace) -> GptOssConfig:
     """Return the configuration of --random-weights."""
-    from gptoss_jax.plan import config_named
-
     name = args.random_weights
     if name not in (*RANDOM, "tiny"):
         raise command.UsageError(f"--random-weights {name!r}: no such model, expected one of {', '.join(RANDOM)}, tiny")
