@@ -95,7 +95,7 @@ class Planner:
             return plan.needed - plan.kept
 
         def needed(value: int, beside: float) -> float:
-            return known.parts["weights"] + self._cache(*point(value)) + beside
+            return known.parts["weights"] + _cache_bytes(self.config, *point(value), self.dtype, self.mesh) + beside
 
         refused = None
         if known.needed > self.memory:
@@ -117,9 +117,6 @@ class Planner:
             else:
                 fits = tried
             last = last[1], tried
-
-    def _cache(self, batch: int, context: int) -> int:
-        return _cache_bytes(self.config, batch, context, self.dtype, self.mesh)
 
     def _engine(self, config: GptOssConfig, context: int) -> Engine:
         weights = cost.abstract_weights(config, self.dtype, self.mesh, self.devices[0])
