@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -11,12 +11,15 @@ from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.attention import say_once
 
 
-def one_kernel_or_several(op: str, implementation: str, requirement: str | None, for_hopper: bool, kernel: Callable, several: Callable, *arrays):
+def one_kernel_or_several(op: str, implementations: Sequence[str], implementation: str, requirement: str | None, for_hopper: bool, kernel: Callable,
+                          several: Callable, *arrays):
     """Return kernel(*arrays), which does all, or several(*arrays). Raises ValueError where "mosaic_gpu" is named and can't run.
 
-    implementation: "mosaic_gpu"; "auto": that, where it can run; or another. op: its folder in `kernels`. requirement: what the
-    arguments don't meet. for_hopper: a promise that a program for another GPU than the ones here is for a Hopper.
+    implementation: "mosaic_gpu"; "auto": that, where it can run; or another of `implementations`, otherwise ValueError. op: its folder in `kernels`.
+    requirement: what the arguments don't meet. for_hopper: a promise that a program for another GPU than the ones here is for a Hopper.
     """
+    if implementation not in ("auto", *implementations):
+        raise ValueError(f"{op} implementation {implementation!r}, expected 'auto' or one of {', '.join(implementations)}")
     if implementation not in ("auto", "mosaic_gpu"):
         return several(*arrays)
     here = jax.default_backend() == "gpu"

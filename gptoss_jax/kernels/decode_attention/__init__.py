@@ -24,11 +24,9 @@ def decode_attention(qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH,
     implementation: one of IMPLEMENTATIONS, which raises where it can't run: "mosaic_gpu" does all in one kernel or two, the others are
     `attention`'s, after separate rotation and writes; or "auto": "mosaic_gpu" where it can run, otherwise what is best of the others.
     """
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"decode_attention implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     sinks_KG = sinks_N.reshape(keys_BSKH.shape[2], -1)
     arrays = qkv_BJ, bias_J, cosine_BR, sine_BR, keys_BSKH, values_BSKH, sinks_KG, positions_B
     return one_kernel_or_several(
-        "decode_attention", implementation, mosaic_gpu.unmet(keys_BSKH, values_BSKH, sinks_KG, dtype), for_hopper,
+        "decode_attention", IMPLEMENTATIONS, implementation, mosaic_gpu.unmet(keys_BSKH, values_BSKH, sinks_KG, dtype), for_hopper,
         functools.partial(mosaic_gpu.run, ring=ring), functools.partial(reference.decode_attention, ring=ring, dtype=dtype, implementation=implementation),
         *arrays)

@@ -28,11 +28,10 @@ def decode_block(x_1D, scale_D, qkv_JD, bias_J, cosine_1R, sine_1R, keys_1SKH, v
     implementation: "mosaic_gpu", two kernels, which raises ValueError where it can't run, and writes the caches where they lie, if nobody else holds
     them; "reference"; or "auto": "mosaic_gpu" where it can run, otherwise the reference, its attention by what is best. for_hopper: as of `decode_matmul`.
     """
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"decode_block implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     arrays = (x_1D, scale_D, qkv_JD, bias_J, cosine_1R, sine_1R, keys_1SKH, values_1SKH, sinks_KG, positions_1, output_DI, output_bias_D, next_scale_D,
               router_ED)
     requirement, constants = mosaic_gpu.unmet(*arrays), {"ring": ring, "epsilon": epsilon}
     several = functools.partial(reference.decode_block, **constants, parts=1 if requirement else mosaic_gpu.parts(arrays),
                                 implementation="reference" if implementation == "reference" else "auto")
-    return one_kernel_or_several("decode_block", implementation, requirement, for_hopper, functools.partial(mosaic_gpu.run, **constants), several, *arrays)
+    return one_kernel_or_several("decode_block", IMPLEMENTATIONS, implementation, requirement, for_hopper, functools.partial(mosaic_gpu.run, **constants),
+                                 several, *arrays)

@@ -23,12 +23,11 @@ def decode_matmul(x_TD, weight_OD, bias_O=None, *, added_TD=None, scale_D=None, 
     where it can't run: "mosaic_gpu" does all in one kernel, the others are `dense_matmul`'s, after a separate sum and norm; or "auto":
     "mosaic_gpu" where it can run, otherwise what is best of the others.
     """
-    _check(implementation)
     if added_TD is not None and scale_D is None:
         raise ValueError("decode_matmul: added_TD without scale_D found, expected a sum only where it is normed")
     arrays, constants = (x_TD, added_TD, scale_D, weight_OD, bias_O), {"epsilon": epsilon, "dtype": jnp.dtype(dtype or x_TD.dtype)}
     return one_kernel_or_several(
-        "decode_matmul", implementation, mosaic_gpu.unmet(*arrays, constants["dtype"]), for_hopper,
+        "decode_matmul", IMPLEMENTATIONS, implementation, mosaic_gpu.unmet(*arrays, constants["dtype"]), for_hopper,
         functools.partial(mosaic_gpu.run, **constants), functools.partial(reference.decode_matmul, **constants, implementation=implementation), *arrays)
 
 
@@ -38,17 +37,11 @@ def decode_matmul_scored(x_TD, weight_OD, bias_O, residual_TO, scale_O, router_E
 
     for_hopper, implementation: as of `decode_matmul`. What "mosaic_gpu" needs, `mosaic_gpu.unmet_scored` says.
     """
-    _check(implementation)
     arrays = x_TD, weight_OD, bias_O, residual_TO, scale_O, router_EO
     if x_TD.shape[0] != 1:
         raise ValueError(f"decode_matmul_scored: {x_TD.shape[0]} rows found, expected one")
     requirement = mosaic_gpu.unmet_scored(*arrays)
     several = functools.partial(reference.decode_matmul_scored, parts=1 if requirement else mosaic_gpu.parts(weight_OD, router_EO), epsilon=epsilon,
                                 implementation=implementation)
-    return one_kernel_or_several("decode_matmul", implementation, requirement, for_hopper,
+    return one_kernel_or_several("decode_matmul", IMPLEMENTATIONS, implementation, requirement, for_hopper,
                                  functools.partial(mosaic_gpu.run_scored, epsilon=epsilon), several, *arrays)
-
-
-def _check(implementation):
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"decode_matmul implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
