@@ -75,10 +75,9 @@ class SamplingArrays(NamedTuple):
 
 def stack(settings: Sequence[Sampling]) -> tuple[str, SamplingArrays]:
     """Return (which compiled sampler serves all rows, their settings as arrays)."""
-    columns = {name: np.asarray([getattr(s, name) for s in settings]) for name in SamplingArrays._fields}
     dtypes = SamplingArrays(np.float32, np.int32, np.float32, np.float32, np.uint32)
-    kind = max((s.kind for s in settings), key=_KINDS.index)
-    return kind, SamplingArrays(*(columns[name].astype(dtype) for name, dtype in zip(SamplingArrays._fields, dtypes)))
+    columns = (np.asarray([getattr(s, name) for s in settings], dtype) for name, dtype in dtypes._asdict().items())
+    return max((s.kind for s in settings), key=_KINDS.index), SamplingArrays(*columns)
 
 
 def sample(logits_BV, settings: SamplingArrays, step_B, *, kind: str, sampleable: int):
@@ -90,9 +89,8 @@ def sample(logits_BV, settings: SamplingArrays, step_B, *, kind: str, sampleable
     """
     id_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     logits_BV = jnp.where(id_V < sampleable, logits_BV, _LOWEST)
-    by_platform = {"cuda": _in_one_pass, "default": _in_two_passes}
-    largest_B, ids_B, total_B = jax.lax.platform_dependent(
-        logits_BV, **{platform: functools.partial(run, last=sampleable - 1) for platform, run in by_platform.items()})
+    one_pass, two_passes = (functools.partial(run, last=sampleable - 1) for run in (_in_one_pass, _in_two_passes))
+    largest_B, ids_B, total_B = jax.lax.platform_dependent(logits_BV, cuda=one_pass, default=two_passes)
     logits_BV -= largest_B[:, None]
     if kind != "greedy":
         scaled = jnp.maximum(logits_BV / jnp.maximum(settings.temperature, 1e-6)[:, None], _LOWEST)
