@@ -7,7 +7,6 @@ no query sees a key are skipped at run time, by the smallest and largest positio
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +149,7 @@ _blockwise.defvjp(_forward_rule, _backward_rule)
 
 
 def _scores(q_BTKGH, k_BSKH, q_tags, k_tags, window):
-    scores = _einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * (1 / math.sqrt(q_BTKGH.shape[-1]))
+    scores = _einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * q_BTKGH.shape[-1] ** -0.5
     seen = reference.visible(q_tags[0], k_tags[0], q_tags[1], k_tags[1], window)
     return jnp.where(seen[:, None, None], scores, _LOWEST)
 
