@@ -126,7 +126,7 @@ def test_rows_that_have_ended_stay_ended_in_dispatches_ahead(model, oracle):
     new = oracle["g16.new"].tolist()
     engine.stop_ids, room = frozenset([new[2]]), np.array([100, 4], np.int32)
     cache, hidden = engine._prefill_prompts(prompts, 256)
-    ids, _ = engine._first(engine.weights, hidden, arrays, np.zeros(2, np.int32), kind="greedy")
+    ids, _ = engine._first(engine.weights, hidden, arrays, kind="greedy")
     rows, lengths = (ids, np.array([True, True])), []
     for count in (1, 3, 5):  # the first row stops in the first dispatch, the other's room ends with the second
         cache, rows, (found, _) = engine._decode(engine.weights, cache, rows, arrays, np.int32(count), room, kind="greedy")
@@ -142,7 +142,7 @@ def test_a_row_that_has_ended_is_left_out_of_later_dispatches(model, oracle):
     for others_open in (True, False):
         cache, hidden = engine._prefill_prompts(prompts, 256)
         before = cache.lengths.tolist()
-        ids, _ = engine._first(engine.weights, hidden, arrays, np.zeros(2, np.int32), kind="greedy")
+        ids, _ = engine._first(engine.weights, hidden, arrays, kind="greedy")
         cache, _, (ids, _) = engine._decode(engine.weights, cache, (ids, np.array([True, others_open])), arrays, np.int32(1), np.full(2, 100, np.int32),
                                             kind="greedy")
         found[others_open] = ids[:, 0].tolist()

@@ -126,7 +126,7 @@ class Engine:
         kind, arrays = stack(settings + settings[-1:] * spare)
         arrays = jax.device_put(arrays)  # which compiles nothing, as jnp.asarray would
         cache, hidden = self._prefill_prompts([*prompts, *[()] * spare], cache_length(length, self.max_context))
-        ids, logprobs = self._first(self.weights, hidden, arrays, np.zeros(batch, np.int32), kind=kind)
+        ids, logprobs = self._first(self.weights, hidden, arrays, kind=kind)
         steps = self._steps(cache, ids, logprobs, arrays, np.asarray(room + [0] * spare, np.int32), kind)
         open_rows = set(range(len(prompts)))
         for count, (step_ids, step_logprobs) in enumerate(steps, start=1):
@@ -192,7 +192,8 @@ class Engine:
         last_B1D, cache = self._model(weights).hidden_states(tokens_BT, segment_ids=real_BT.astype(jnp.int32), cache=cache, last=True)
         return cache, jnp.where((counts_B > 0)[:, None], last_B1D[:, 0], hidden_BD)
 
-    def _first_token(self, weights, hidden_BD, settings, step_B, *, kind):
+    def _first_token(self, weights, hidden_BD, settings, *, kind):
+        step_B = jnp.zeros(len(hidden_BD), jnp.int32)
         return sample(self._model(weights).unembed(hidden_BD), settings, step_B, kind=kind, sampleable=self.sampleable)
 
     def _decode_steps(self, weights, cache, rows, settings, count, room_B, *, kind):
@@ -258,14 +259,14 @@ class Engine:
         abstract, everywhere = jax.ShapeDtypeStruct, self._everywhere
         cache = abstract_cache(self.config, batch, length, self.dtype, mesh=self.mesh, elsewhere=everywhere)
         hidden = abstract((batch, self.config.hidden_size), self.dtype, sharding=everywhere)
-        ids, steps = abstract((batch,), np.int32, sharding=everywhere), abstract((batch,), np.int32)
+        ids, counts = abstract((batch,), np.int32, sharding=everywhere), abstract((batch,), np.int32)
         kind, settings = stack([sampling] * batch)
         chunks = self._chunks(batch, tokens)
         state = (cache._replace(lengths=None) if len(chunks) == 1 else cache), hidden
-        prefills = [(self._prefill, (self.weights, state, abstract((batch, chunk), np.int32), steps), {}) for chunk in sorted(set(chunks), reverse=True)]
-        first = self._first, (self.weights, hidden, settings, steps), {"kind": kind}
+        prefills = [(self._prefill, (self.weights, state, abstract((batch, chunk), np.int32), counts), {}) for chunk in sorted(set(chunks), reverse=True)]
+        first = self._first, (self.weights, hidden, settings), {"kind": kind}
         rows = ids, abstract((batch,), np.bool, sharding=everywhere)
-        decode = self._decode, (self.weights, cache, rows, settings, abstract((), np.int32), steps), {"kind": kind}
+        decode = self._decode, (self.weights, cache, rows, settings, abstract((), np.int32), counts), {"kind": kind}
         return [*prefills, (self._empty, (batch, length), {})], first, decode
 
     def _check(self, prompts) -> None:
