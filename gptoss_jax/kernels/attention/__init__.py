@@ -105,10 +105,10 @@ _cudnn.defvjp(_cudnn_forward, _cudnn_backward)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _cpu(q, k, v, sinks, tags, window, implementation):
+    here, elsewhere = (functools.partial(op.attention, **tags, window=window) for op in (cpu, xla))
     if implementation == "cpu":
-        return cpu.attention(q, k, v, sinks, **tags, window=window)
-    here, elsewhere = (lambda *arrays, attend=attend: attend(*arrays[:4], **arrays[4], window=window) for attend in (cpu.attention, xla.attention))
-    return jax.lax.platform_dependent(q, k, v, sinks, tags, cpu=here, default=elsewhere)
+        return here(q, k, v, sinks)
+    return jax.lax.platform_dependent(q, k, v, sinks, cpu=here, default=elsewhere)
 
 
 @_cpu.defjvp
