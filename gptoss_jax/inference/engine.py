@@ -146,14 +146,12 @@ class Engine:
         """
         pending, count = (ids, logprobs), 1
         open_B = jax.device_put(room_B > 1, self._everywhere)
-        while True:
+        while pending:
             read, pending = pending, None
             if count < room_B.max():
                 cache, (ids, open_B), pending = self._decode(self.weights, cache, (ids, open_B), settings, np.int32(count), room_B, kind=kind)
                 count += self.steps_per_dispatch
             yield from zip(*map(np.atleast_2d, jax.device_get(read)))
-            if pending is None:
-                return
 
     def _prefill_prompts(self, prompts, length: int):
         """Return (cache of `length` slots, final hidden state of each prompt's last token [B, D]), computed chunk by chunk."""
