@@ -101,8 +101,7 @@ def _steps(args: argparse.Namespace) -> None:
             for context in args.context:
                 ran = ran_at[batch, looked_at[context]]
                 if ran != said:
-                    out.note("ran " + ", ".join(f"{op} {how}" for op, how in ran.items()) + f" at batch {batch}" * (len(args.batch) > 1)
-                             + f", {context:,} tokens" * (said is not None))
+                    out.note_ran(ran, f" at batch {batch}" * (len(args.batch) > 1) + f", {context:,} tokens" * (said is not None))
                 said = ran
                 options = {"repetitions": args.repetitions, "trace": _trace(args, batch, context)}
                 if args.mode == "decode":
@@ -200,7 +199,7 @@ def _train(args: argparse.Namespace) -> None:
     import jax
 
     from gptoss_jax import devices
-    from gptoss_jax.inference import measure
+    from gptoss_jax.inference import measure, measure_ops
     from gptoss_jax.training import memory_plan, speed, state as training
     from gptoss_jax.training.config import load_config
     from gptoss_jax.training.optimizer import make_optimizer
@@ -219,6 +218,9 @@ def _train(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     compiled = devices.compile_step(make_train_step(config, optimizer, mesh), state, frozen, batch)
     compile_seconds = time.perf_counter() - start
+    found = measure_ops.called(compiled.compiled.as_text())
+    ran = {op: how if how in found else "xla" for op, how in (("attention", "cudnn"), ("expert_mlp", "mosaic_gpu"))}
+    out.note_ran(ran)
 
     def once() -> float:
         nonlocal state
@@ -235,7 +237,7 @@ def _train(args: argparse.Namespace) -> None:
     if peak := speed.peak_flops(jax.devices()[0]):
         row["model_flops_utilisation"] = model_flops / row["seconds"] / peak / count
     row |= {"what": "train", "config": args.config, "mode": train.mode, "overrides": args.overrides, "compile_seconds": compile_seconds,
-            "compiled_peak_bytes": compiled.memory.peak_bytes} | _peak(jax)
+            "compiled_peak_bytes": compiled.memory.peak_bytes, "implementations": ran} | _peak(jax)
     state = frozen = batch = None  # ceilings take memory, too: after the peak has been read, in place of what is trained
     floor = step_flops / (_limits(out, train.compute_dtype).matmul * count)
     out.add(row | {"flops": step_flops, "floor_seconds": floor, "floor_fraction": floor / row["seconds"]})
@@ -303,6 +305,9 @@ class _Output:
     def note(self, line: str) -> None:
         self._bar.clear()
         print(line, flush=True)
+
+    def note_ran(self, implementations: dict[str, str], where: str = "") -> None:
+        self.note("ran " + ", ".join(f"{op} {how}" for op, how in implementations.items()) + where)
 
     def add(self, row: dict) -> None:
         self.rows.append(row)

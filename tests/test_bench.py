@@ -366,6 +366,8 @@ def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path, mo
     assert row["mode"] == "lora" and "lora, batch 2 x 16 tokens" in out and "host peak GB" in out
     assert row["floor_fraction"] == pytest.approx(row["flops"] / 1e12 / row["seconds"])
     assert "of the floor" in out and "and the layers forward again (remat layer)" in out
+    assert "ran attention xla, expert_mlp xla" in out and row["implementations"] == {"attention": "xla", "expert_mlp": "xla"}
+    assert measure_ops.called('custom_call_target="__cudnn$fmhaSoftmax", x custom_call_target="mosaic_gpu_v2"') == ["mosaic_gpu", "cudnn"]
 
 
 @pytest.mark.parametrize("argv, said", [

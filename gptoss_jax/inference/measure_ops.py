@@ -207,8 +207,13 @@ def products(multiply: Callable, x, added, scale, bias, *weights):
 def chosen_implementation(case: Case) -> str:
     """Return what "auto" comes to on this device, read off the compiled program's calls."""
     text = jax.jit(functools.partial(case.run, "auto")).lower(case.carry, *_arranged(case, "auto")).compile().as_text()
-    calls = " ".join(re.findall(r'custom_call_target="([^"]*)"', text))
-    return next((name for part, name in (("gptoss_jax_", "cpu"), ("mosaic_gpu", "mosaic_gpu"), ("cudnn", "cudnn")) if part in calls), "xla")
+    return next(iter(called(text)), "xla")
+
+
+def called(optimized_hlo: str) -> list[str]:
+    """Return the implementations other than XLA's own that a compiled program's text has calls of."""
+    calls = " ".join(re.findall(r'custom_call_target="([^"]*)"', optimized_hlo))
+    return [name for part, name in (("gptoss_jax_", "cpu"), ("mosaic_gpu", "mosaic_gpu"), ("cudnn", "cudnn")) if part in calls]
 
 
 def what_runs(config: GptOssConfig, batch: int, context: int, dtype: str, *, prompts: bool) -> dict[str, str]:
