@@ -65,9 +65,10 @@ def _run(args: argparse.Namespace) -> None:
         raise command.UsageError(f"--json {args.json}: can't be written, expected a file in a directory that is there")
     if args.overrides and args.mode != "train":
         raise command.UsageError(f"{args.overrides[0]}: of a training configuration, found with {args.mode}")
-    if args.profile:
-        if os.path.exists(args.profile) and not os.path.isdir(args.profile):
-            raise command.UsageError(f"--profile {args.profile}: a file, expected a directory or the name of a new one")
+    if args.profile is not None:
+        if not args.profile or os.path.exists(args.profile) and not os.path.isdir(args.profile):
+            found = "a file" if args.profile else "no name"
+            raise command.UsageError(f"--profile {args.profile}: {found}, expected a directory or the name of a new one")
         os.makedirs(args.profile, exist_ok=True)  # JAX does so when all has run
     args.body(args)
 

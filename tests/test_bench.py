@@ -381,6 +381,7 @@ def test_training_steps_of_a_configuration_are_timed(capsys, quick, tmp_path, mo
     (["kernels", "--random-weights", "tiny", "--context", "0"], "context is 0, expected 2 to the model's maximum of 4096"),
     (["load", "--checkpoint", "tiny", "--json", "/no/such/rows.jsonl"], "--json /no/such/rows.jsonl: can't be written, expected a file in a"),
     (["decode", "--random-weights", "tiny", "--profile", __file__], f"--profile {__file__}: a file, expected a directory or the name of a new one"),
+    (["decode", "--random-weights", "tiny", "--profile", ""], "--profile : no name, expected a directory or the name of a new one"),
     (["load"], "one of the arguments --checkpoint is required"),
     (["train", "/no/such.yaml"], "/no/such.yaml"),
     (["decode", "--random-weights", "tiny", "--train.mode", "qat"], "--train.mode: of a training configuration, found with decode"),

@@ -115,6 +115,32 @@ def test_a_lean_layer_has_the_values_and_gradients_of_one_matrix_after_the_other
         np.testing.assert_allclose(again, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
 
 
+@pytest.mark.parametrize("layer", ["expert_mlp", "arranged", "reference", "dense", "lean", "adapted"])
+def test_the_experts_of_no_tokens_are_nothing_and_so_are_their_gradients(layer):
+    D, F, A = 64, 128, 2
+    random = np.random.default_rng(0)
+    up, down = (Mxfp4Weight(*map(jnp.asarray, mxfp4.encode(random.standard_normal((E, out, inner))))) for out, inner in ((2 * F, D), (D, F)))
+    bias_up, bias_down, x = jnp.ones((E, 2 * F), jnp.bfloat16), jnp.ones((E, D), jnp.bfloat16), jnp.zeros((0, D), jnp.bfloat16)
+    chosen, weight = jnp.zeros((0, A), jnp.int32), jnp.zeros((0, A))
+    if layer == "arranged":
+        up, down = pack(up, HopperGateUpWeight), pack(down, HopperWeight)
+    if layer == "dense":
+        up, down = (jnp.ones((E, inner, out), jnp.bfloat16) for out, inner in ((2 * F, D), (D, F)))
+
+    def loss(x, weight, bias_up, bias_down):
+        if layer in ("lean", "adapted"):
+            low_rank = (jnp.ones((E, D, 4)), jnp.ones((E, 4, 2 * F))) if layer == "adapted" else (None, None)
+            return lean_mlp(x, chosen, weight, (up, bias_up, *low_rank), (down, bias_down, None, None), 7.0, 1.7)
+        how = "reference" if layer == "reference" else "auto"
+        return expert_mlp(x, chosen, weight, up, bias_up, down, bias_down, limit=7.0, alpha=1.7, implementation=how)
+
+    out, backward = jax.vjp(loss, x, weight, bias_up, bias_down)
+    assert out.shape == (0, D) and out.dtype == jnp.float32
+    gradients = backward(out)
+    assert [each.shape for each in gradients] == [x.shape, weight.shape, bias_up.shape, bias_down.shape]
+    assert not any(each.any() for each in gradients)
+
+
 @pytest.mark.parametrize("kind", [Mxfp4Weight, HopperWeight, HopperGateUpWeight])
 def test_no_more_than_one_expert_is_ever_dequantised_however_the_weight_lies(kind):
     experts, width, hidden, rows = 64, 256, 512, 4

@@ -124,7 +124,7 @@ def _lean(on_hopper, elsewhere, limit, alpha, device, x_TD, *linears):
     """Return the function that takes these on a device."""
     on_hopper, elsewhere = (functools.partial(function, limit=limit, alpha=alpha) for function in (on_hopper, elsewhere))
     device = device or jax.local_devices()[0]
-    if device.platform != "gpu" or not all(isinstance(weight, Mxfp4Weight) for weight, *_ in linears):
+    if device.platform != "gpu" or not len(x_TD) or not all(isinstance(weight, Mxfp4Weight) for weight, *_ in linears):
         return elsewhere
     requirement = next(filter(None, (hopper_training.unmet(x_TD, *linear) for linear in linears)), None)
     requirement = requirement or hopper.device_unmet("expert_matmul", device, training=True)

@@ -19,7 +19,8 @@ def by_expert(x_TD, expert_TA, weight_TA, experts: int, apply: Callable):
     T, A = expert_TA.shape
     order_M, place_M, group_sizes_E = group(expert_TA.reshape(-1), experts)
     x_MD = jnp.broadcast_to(x_TD, (A, x_TD.shape[1])) if T == 1 else x_TD[order_M // A]
-    return weighted_sum(apply(x_MD, group_sizes_E)[place_M].reshape(T, A, -1), weight_TA)
+    y_MD = apply(x_MD, group_sizes_E)[place_M]
+    return weighted_sum(y_MD.reshape(T, A, y_MD.shape[1]), weight_TA)
 
 
 def weighted_sum(y_TAD, weight_TA):

@@ -80,6 +80,8 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     from gptoss_jax.kernels.expert_matmul import hopper_choosing, hopper_kernel, hopper_one_token, hopper_routing
 
     (T, A), E = expert_TA.shape, gate_up_bias.shape[0]
+    if not T:
+        return jnp.zeros(x_TD.shape, jnp.float32)
     all_experts = router.scores.shape[1] if router else E  # of which a mesh has some here
     routed = router is not None and hopper_routing.takes(*router.scores.shape, A)
     lone = routed and T == 1 and router.real is None and router.scores.shape[1] % 8 == 0

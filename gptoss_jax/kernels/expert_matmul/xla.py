@@ -31,7 +31,7 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E):
         return _put_rows(out, (y + bias_EO[expert].astype(jnp.float32)).astype(x_MI.dtype), start, mine)
 
     out = _bits(jnp.zeros((x_MI.shape[0], bias_EO.shape[1]), x_MI.dtype))
-    return _numbers(jax.lax.fori_loop(0, tiles.count, body, out) if len(out) else out, x_MI.dtype)
+    return _numbers(tiles.loop(body, out), x_MI.dtype)
 
 
 def backward(residuals, g_MO):
@@ -52,7 +52,7 @@ def backward(residuals, g_MO):
 
     dweight = jnp.zeros(() if packed else weight.shape, jnp.float32)
     carry = _bits(jnp.zeros_like(x_MI)), dweight, jnp.zeros(bias_EO.shape, jnp.float32)
-    dx, dweight, dbias = jax.lax.fori_loop(0, tiles.count, body, carry)
+    dx, dweight, dbias = tiles.loop(body, carry)
     dweight = no_gradient(weight) if packed else dweight.astype(weight.dtype)
     return _numbers(dx, x_MI.dtype), dweight, dbias.astype(bias_EO.dtype), no_gradient(group_sizes_E)
 
@@ -67,7 +67,7 @@ def lean_mlp(x_TD, expert_TA, weight_TA, gate_up, down, limit: float, alpha: flo
         h = swiglu(first(x_TD[tile.token]), limit, alpha)
         return routed.add(out_TD, tile, second((h * tile.weight).astype(x_TD.dtype), tile.weight))
 
-    return jax.lax.fori_loop(0, routed.tiles.count, body, jnp.zeros(x_TD.shape, jnp.float32))
+    return routed.tiles.loop(body, jnp.zeros(x_TD.shape, jnp.float32))
 
 
 def lean_backward(residuals, g_TD, limit: float, alpha: float):
@@ -89,7 +89,7 @@ def lean_backward(residuals, g_TD, limit: float, alpha: float):
 
     sums = (_OneExpert.zeros(linear) for linear in linears)
     carry = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(expert_TA.size, jnp.float32), *sums
-    dx_TD, dweight_M, *sums = jax.lax.fori_loop(0, routed.tiles.count, body, carry)
+    dx_TD, dweight_M, *sums = routed.tiles.loop(body, carry)
     dweight_TA = dweight_M[routed.place_M].reshape(weight_TA.shape).astype(weight_TA.dtype)
     return dx_TD.astype(dtype), None, dweight_TA, *map(_OneExpert.gradients, linears, sums)
 
@@ -180,6 +180,10 @@ class _Tiles:
         self._last_tile_E, self._last_row_E = jnp.cumsum(tiles_E), jnp.cumsum(group_sizes_E)
         self._tiles_E, self._sizes_E = tiles_E, group_sizes_E
         self._latest_start, self.count = num_rows - self.rows, self._last_tile_E[-1]
+
+    def loop(self, body, carry):
+        """Return what body(tile, carry) makes of carry, tile by tile; of no rows there is no tile, nor can a loop be made of what would take one."""
+        return carry if self._latest_start < 0 else jax.lax.fori_loop(0, self.count, body, carry)
 
     def locate(self, tile):
         """Return (expert, first row, which of the tile's rows are its own: others' are before it where the array would end, or after it)."""
