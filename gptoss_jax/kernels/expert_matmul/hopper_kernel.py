@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that copies and of one that multiplies: together no more than the block got at launch."""
-        each, copying = 65536 // (128 * (self.warpgroups + 1)) // 8 * 8, 40 if len(self.heights) == 1 else 24  # which may have counters to wait for, too
+        each, copying = 65536 // (128 * (self.warpgroups + 1)) // 8 * 8, 40 if len(self.heights) == 1 else 24  # two heights leave who multiplies the most
         return copying, min(240, (each * (self.warpgroups + 1) - copying) // self.warpgroups // 8 * 8)
 
 
