@@ -375,8 +375,9 @@ def test_decode_products_with_scores(case, late):
 
 @needs_compiler
 @pytest.mark.parametrize("case,late", [((64, 1, 32, 16, True, 37), False), ((64, 1, 32, 16, True, 37), "readers"), ((192, 2, 32, 272, False, 130), True),
-                                       ((64, 2, 32, 16, True, -1), True)],
-                         ids=["a ring gone round, early", "a ring gone round, late readers", "several tiles, late", "nobody's row, late"])
+                                       ((192, 2, 32, 272, False, 130), "writers"), ((64, 2, 32, 16, True, -1), True)],
+                         ids=["a ring gone round, early", "a ring gone round, late readers", "several tiles, late", "several tiles, writers last",
+                              "nobody's row, late"])
 def test_a_lone_rows_attention_and_its_output(case, late):
     """The output's blocks wait for those that attend, before them."""
     D, K, E, S, ring, position = case
@@ -429,7 +430,7 @@ def test_an_output_that_does_not_wait_for_its_row_is_found_out(lacking, monkeypa
 
 
 @needs_compiler
-@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("late", [False, True, "writers"], ids=["early", "late", "writers last"])
 def test_a_single_rows_decode_step(late, monkeypatch):
     """Four kernels a layer, each fed by the one before: what the several ops of another device make of it, but for roundings at other places."""
     from hopper_machine import on_machine
