@@ -181,31 +181,8 @@ def run(x_TD, added_TD, scale_D, weight_OD, bias_O, plan: Plan, *, epsilon: floa
             norm = _norm_lone if lone else functools.partial(_norm, groups=groups)
             norm(of_mine, rows_smem, sum_smem if summing else rows_smem, scale_smem, square_smem.at[me], square_smem, meet, inputs=D, epsilon=epsilon)
 
-        def operand(group):
-            if lone:
-                return _down(plgpu.load(rows_smem.at[group], layout=_IN_ALL.reduce(0), optimized=False), 8)
-            return plgpu.load(rows_smem.at[:, pl.ds(group * GROUP, GROUP)], layout=_IN_ALL)
-
-        def accumulate(acc):
-            def multiply(step, carry):
-                slot = jax.lax.rem(step, stages)
-                plgpu.barrier_wait(full.at[slot])
-                for group in range(groups):
-                    ops.multiply(acc, _repeated(operand(step * groups + group), plan), weight_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
-                    ops.finish(but=1)
-                ops.finish()  # here, as a product in flight reads registers that the next step may write
-
-                @pl.when(step + stages < steps)
-                def _():
-                    plgpu.commit_smem()  # so that all four warps have read it
-                    copy(step + stages)
-
-                return carry
-
-            of_mine(multiply)
-            return acc[...]
-
-        part_smem[me] = _once(ops.accumulator(accumulate, acc_smem, me, N), plan, alone=bool(after))
+        y = _product(rows_smem, weight_smem, acc_smem, full, copy, of_mine, plan, steps=steps, me=me)
+        part_smem[me] = _once(y, plan, alone=bool(after))
         if norming:
             plgpu.commit_smem()  # the rows, which the first warpgroup sends out
         meet()
@@ -277,6 +254,37 @@ def _scratch_types(plan: Plan, chunks: int, summing: bool, norming: bool, expert
         plgpu.Barrier(num_arrivals=_WARPGROUPS),
         *(scoring if experts else ()),
     )
+
+
+def _product(rows_smem, weight_smem, acc_smem, full, copy, of_mine, plan: Plan, *, steps: int, me):
+    """Multiply a warpgroup's share of the inputs, whose weights come by copy(step) as slots are free: float32 [GROUP, N], as `_once` takes it."""
+    groups, stages, ops = plan.groups, plan.stages, Interpreted if plan.interpret else Mosaic
+
+    def operand(group):
+        if plan.rows == 1:
+            return _down(plgpu.load(rows_smem.at[group], layout=_IN_ALL.reduce(0), optimized=False), 8)
+        return plgpu.load(rows_smem.at[:, pl.ds(group * GROUP, GROUP)], layout=_IN_ALL)
+
+    def accumulate(acc):
+        def multiply(step, carry):
+            slot = jax.lax.rem(step, stages)
+            plgpu.barrier_wait(full.at[slot])
+            for group in range(groups):
+                ops.multiply(acc, _repeated(operand(step * groups + group), plan), weight_smem.at[slot, :, pl.ds(group * GROUP, GROUP)])
+                ops.finish(but=1)
+            ops.finish()  # here, as a product in flight reads registers that the next step may write
+
+            @pl.when(step + stages < steps)
+            def _():
+                plgpu.commit_smem()  # so that all four warps have read it
+                copy(step + stages)
+
+            return carry
+
+        of_mine(multiply)
+        return acc[...]
+
+    return ops.accumulator(accumulate, acc_smem, me, plan.outputs)
 
 
 def _score(y, late, router_smem, parts_smem, out_smem, *, outputs, epsilon):

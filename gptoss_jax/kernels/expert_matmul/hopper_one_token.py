@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -92,20 +93,59 @@ def _unit(product: _Product, at, *, chosen, here):
     return place, expert, at % product.columns, part, begin, end - begin
 
 
+class _Shared(NamedTuple):
+    """What a block's warpgroups share: memory, and the barriers between them."""
+
+    x: object
+    h: object
+    words: object  # a ring's slots
+    scales: object
+    unit: object  # of each slot, and the next one that was taken
+    sums: object  # of _BUFFERS units
+    unit_begun: object
+    full: object  # slots
+    empty: object
+    loaded: object  # x
+    rows: object  # of h
+    begun: object  # units, of which each is in a buffer: it has its number,
+    summed: object  # its sums,
+    stored: object  # and room again
+
+
+class _Block(NamedTuple):
+    """A block as each of its warpgroups sees it; counters, h and out are in memory."""
+
+    plan: Plan
+    ops: type
+    first_unit: object
+    first: _Product
+    second: _Product
+    unit: Callable  # (product, number) -> what `_unit` returns
+    counters: object
+    counted: list  # barriers in place of counters, if interpreted
+    h: object
+    out: object
+    shared: _Shared
+
+    def over_units(self, run, state):
+        """Return what run(product, state) makes of state, unit by unit, the next of which comes first in it."""
+        for product in (self.first, self.second):
+            state = jax.lax.while_loop(lambda state: state[0] < product.units, functools.partial(run, product), state)
+        return state
+
+
 @functools.partial(jax.jit, static_argnames=("plan", "limit", "alpha"))  # so that a kernel is made once for all layers
 def mlp(x_1D, expert_A, factor, counters, gate_up, gate_up_bias, down, down_bias, plan: Plan, *, limit: float, alpha: float):
     """Run the kernel: x bfloat16 [1, D]; experts int32 [A], E for one that isn't here; the factor that x lacks, float32 [1]; zeros, int32 [A + 1].
 
     Biases in bfloat16 or float32. Returns down's products and biases in parts to be summed, float32 [splits, A, D], anything of experts E.
     """
-    wgs, groups, stages, splits = plan.warpgroups, plan.groups, plan.stages, plan.splits
+    wgs, groups, splits = plan.warpgroups, plan.groups, plan.splits
     A, (E, outs, ins) = expert_A.shape[0], down.scales.shape[:3]  # of down: D and F in groups of 64
     each = wgs * groups  # groups of inputs in a step
-    ops = Interpreted if plan.interpret else Mosaic
 
     def body(experts, factor, x, *refs):
-        weights, (counters, h, out, x_smem, h_smem, words_smem, scales_smem, unit_smem, sums_smem, begun_smem,
-                  full, empty, loaded, rows, begun, summed, stored, *counted) = refs[:6], refs[6:]
+        weights, (counters, h, out), shared, counted = refs[:6], refs[6:9], _Shared(*refs[9:23]), refs[23:]
         me, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
         chosen, here = [experts[place] for place in range(A)], [jnp.int32(0)]
         for expert in chosen:
@@ -113,142 +153,11 @@ def mlp(x_1D, expert_A, factor, counters, gate_up, gate_up_bias, down, down_bias
         between = here[A] * (2 * ins)
         first = _Product(*weights[:3], 0, between, 2 * ins, outs // each, 1)
         second = _Product(*weights[3:], between, between + here[A] * (outs * splits), outs, ins // each, splits)
-
-        unit = functools.partial(_unit, chosen=chosen, here=here)
-
-        @pl.when(me == wgs)
-        def _copy():
-            plgpu.set_max_registers(_COPYING, action="decrease")
-
-            def copy_row(row, held, barrier):
-                for part in _parts(row.shape[0]):
-                    plgpu.copy_gmem_to_smem(row.at[part], held.at[part], barrier)
-
-            def mark(at, slot):
-                unit_smem[slot] = at
-
-            def copy_unit(product, state):
-                at, done, known = state  # the unit; steps so far; the place whose row is asked for
-                place, expert, column, _, begin, length = unit(product, at)
-
-                def copy_weights(step, _):
-                    slot = hopper_kernel.free_slot(done + step, empty, stages)
-                    mark(at, slot)
-                    outputs, inputs = expert * product.columns + column, pl.ds((begin + step) * wgs, wgs)
-                    plgpu.copy_gmem_to_smem(product.words.at[outputs, inputs], words_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(product.scales.at[outputs, inputs], scales_smem.at[slot], full.at[slot])
-                    return _
-
-                # As many weights as there is room for come before it is waited for a row.
-                ahead = jnp.minimum(length, stages - 1) if product is second else length
-                jax.lax.fori_loop(0, ahead, copy_weights, None)
-                if product is second:
-                    @pl.when(place != known)
-                    def _():
-                        ops.await_count(counters.at[place], first.columns, counted, place)
-                        copy_row(h.at[place], h_smem.at[place], rows.at[place])
-
-                    jax.lax.fori_loop(ahead, length, copy_weights, None)
-                ops.take(counters.at[A], unit_smem.at[pl.ds(stages, 1)])
-                return unit_smem[stages] + plan.blocks, done + length, place if product is second else known
-
-            copy_row(x, x_smem, loaded)
-            state = block, jnp.int32(0), jnp.int32(-1)
-            for product in (first, second):
-                state = jax.lax.while_loop(lambda state: state[0] < product.units, functools.partial(copy_unit, product), state)
-            at, done, _ = state
-            hopper_kernel.end_copies(done, full, empty, stages, copies=2, mark=functools.partial(mark, at))
-
-        @pl.when(me < wgs)
-        def _multiply():
-            plgpu.set_max_registers(plan.registers, action="increase")
-
-            def load(slot):
-                plgpu.barrier_wait(full.at[slot])
-                return [(words_smem[slot, me, group], scales_smem[slot, me, group]) for group in range(groups)]
-
-            def await_room(turn):
-                """Return the buffer of a unit's sums, once there is room."""
-                buffer = jax.lax.rem(turn, _BUFFERS)
-                pl.when(turn >= _BUFFERS)(lambda: plgpu.barrier_wait(stored.at[buffer]))
-                return buffer
-
-            def begin(at, turn):
-                """Say which unit comes next, once there is room for its sums."""
-                buffer = await_room(turn)
-
-                @pl.when(me == 0)
-                def _():
-                    begun_smem[buffer] = at
-                    plgpu.barrier_arrive(begun.at[buffer])
-
-                return buffer
-
-            def compute_unit(product, state):
-                at, turn, known, ring = state
-                place, _, _, _, first_step, length = unit(product, at)
-                buffer = begin(at, turn)
-                if product is second:
-                    pl.when(place != known)(lambda: plgpu.barrier_wait(rows.at[place]))
-                row = x_smem if product is first else h_smem.at[place]
-
-                def multiply_step(step, state):
-                    before, slot, loaded, sums = state
-                    plgpu.barrier_arrive(empty.at[before])
-                    following, index = jnp.where(slot + 1 == stages, 0, slot + 1), ((first_step + step) * wgs + me) * groups
-                    inputs = [ops.load_inputs(row.at[index + group]) for group in range(groups)]
-                    for group, weights in enumerate(loaded):
-                        if group + 1 == groups:
-                            loaded = load(following)
-                        sums = ops.multiply_inputs(sums, decode(*weights, ops), inputs[group])
-                    return slot, following, loaded, sums
-
-                zeros = plgpu.layout_cast(jnp.zeros((GROUP, 8), jnp.float32), plgpu.Layout.WGMMA)
-                *ring, sums = jax.lax.fori_loop(0, length, multiply_step, (*ring, zeros))
-                sums_smem[buffer, me] = ops.column(sums)
-                plgpu.barrier_arrive(summed.at[buffer])
-                return unit_smem[ring[1]], turn + 1, place if product is second else known, ring
-
-            plgpu.barrier_wait(loaded)
-            state = block, jnp.int32(0), jnp.int32(-1), [jnp.int32(stages - 1), jnp.int32(0), load(0)]
-            for product in (first, second):
-                state = jax.lax.while_loop(lambda state: state[0] < product.units, functools.partial(compute_unit, product), state)
-            at, turn, *_ = state
-            begin(at, turn)
-            for later in range(1, _BUFFERS):  # a barrier isn't left while others arrive
-                await_room(turn + later)
-
-        @pl.when(me == wgs + 1)
-        def _finish():
-            plgpu.set_max_registers(_FINISHING, action="decrease")
-
-            def following(turn):
-                buffer = jax.lax.rem(turn, _BUFFERS)
-                plgpu.barrier_wait(begun.at[buffer])
-                return begun_smem[buffer]
-
-            def finish_unit(product, state):
-                at, turn = state
-                place, expert, column, part, *_ = unit(product, at)
-                bias = ops.load_bias(product.bias.at[expert, pl.ds(column * GROUP, GROUP)], product is first)  # on its way before sums are there
-                buffer = jax.lax.rem(turn, _BUFFERS)
-                plgpu.barrier_wait(summed.at[buffer])
-                sums = sum(plgpu.load(sums_smem.at[buffer, i], layout=ROW, optimized=False) for i in range(wgs))
-                plgpu.barrier_arrive(stored.at[buffer])
-                if product is first:
-                    gate, up, gate_bias, up_bias = ops.halves(sums * loaded_factor, bias.astype(jnp.float32))
-                    y = hopper_kernel.swiglu(gate + gate_bias, up + up_bias, limit, alpha).astype(jnp.bfloat16)
-                    ops.store(h.at[place, column // 2, pl.ds(column % 2 * _HALF, _HALF)], y)
-                    ops.count(counters.at[place], counted, place)
-                else:  # parts of a sum get the bias once
-                    bias = bias.astype(jnp.float32) * jnp.where(part == 0, jnp.float32(1), jnp.float32(0))
-                    out[part, place, pl.ds(column * GROUP, GROUP)] = sums + bias
-                return following(turn + 1), turn + 1
-
-            loaded_factor = factor[0]
-            state = following(0), jnp.int32(0)
-            for product in (first, second):
-                state = jax.lax.while_loop(lambda state: state[0] < product.units, functools.partial(finish_unit, product), state)
+        at = _Block(plan, Interpreted if plan.interpret else Mosaic, block, first, second, functools.partial(_unit, chosen=chosen, here=here),
+                    counters, counted, h, out, shared)
+        pl.when(me == wgs)(lambda: _copy(at, x))
+        pl.when(me < wgs)(lambda: _multiply(at, me))
+        pl.when(me == wgs + 1)(lambda: _finish(at, factor, functools.partial(hopper_kernel.swiglu, limit=limit, alpha=alpha)))
 
     run = plgpu.kernel(
         body, out_type=(jax.ShapeDtypeStruct((A, ins, GROUP), jnp.bfloat16), jax.ShapeDtypeStruct((splits, A, outs * GROUP), jnp.float32)),
@@ -258,6 +167,140 @@ def mlp(x_1D, expert_A, factor, counters, gate_up, gate_up_bias, down, down_bias
         interpret=plan.interpret)
     weights = ((*_as_copied(weight, groups), bias) for weight, bias in ((gate_up, gate_up_bias), (down, down_bias)))
     return run(expert_A, factor, x_1D.reshape(outs, GROUP), *itertools.chain(*weights), jax.new_ref(counters))[1]
+
+
+def _copy(block: _Block, x) -> None:
+    """Copy the row, the weights of each unit that this block takes, and rows h as they are there."""
+    plan, shared, (full, empty) = block.plan, block.shared, (block.shared.full, block.shared.empty)
+    plgpu.set_max_registers(_COPYING, action="decrease")
+
+    def copy_row(row, held, barrier):
+        for part in _parts(row.shape[0]):
+            plgpu.copy_gmem_to_smem(row.at[part], held.at[part], barrier)
+
+    def mark(at, slot):
+        shared.unit[slot] = at
+
+    def copy_unit(product, state):
+        at, done, known = state  # the unit; steps so far; the place whose row is asked for
+        place, expert, column, _, begin, length = block.unit(product, at)
+
+        def copy_weights(step, _):
+            slot = hopper_kernel.free_slot(done + step, empty, plan.stages)
+            mark(at, slot)
+            outputs, inputs = expert * product.columns + column, pl.ds((begin + step) * plan.warpgroups, plan.warpgroups)
+            plgpu.copy_gmem_to_smem(product.words.at[outputs, inputs], shared.words.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(product.scales.at[outputs, inputs], shared.scales.at[slot], full.at[slot])
+            return _
+
+        # As many weights as there is room for come before it is waited for a row.
+        ahead = jnp.minimum(length, plan.stages - 1) if product is block.second else length
+        jax.lax.fori_loop(0, ahead, copy_weights, None)
+        if product is block.second:
+            @pl.when(place != known)
+            def _():
+                block.ops.await_count(block.counters.at[place], block.first.columns, block.counted, place)
+                copy_row(block.h.at[place], shared.h.at[place], shared.rows.at[place])
+
+            jax.lax.fori_loop(ahead, length, copy_weights, None)
+        block.ops.take(block.counters.at[block.counters.shape[0] - 1], shared.unit.at[pl.ds(plan.stages, 1)])
+        return shared.unit[plan.stages] + plan.blocks, done + length, place if product is block.second else known
+
+    copy_row(x, shared.x, shared.loaded)
+    at, done, _ = block.over_units(copy_unit, (block.first_unit, jnp.int32(0), jnp.int32(-1)))
+    hopper_kernel.end_copies(done, full, empty, plan.stages, copies=2, mark=functools.partial(mark, at))
+
+
+def _multiply(block: _Block, me) -> None:
+    """Decode this warpgroup's share of the inputs of each unit, multiply, and leave its sums in the unit's buffer."""
+    plan, ops, shared = block.plan, block.ops, block.shared
+    plgpu.set_max_registers(plan.registers, action="increase")
+
+    def load(slot):
+        plgpu.barrier_wait(shared.full.at[slot])
+        return [(shared.words[slot, me, group], shared.scales[slot, me, group]) for group in range(plan.groups)]
+
+    def await_room(turn):
+        """Return the buffer of a unit's sums, once there is room."""
+        buffer = jax.lax.rem(turn, _BUFFERS)
+        pl.when(turn >= _BUFFERS)(lambda: plgpu.barrier_wait(shared.stored.at[buffer]))
+        return buffer
+
+    def begin(at, turn):
+        """Say which unit comes next, once there is room for its sums."""
+        buffer = await_room(turn)
+
+        @pl.when(me == 0)
+        def _():
+            shared.unit_begun[buffer] = at
+            plgpu.barrier_arrive(shared.begun.at[buffer])
+
+        return buffer
+
+    def compute_unit(product, state):
+        at, turn, known, ring = state
+        place, _, _, _, first_step, length = block.unit(product, at)
+        buffer = begin(at, turn)
+        if product is block.second:
+            pl.when(place != known)(lambda: plgpu.barrier_wait(shared.rows.at[place]))
+        row = shared.x if product is block.first else shared.h.at[place]
+
+        def multiply_step(step, state):
+            before, slot, loaded, sums = state
+            plgpu.barrier_arrive(shared.empty.at[before])
+            following = jnp.where(slot + 1 == plan.stages, 0, slot + 1)
+            index = ((first_step + step) * plan.warpgroups + me) * plan.groups
+            inputs = [ops.load_inputs(row.at[index + group]) for group in range(plan.groups)]
+            for group, weights in enumerate(loaded):
+                if group + 1 == plan.groups:
+                    loaded = load(following)
+                sums = ops.multiply_inputs(sums, decode(*weights, ops), inputs[group])
+            return slot, following, loaded, sums
+
+        zeros = plgpu.layout_cast(jnp.zeros((GROUP, 8), jnp.float32), plgpu.Layout.WGMMA)
+        *ring, sums = jax.lax.fori_loop(0, length, multiply_step, (*ring, zeros))
+        shared.sums[buffer, me] = ops.column(sums)
+        plgpu.barrier_arrive(shared.summed.at[buffer])
+        return shared.unit[ring[1]], turn + 1, place if product is block.second else known, ring
+
+    plgpu.barrier_wait(shared.loaded)
+    state = block.first_unit, jnp.int32(0), jnp.int32(-1), [jnp.int32(plan.stages - 1), jnp.int32(0), load(0)]
+    at, turn, *_ = block.over_units(compute_unit, state)
+    begin(at, turn)
+    for later in range(1, _BUFFERS):  # a barrier isn't left while others arrive
+        await_room(turn + later)
+
+
+def _finish(block: _Block, factor, swiglu: Callable) -> None:
+    """Add up what the warpgroups have of each unit, and store h, of which others are told, or the result."""
+    ops, shared = block.ops, block.shared
+    plgpu.set_max_registers(_FINISHING, action="decrease")
+
+    def following(turn):
+        buffer = jax.lax.rem(turn, _BUFFERS)
+        plgpu.barrier_wait(shared.begun.at[buffer])
+        return shared.unit_begun[buffer]
+
+    def finish_unit(product, state):
+        at, turn = state
+        place, expert, column, part, *_ = block.unit(product, at)
+        bias = ops.load_bias(product.bias.at[expert, pl.ds(column * GROUP, GROUP)], product is block.first)  # on its way before sums are there
+        buffer = jax.lax.rem(turn, _BUFFERS)
+        plgpu.barrier_wait(shared.summed.at[buffer])
+        sums = sum(plgpu.load(shared.sums.at[buffer, i], layout=ROW, optimized=False) for i in range(block.plan.warpgroups))
+        plgpu.barrier_arrive(shared.stored.at[buffer])
+        if product is block.first:
+            gate, up, gate_bias, up_bias = ops.halves(sums * loaded_factor, bias.astype(jnp.float32))
+            y = swiglu(gate + gate_bias, up + up_bias).astype(jnp.bfloat16)
+            ops.store(block.h.at[place, column // 2, pl.ds(column % 2 * _HALF, _HALF)], y)
+            ops.count(block.counters.at[place], block.counted, place)
+        else:  # parts of a sum get the bias once
+            bias = bias.astype(jnp.float32) * jnp.where(part == 0, jnp.float32(1), jnp.float32(0))
+            block.out[part, place, pl.ds(column * GROUP, GROUP)] = sums + bias
+        return following(turn + 1), turn + 1
+
+    loaded_factor = factor[0]
+    block.over_units(finish_unit, (following(0), jnp.int32(0)))
 
 
 def _scratch_types(plan: Plan, A: int, outs: int, ins: int):
