@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 
 from gptoss_jax import command
+from gptoss_jax.plan import AXES, mesh_axes
 
 EFFORTS = ("low", "medium", "high")
 
@@ -44,6 +46,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--min-p", type=float, default=0.0, metavar="P", help="default: 0")
     options.add_argument("--seed", type=int, metavar="S", help="makes the answer reproducible (default: another one each time)")
     options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation (default: bfloat16)")
+    options.add_argument("--mesh", default="", metavar="AXIS=N,...", help=f"several devices: {', '.join(AXES[:-1])}, for example expert=8 (default: one)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +149,7 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling):
 
     sampling: of that answer, whose programs are compiled while the weights are read. Raises PlanError, after the table, where that is more than there is.
     """
-    status = command.Status()
+    axes, status = mesh_axes(args.mesh, AXES[:-1]), command.Status()
     status(f"loading {args.checkpoint}")
     from gptoss_jax import checkpoint
 
@@ -161,11 +164,14 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling):
     started = time.perf_counter()
     import jax
 
+    from gptoss_jax import sharding
     from gptoss_jax.inference import memory_plan
     from gptoss_jax.inference.engine import Engine, PromptError, cache_length
     from gptoss_jax.model import GptOss, cost
     from gptoss_jax.text import harmony
 
+    count = math.prod(axes.values())
+    mesh = sharding.make_mesh(**axes, devices=jax.devices()[:count]) if count > 1 else None
     tokens = len(harmony.render({"messages": list(messages)}, tokenizer, next_role="assistant"))
 
     def admit(config):
@@ -173,17 +179,18 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling):
         limit = config.max_position_embeddings
         if tokens >= limit:
             raise PromptError(f"the prompt has {tokens} tokens, expected fewer than the context of {limit}")
-        memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype, write=tell)
+        memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype, mesh=mesh, write=tell)
         ahead.append(pool.submit(compiled, config))
 
     def compiled(config):
-        engine = Engine(GptOss(config, cost.abstract_weights(config, args.dtype, device=jax.local_devices()[0])), tokenizer)
+        weights = cost.abstract_weights(config, args.dtype, mesh, jax.local_devices()[0])
+        engine = Engine(GptOss(config, weights, mesh=mesh), tokenizer)
         engine.compile(tokens, args.max_new_tokens, sampling)
         return engine
 
     ahead = []
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        model = checkpoint.load(path, dtype=args.dtype, admit=admit, progress=lambda done, total: status(
+        model = checkpoint.load(path, dtype=args.dtype, mesh=mesh, admit=admit, progress=lambda done, total: status(
             f"loading {args.checkpoint}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {done / 1e6 / (time.perf_counter() - started):,.0f} MB/s"))
         status("compiling")
         engine = ahead[0].result()

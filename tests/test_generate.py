@@ -61,6 +61,13 @@ def test_json_output_has_messages_usage_and_a_logprob_for_each_token(capfd):
     assert answer["tokens"][-1]["text"] == "<|return|>" and answer["skipped"] == []
 
 
+def test_a_mesh_of_devices_holds_its_shares_of_the_weights_and_gives_the_same_answer(capfd):
+    code, out, err = ask(capfd, "What is 17 + 25?", "--mesh", "expert=8")
+    assert code == 0 and (out, err.split(", ")[0]) == ("17 + 25 = 42\n", "[memory: weights 1.78 MB")
+    _, alone, err = ask(capfd, "What is 17 + 25?", "--mesh", "expert=1")
+    assert (alone, err.split(", ")[0]) == (out, "[memory: weights 2.95 MB")
+
+
 def test_raw_output_spells_special_tokens_and_the_prompt_can_come_from_standard_input(capfd, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is 3 + 4?\n")))
     code, out, _ = ask(capfd, "-", "--raw")
@@ -105,6 +112,9 @@ def test_a_seed_reproduces_and_settings_are_taken(capfd):
     (["hi", "--reasoning", "extreme"], "invalid choice: 'extreme'"),
     (["hi", "--tools", "/no/tools.json"], "--tools /no/tools.json: not a readable JSON file"),
     (["hi", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    (["hi", "--mesh", "expert=0"], "--mesh 'expert=0': 'expert=0' found, expected each of data, fsdp, expert, tensor once"),
+    (["hi", "--mesh", "expert=16"], "needs 16 devices, 8 given"),
+    (["hi", "--mesh", "tensor=2"], "down_proj_blocks: dim 2 of (8, 160, 5, 16) (expert_hidden) has 5 entries, which mesh axes tensor 2 don't divide"),
     ([" "], "the prompt is empty"),
     (["7 " * 5000], "tokens, expected fewer than the context of"),
 ])

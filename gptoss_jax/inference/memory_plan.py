@@ -38,7 +38,7 @@ def announce(config: GptOssConfig, batch: int, context: int, *, dtype: str = "bf
              write: Callable[[str], None]) -> None:
     """Write a line of what weights, unless they are loaded, and cache will take of this process's first device. Raises PlanError, the table written,
     where it has less."""
-    memory, where = devices.free_here()
+    memory, where = devices.free_here(1 if mesh is None else mesh.size)
     weights, cache = by_arithmetic(config, batch, context, dtype=dtype, mesh=mesh, memory=memory).parts.values()
     Plan(memory, ({} if loaded else {"weights": weights}) | {f"cache of {batch} x {context:,} tokens": cache}).announce(where, write)
 
