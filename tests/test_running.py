@@ -247,8 +247,6 @@ def test_a_terminal_sees_a_bar_and_a_log_plain_lines(tmp_path, capsys, monkeypat
 
 
 def test_reports_go_to_tensorboard_and_to_a_picture(tmp_path):
-    pytest.importorskip("tensorboardX")
-    pytest.importorskip("matplotlib")
     reported(small_config(tmp_path, "--output.tensorboard=true"))
     from tensorboardX.proto.event_pb2 import Event
 

@@ -6,6 +6,8 @@ import pathlib
 
 import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,9 +108,6 @@ def test_array_record_and_parquet_give_what_jsonl_gives(tmp_path):
     assert [records[number] for number in range(len(records))] == rows
     assert records.place(3).endswith("a.array_record-00000-of-00001, row 3")
     assert pickle.loads(pickle.dumps(records))[20] == rows[20]
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=6)
     records = Records(str(tmp_path / "a.parquet"))
     assert [records[number] for number in range(len(records))] == rows
@@ -116,9 +115,6 @@ def test_array_record_and_parquet_give_what_jsonl_gives(tmp_path):
 
 
 def test_row_groups_are_dropped_when_they_take_too_much_memory(tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     monkeypatch.setattr("gptoss_jax.training.records._ROW_GROUPS_BYTES", 3000)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": str(n) * 100} for n in range(100)]), tmp_path / "a.parquet",
                                 row_group_size=10)
@@ -149,7 +145,6 @@ def test_files_that_hold_no_records_are_named(tmp_path, name, content, message):
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):
-    pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"not one")
     with pytest.raises(DataError, match="a.parquet: not a readable Parquet file"):
         Records(str(tmp_path / "a.parquet"))
