@@ -183,7 +183,7 @@ class GptOssConfig:
         try:
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{os.fspath(path)}: not a readable JSON file ({error})") from error
         original = isinstance(config, dict) and "model_type" not in config and "num_experts" in config
         try:

@@ -87,6 +87,20 @@ def test_blockwise_gradients_of_packed_rows_equal_those_of_the_reference(small_b
         np.testing.assert_allclose(a, b, atol=3e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_sink_of_minus_infinity_is_none_and_a_query_that_sees_nothing_is_zero(small_blocks, implementation):
+    q, k, v, sinks = inputs(6, 2, 19, 19)
+    real = positions(2, 19) < jnp.array([[19], [13]])
+    tags = jnp.where(real, positions(2, 19), -1)
+    attend = jax.jit(functools.partial(attention, q_positions=tags, k_positions=tags, window=5, implementation=implementation))
+    out, gradients = jax.vjp(attend, q, k, v, jnp.full_like(sinks, -jnp.inf))
+    expected = np.where(real[..., None, None], formula(q, k, v, np.full(N, -np.inf), 5), 0)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    for gradient in gradients(jnp.ones_like(out)):
+        assert np.isfinite(gradient).all()
+    assert not attend(q, k[:, :0], v[:, :0], sinks, k_positions=tags[:, :0]).any()
+
+
 def test_a_long_prompt_never_holds_all_scores_at_once():
     T = 32_768
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -146,6 +160,8 @@ def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
         attention(q[:, :1], k, v, sinks, q_positions=positions(1, 1), k_positions=positions(1, 1), implementation="cpu")
     with pytest.raises(ValueError, match="3 query heads and 2 key-value heads found"):
         attention(jnp.zeros((1, 2, 3, 8)), k, v, jnp.zeros(3), **tags)
+    with pytest.raises(ValueError, match="window 0, expected None or at least 1"):
+        attention(q, k, v, sinks, **tags, window=0)
     with pytest.raises(ValueError, match="'flash', expected 'auto' or one of reference, xla, cpu, cudnn"):
         attention(q, k, v, sinks, **tags, implementation="flash")
     with pytest.raises(ValueError, match="order 'slot', expected None or one of aligned, slots, ring"):

@@ -1,6 +1,7 @@
 """The contract of the expert matmul: every implementation that runs here, on every kind of routing."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,14 @@ def test_every_code_at_every_scale_byte_is_decoded_as_defined(dtype):
             np.testing.assert_allclose(out[:, scale], expected[:, scale], rtol=0, atol=2.0**-126 if scale < 3 else 0, err_msg=str(scale))
 
 
+def test_arrays_of_numpy_are_taken_as_those_of_jax():
+    packed, _, bias = weights()
+    x, sizes = np.ones((5, IN), np.float32), np.ones(E, np.int32)
+    expected = expert_matmul(jnp.asarray(x), packed, bias, jnp.asarray(sizes), implementation="xla")
+    found = expert_matmul(x, jax.tree.map(np.asarray, packed), np.asarray(bias), sizes, implementation="xla")
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
     packed, dense, bias = weights()
     x, sizes = jnp.ones((5, IN)), jnp.ones(E, jnp.int32)
@@ -182,8 +191,13 @@ def test_an_implementation_that_cannot_run_or_does_not_exist_is_refused():
         expert_matmul(x, dense, bias, sizes, implementation="cpu")
     with pytest.raises(ValueError, match=r"'cpu' needs rows in float32 or bfloat16 \(found float16\)"):
         expert_matmul(x.astype(jnp.float16), packed, bias, sizes, implementation="cpu")
-    with pytest.raises(ValueError, match=r"x \(5, 32\), weight \(5, 48, 2, 16\).* don't fit together"):
+    with pytest.raises(ValueError, match=r"rows \(5, 32\), weight \(5, 48, 64\).* don't fit together"):
         expert_matmul(x[:, :32], packed, bias, sizes, implementation="cpu")
+    for implementation, weight in itertools.product((*IMPLEMENTATIONS, "auto"), (packed, dense)):
+        with pytest.raises(ValueError, match=r"expert_matmul: rows \(5, 64\), weight \(5, 48, 64\) \(experts, out, in\), bias \(5, 48\) and group sizes \(4,\) don't"):
+            expert_matmul(x, weight, bias, sizes[1:], implementation=implementation)
+        with pytest.raises(ValueError, match=r"expert_mlp: rows \(5, 24\), weight \(5, 48, 64\) .* don't fit together"):
+            expert_mlp(x, sizes[:, None], sizes[:, None], weight, bias, weight, bias, limit=7, alpha=1.7, implementation=implementation)
     with pytest.raises(ValueError, match="'mosaic', expected 'auto' or one of reference, xla, cpu"):
         expert_matmul(x, packed, bias, sizes, implementation="mosaic")
     with pytest.raises(ValueError, match="expert_mlp implementation 'mosaic', expected 'auto' or one of"):

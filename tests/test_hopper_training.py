@@ -143,7 +143,7 @@ def test_it_is_taken_where_the_program_is_for_a_hopper_gpu_and_nothing_else_is_a
 
     h100, a100 = (types.SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=kind)
                   for capability, kind in (("9.0", "NVIDIA H100 80GB HBM3"), ("8.0", "NVIDIA A100-SXM4-80GB")))
-    assert program(h100) == (True, ["expert_matmul: mosaic_gpu on the GPU"])
+    assert program(h100) == (True, ["expert_matmul: mosaic_gpu where the program runs on a GPU"])
     slowly = "expert_matmul: XLA, slowly, as mosaic_gpu needs "
     assert program(a100) == (False, [f"{slowly}a Hopper GPU (found NVIDIA A100-SXM4-80GB)"])
     assert program(h100, x.astype(jnp.float32)) == (False, [f"{slowly}rows in bfloat16 (found float32)"])

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels.attention import xla
+from gptoss_jax.kernels.attention import reference, xla
 
 
 def attention(q_BTNH, k_BTKH, v_BTKH, sinks_N, *, positions, segments, window: int | None, axis: str):
@@ -23,7 +23,7 @@ def attention(q_BTNH, k_BTKH, v_BTKH, sinks_N, *, positions, segments, window: i
     T, shards = q_BTNH.shape[1], jax.lax.axis_size(axis)
     hops = shards - 1 if window is None else min(shards - 1, -(-(window - 1) // T))  # no key further back than window - 1 rows is seen
     arrays, tags = xla.whole_blocks((q_BTNH, k_BTKH, v_BTKH), positions, segments)
-    return _attention(*arrays, sinks_N.astype(jnp.float32), tags, window, axis, hops)[:, :T]
+    return _attention(*arrays, reference.finite(sinks_N), tags, window, axis, hops)[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

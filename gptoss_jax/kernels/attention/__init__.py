@@ -38,6 +38,8 @@ def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_se
         raise ValueError(f"attention: order {order!r}, expected None or one of {', '.join(typing.get_args(Order))}")
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
         raise ValueError(f"attention: {q_BTNH.shape[2]} query heads and {k_BSKH.shape[2]} key-value heads found, expected the first to be a multiple")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window {window}, expected None or at least 1")
     tags = dict(q_positions=q_positions, k_positions=k_positions, q_segments=q_segments, k_segments=k_segments)
     arrays = q_BTNH, k_BSKH, v_BSKH, sinks_N
     if implementation in ("auto", "cudnn"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+LOWEST_SINK = -1e29  # instead of -inf, so that a query that sees nothing is zero, not NaN; above what stands for scores that aren't seen
+
 
 def visible(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window: int | None):
     """Return which keys a query sees, bool [B, T, S]: not later than itself, within the last `window` positions (its own included),
@@ -22,7 +24,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_se
     """Attend with a learned sink per query head: one more logit in the softmax, with no value.
 
     q: [B, T, N, H]; k, v: [B, S, K, H] with N a multiple of K; sinks: [N]; positions and segments: int32 [B, T] and [B, S];
-    window: keys a query sees, None for all. Scores are scaled by H^-0.5; softmax in float32. Returns [B, T, N, H] in q's dtype.
+    window: keys a query sees, None for all. A sink of -inf is none. Scores are scaled by H^-0.5; softmax in float32. Returns [B, T, N, H] in q's dtype.
     Source: openai/gpt-oss `gpt_oss/torch/model.py: sdpa`.
     """
     B, T, N, H = q_BTNH.shape
@@ -32,9 +34,14 @@ def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_se
     scores = jnp.einsum("bkgth,bskh->bkgts", q_BKGTH, k_BSKH, preferred_element_type=jnp.float32, precision=precision) * H**-0.5
     seen = visible(q_positions, k_positions, q_segments, k_segments, window)[:, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
-    sinks = sinks_N.astype(jnp.float32).reshape(K, N // K)[None, :, :, None, None]
-    top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
+    sinks = finite(sinks_N).reshape(K, N // K)[None, :, :, None, None]
+    top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True, initial=-jnp.inf), sinks))
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - top)
     out = jnp.einsum("bkgts,bskh->bkgth", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32, precision=precision)
     return jnp.moveaxis(out / total, 3, 1).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def finite(sinks_N):
+    """Return sinks in float32, LOWEST_SINK for lower ones."""
+    return jnp.maximum(sinks_N.astype(jnp.float32), LOWEST_SINK)

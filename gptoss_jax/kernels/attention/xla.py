@@ -28,7 +28,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, sinks_N, *, q_positions, k_positions, q_se
                                    q_segments=q_segments, k_segments=k_segments, window=window)
     q, q_tags = whole_blocks((q_BTNH,), q_positions, q_segments)
     keys, k_tags = whole_blocks((k_BSKH, v_BSKH), k_positions, k_segments)
-    return _blockwise(*q, *keys, sinks_N.astype(jnp.float32), q_tags, k_tags, window)[:, :T]
+    return _blockwise(*q, *keys, reference.finite(sinks_N), q_tags, k_tags, window)[:, :T]
 
 
 def whole_blocks(arrays, positions_BT, segments_BT):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gptoss_jax.kernels import cpu_library, hopper
 from gptoss_jax.kernels.expert_matmul import cpu, grouping, hopper_training, mosaic_gpu, reference, xla
-from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight, pack, unpack
+from gptoss_jax.kernels.expert_matmul.hopper_layout import HopperGateUpWeight, HopperWeight, dims, pack, unpack
 from gptoss_jax.kernels.expert_matmul.reference import EarlyScores, Mxfp4Weight, swiglu
 
 IMPLEMENTATIONS = {"reference": reference.expert_matmul, "xla": xla.expert_matmul, "cpu": cpu.expert_matmul,
@@ -46,6 +46,8 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, implementation: str =
     implementation: one of IMPLEMENTATIONS, which raises where it can't run, or "auto": the fastest that can.
     """
     _check("expert_matmul", implementation)
+    x_MI, weight, bias_EO, group_sizes_E = jax.tree.map(jnp.asarray, (x_MI, weight, bias_EO, group_sizes_E))
+    _check_shapes("expert_matmul", x_MI.shape, weight, bias_EO, group_sizes_E.shape)
     return _matmul(x_MI, weight, bias_EO, group_sizes_E, implementation)
 
 
@@ -59,7 +61,11 @@ def expert_mlp(x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bia
     implementation: as of `expert_matmul`.
     """
     _check("expert_mlp", implementation)
-    arguments = x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias
+    arguments = jax.tree.map(jnp.asarray, (x_TD, expert_TA, weight_TA, gate_up, gate_up_bias, down, down_bias))
+    x_TD, _, _, gate_up, gate_up_bias, down, down_bias = arguments
+    experts, outputs, _ = dims(gate_up)
+    _check_shapes("expert_mlp", x_TD.shape, gate_up, gate_up_bias, (experts,))
+    _check_shapes("expert_mlp", (len(x_TD), outputs // 2), down, down_bias, (experts,))
     arranged = isinstance(gate_up, HopperGateUpWeight) and isinstance(down, HopperWeight)
     if implementation == "mosaic_gpu":
         mosaic_gpu.require("expert_mlp", x_TD, gate_up, gate_up_bias)
@@ -138,6 +144,13 @@ def _check(op, implementation):
         raise ValueError(f"{op} implementation {implementation!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
 
 
+def _check_shapes(op, rows, weight, bias_EO, sizes):
+    experts, outputs, inputs = dims(weight)
+    if rows[1:] != (inputs,) or bias_EO.shape != (experts, outputs) or sizes != (experts,):
+        shapes = f"rows {rows}, weight {(experts, outputs, inputs)} (experts, out, in), bias {bias_EO.shape} and group sizes {sizes}"
+        raise ValueError(f"{op}: {shapes} don't fit together")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _matmul(x_MI, weight, bias_EO, group_sizes_E, implementation):
     arguments = (x_MI, weight, bias_EO, group_sizes_E)
@@ -171,4 +184,4 @@ def say(requirement: str | None) -> None:
     if requirement:
         log.warning("expert_matmul: XLA, slowly, as mosaic_gpu needs %s", requirement)
     else:
-        log.info("expert_matmul: mosaic_gpu on the GPU")
+        log.info("expert_matmul: mosaic_gpu where the program runs on a GPU")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
-from gptoss_jax.mxfp4 import Mxfp4Error
+from gptoss_jax.mxfp4 import BLOCK, Mxfp4Error
 
 GROUP = 64
 ALIGNMENT = 8  # of a group's first row: TMA copies tiles of 8 rows by 64 inputs whole, and wgmma's N is a multiple of 8
@@ -53,6 +53,14 @@ class HopperGateUpWeight(NamedTuple):
 
 
 PACKED = (Mxfp4Weight, HopperWeight, HopperGateUpWeight)
+
+
+def dims(weight) -> tuple[int, int, int]:
+    """Return (experts, outputs, inputs) of a weight in any layout, or dense [E, in, out]."""
+    if not isinstance(weight, PACKED):
+        return weight.shape[0], weight.shape[2], weight.shape[1]
+    experts, outputs, inputs = weight.scales.shape[:3]
+    return (experts, outputs, inputs * BLOCK) if isinstance(weight, Mxfp4Weight) else (experts, outputs * GROUP, inputs * GROUP)
 
 
 def unmet(weight: Mxfp4Weight) -> str | None:

@@ -6,10 +6,9 @@ import functools
 
 import jax.numpy as jnp
 
-from gptoss_jax import mxfp4
 from gptoss_jax.kernels import hopper
 from gptoss_jax.kernels.expert_matmul import grouping, hopper_layout
-from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight
+from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, HopperGateUpWeight
 from gptoss_jax.kernels.expert_matmul.reference import Mxfp4Weight
 
 _COUNTED = 256  # choices of a block
@@ -41,14 +40,7 @@ def expert_matmul(x_MI, weight, bias_EO, group_sizes_E, *, interpret=None):
 
 def require(name, x, weight, bias_EO, interpret=None) -> None:
     """Raise ValueError naming what isn't met."""
-    requirement = unmet(x, weight, bias_EO)
-    if requirement is None:
-        E, outputs, inputs = weight.scales.shape[:3]
-        packed = isinstance(weight, Mxfp4Weight)
-        outputs, inputs = (outputs, inputs * mxfp4.BLOCK) if packed else (outputs * GROUP, inputs * GROUP)
-        if x.shape[1] != inputs or bias_EO.shape != (E, outputs):
-            requirement = f"rows, a weight and a bias that fit together (found {x.shape}, {(E, outputs, inputs)}, {bias_EO.shape})"
-    if requirement := requirement or (None if interpret else hopper.device_unmet("expert_matmul")):
+    if requirement := unmet(x, weight, bias_EO) or (None if interpret else hopper.device_unmet("expert_matmul")):
         raise ValueError(f"{name} implementation 'mosaic_gpu' needs {requirement}")
 
 
