@@ -351,11 +351,11 @@ def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_nothing_else
     assert exported(tmp_path) == exported(whole)
 
 
-def chats(tmp_path):
+def chats(tmp_path, repeated=1, ending=""):
     file = tmp_path / "chats.jsonl"
     texts = [f"What is {a} + {b}?" for a in range(10) for b in range(10)]
     records = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "It is so."}]} for text in texts]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    file.write_text("".join(json.dumps(record) + "\n" for record in records) * repeated + ending)
     return [f"--data.sources=[{{path: {file}}}]"]
 
 
@@ -372,6 +372,17 @@ def test_a_run_trains_on_files_says_when_they_end_and_goes_on(tmp_path, capsys):
     assert finetune.main([*command, f"--run.steps={batches}", "--data.workers=1"]) == 0
     assert "resumed from step" in capsys.readouterr().err
     assert (tmp_path / "run" / "export" / "config.json").exists()
+
+
+def test_a_run_that_a_bad_record_stopped_goes_on_without_it_as_if_it_had_always_been_left_out(tmp_path, capsys):
+    more = [*chats(tmp_path, 3, "{\n"), "--data.shuffle=false", "--run.steps=9", "--run.save_every_steps=1"]
+    command = words(tmp_path / "stopped", *more)
+    assert finetune.main(command) == 2
+    assert "chats.jsonl:301: not readable JSON" in capsys.readouterr().err
+    assert finetune.main([*command, "--data.on_bad_record=skip"]) == 0
+    assert "resumed from step" in capsys.readouterr().err
+    assert finetune.main(words(tmp_path / "skipped", *more, "--data.on_bad_record=skip")) == 0
+    assert exported(tmp_path / "stopped") == exported(tmp_path / "skipped")
 
 
 def poisoned(monkeypatch, number):

@@ -26,7 +26,7 @@ from gptoss_jax.training.state import TrainState, abstract_state, data_part, ini
 from gptoss_jax.training.step import make_eval_step, make_train_step, model_weights
 
 _SAME_SECTIONS = ("model", "init", "train", "data", "optimizer")  # a resumed run has them in common with its checkpoint, but for
-_MAY_CHANGE = ("workers", "remat", "loss_chunk_tokens", "expert_transport", "microbatches")
+_MAY_CHANGE = ("workers", "on_bad_record", "remat", "loss_chunk_tokens", "expert_transport", "microbatches")
 _ANSWERS_SHOWN = 3
 Answer = Callable[[GptOss, Sequence[Question]], list[tuple[str, bool]]]  # -> what was asked and said, and whether that is right
 
