@@ -54,6 +54,9 @@ def test_the_configuration_of_the_embedded_checkpoint_is_its_own():
     ("--data.row_tokens true", "data.row_tokens: True found, expected an integer"),
     ("--data.shuffle 1", "data.shuffle: 1 found, expected true or false"),
     ("--optimizer.decay_fraction 1.5", "optimizer.decay_fraction: 1.5 found, expected 0 to 1"),
+    ("--optimizer.epsilon 0", "optimizer.epsilon: 0.0 found, expected at least 1e-20"),
+    ("--optimizer.beta1 1", "optimizer.beta1: 1.0 found, expected 0 to 0.999999"),
+    ("--optimizer.beta2 0.99999999", "optimizer.beta2: 0.99999999 found, expected 0 to 0.999999"),  # 1 in float32
     ("--train.compute_dtype bfloat", "train.compute_dtype: 'bfloat' found, expected one of float32, bfloat16; did you mean bfloat16?"),
     ("--model.hidden_size 33", "model: config: hidden_size is 33, expected a multiple of 32"),
     ("--run.steps", "--run.steps without a value"),

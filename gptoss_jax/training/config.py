@@ -138,9 +138,9 @@ class OptimizerConfig:
     decay_fraction: float = _field(0.2, low=0, high=1)
     decay_shape: str = _field("linear", choices=("linear", "cosine"))
     final_fraction: float = _field(0.0, low=0, high=1)
-    beta1: float = _field(0.9, low=0, high=1)
-    beta2: float = _field(0.95, low=0, high=1)
-    epsilon: float = _field(1e-8, low=0)
+    beta1: float = _field(0.9, low=0, high=0.999999)  # 1, or what float32 rounds to 1, would divide by 1 - beta = 0
+    beta2: float = _field(0.95, low=0, high=0.999999)
+    epsilon: float = _field(1e-8, low=1e-20)  # 0 would divide by the root of a square that float32 rounds to 0
     weight_decay: float = _field(0.1, low=0)
     no_decay: tuple[str, ...] = ("*norm.weight", "*bias", "*sinks")
     clip_norm: float | None = _field(1.0, low=1e-9)  # null: no clipping
