@@ -117,12 +117,7 @@ class _Run:
                 while self.step < self.config.run.steps:
                     self._one_step()
                     if asked_to_stop(self.step):
-                        self._save()
-                        self.store.close()
-                        if jax.process_count() > 1:
-                            multihost_utils.sync_global_devices("saved")  # a launcher may end all when the first has ended
-                        raise Terminated(f"SIGTERM: step {self.step} of {self.config.run.steps} is saved; the same command goes on "
-                                         "from there")
+                        raise Terminated(f"SIGTERM: {self._save_and_end()}; the same command goes on from there")
             finished = True
         finally:
             self.reporter.close(finished=finished)
@@ -131,10 +126,13 @@ class _Run:
 
     def _one_step(self) -> None:
         run = self.config.run
-        rows = next(self.batches, None)
+        try:
+            rows = next(self.batches, None)
+        except data.DataError as error:
+            raise data.DataError(f"{error}; {self._save_and_end()}") from None
         if rows is None:
             raise TrainingError(f"data.epochs: {self.config.data.epochs} found, and the data ends after {self.step} batches; expected "
-                                f"enough for run.steps, {run.steps}")
+                                f"enough for run.steps, {run.steps}; {self._save_and_end()}: with --run.steps {self.step} it is exported")
         self.state, metrics = self.train_step(self.state, self.frozen, place_batch(data.to_batch(rows), self.mesh))
         self.step += 1
         self.store.check()
@@ -206,6 +204,16 @@ class _Run:
     def _save(self, measured: dict[str, float] | None = None) -> None:
         self._look_back()  # nothing is saved after a step that stops the run
         self.store.save(self.step, self.state, {"config": self.config.to_dict(), "data": self.batches.get_state()}, measured)
+
+    def _save_and_end(self) -> str:
+        """Save what the run has come to, if it has begun, and wait until it is on disk. All processes do so at the same step."""
+        if self.step == 0:
+            return "no step was done"
+        self._save()
+        self.store.close()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("saved")  # a launcher may end all when the first has ended
+        return f"step {self.step} of {self.config.run.steps} is saved"
 
     def _export(self) -> Path:
         """Write the Hugging Face or adapter directory, and beside weights that started at random what their checkpoint would have had."""
