@@ -112,7 +112,7 @@ def _dry_run(config) -> None:
         tokenizer = load_vocabulary(config, Path(scratch))
     source = data.open_data(dataclasses.replace(config.data, on_bad_record="skip"), tokenizer)  # to see all that is wrong at once
     if isinstance(source, data.Files):
-        for line in dry_run.report(source, config.data, tokenizer, colour=sys.stdout.isatty()):
+        for line in dry_run.report(source, config.data, tokenizer, steps=config.run.steps, colour=sys.stdout.isatty()):
             print(line)
     else:
         print("data        synthetic conversations without end")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -548,6 +549,11 @@ def test_a_dry_run_shows_what_would_be_trained_on(tmp_path, tokenizer, capsys):
     assert f"tokens      {tokens:,}; {learnt:,} learnt, {learnt / tokens:.1%}" in out
     assert f"longest {max(map(len, lengths))}" in out and "⟦<|channel|>final<|message|>" in out and "<|return|>⟧" in out
     assert "memory      on one device: trained weights 13.12 MB, optimizer state 15.18 MB, batch 0.04 MB; 28.34 MB in all" in out
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and "before run.steps" not in out
+    rows = int(re.search(r"(\d+) rows of 256", out)[1])
+    for steps, said in ((2 * rows, False), (2 * rows + 1, True)):
+        assert finetune.main([*words, "--data.epochs=2", "--data.batch_size=1", f"--run.steps={steps}"]) == 0
+        line = f"data.epochs is 2: the run would stop after some {2 * rows} batches, before run.steps, {steps}\n"
+        assert (line in capsys.readouterr().out) == said
     assert finetune.main([str(PRETRAIN_TINY), f"--data.tokenizer={TINY / 'tokenizer.model'}", "--dry-run"]) == 0
     assert "synthetic conversations without end" in capsys.readouterr().out

@@ -51,8 +51,8 @@ def survey(data: Files, limit: int = _SURVEYED) -> Survey:
     return Survey(records, rows, np.concatenate(lengths), np.concatenate(learnt), counts["bad"], counts["too_long"], problems, example)
 
 
-def report(data: Files, config: DataConfig, tokenizer: Tokenizer, *, colour: bool) -> Iterator[str]:
-    """Yield the lines of the report on data that was opened with `on_bad_record` skip, whatever `config` says."""
+def report(data: Files, config: DataConfig, tokenizer: Tokenizer, *, steps: int, colour: bool) -> Iterator[str]:
+    """Yield the lines of the report on data that was opened with `on_bad_record` skip, whatever `config` says. steps: those of the run."""
     found = survey(data)
     tokens, learnt = int(found.lengths.sum()), int(found.learnt.sum())
     too_long = "dropped" if config.too_long == "drop" else "truncated"
@@ -67,6 +67,8 @@ def report(data: Files, config: DataConfig, tokenizer: Tokenizer, *, colour: boo
     yield f"lengths     {shares}"
     yield (f"packing     {found.rows:,} rows of {config.row_tokens:,}, {tokens / (found.rows * config.row_tokens):.1%} filled; "
            f"{-(-found.rows // config.batch_size):,} batches of {config.batch_size}")
+    if config.epochs and found.records < _SURVEYED and (batches := -(-found.rows * config.epochs // config.batch_size)) < steps:
+        yield f"            data.epochs is {config.epochs:,}: the run would stop after some {batches:,} batches, before run.steps, {steps:,}"
     if len(data.held_out_numbers):
         yield f"evaluation  {len(data.held_out_numbers):,} records"
     yield f"example     {data.places(found.example)[0]}, learnt is " + (
