@@ -228,6 +228,17 @@ def test_turns_and_channels_that_count_can_be_chosen(tokenizer):
     assert "analysis<|message|>a" not in tokenizer.decode(example["tokens"])  # inference doesn't show it either
 
 
+def test_messages_of_weight_0_are_not_learnt(tokenizer):
+    call = {"function": {"name": "add", "arguments": "{}"}}
+    calling = [{"role": "assistant", "content": "Adding.", "thinking": "a", "tool_calls": [call], "weight": 0}, {"role": "tool", "content": "3"}]
+    turns = [{"role": "user", "content": "1"}, *calling, {"role": "assistant", "content": "2", "weight": 1}, {"role": "user", "content": "3"}]
+    last = {"role": "assistant", "thinking": "b", "content": "4", "weight": 0.0}
+    assert learnt_parts({"messages": [*turns, last], "tools": TOOLS}, tokenizer) == ["<|channel|>final<|message|>2<|return|>"]
+    harmonys = [harmony.message("user", "hi"), *(harmony.message("assistant", text, channel="final") | {"weight": weight}
+                                                for text, weight in (("no", 0), ("yes", 1)))]
+    assert learnt_parts({"messages": harmonys}, tokenizer) == ["<|channel|>final<|message|>yes<|return|>"]
+
+
 def test_harmony_conversations_are_rendered_as_they_are(tokenizer):
     messages = [harmony.system_message(reasoning_effort="low"), harmony.message("user", "hi"),
                 harmony.message("assistant", "yo", channel="final")]
@@ -266,6 +277,10 @@ BAD = [("{", "not readable JSON"), ("[1]", "list found, expected a JSON object")
        ('{"messages": [{"role": "user", "content": "hi"}]}', "no assistant message to learn found"),
        (json.dumps(chat("a", "b", reasoning_effort="max")), "reasoning_effort is 'max'; expected low, medium or high"),
        ('{"messages": ' + "[" * 100_000, "not readable JSON"), ('{"text": "\\ud800"}', "text"),
+       (json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}),
+        "message 1: weight is 0.5, expected 0 or 1"),
+       (json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}),
+        "no assistant message to learn found"),
        (json.dumps({"messages": [{"role": "assistant", "channel": "final", "content": "x", "tool_calls": [{}]}]}),
         "message 0: tool_calls found in a conversation of harmony's form")]
 
@@ -275,7 +290,7 @@ ANY_JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_
     inner, max_size=4), max_leaves=8)
 ANY_MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]) | ANY_JSON}, optional={
     name: st.text(max_size=4) | ANY_JSON for name in ("content", "name", "channel", "recipient", "content_type", "tool_calls", "thinking",
-                                                      "tool_call_id")})
+                                                      "tool_call_id", "weight")})
 
 
 @settings(max_examples=300, deadline=None)

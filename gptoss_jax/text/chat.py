@@ -17,7 +17,8 @@ def from_chat(messages: Sequence[Mapping], *, tools: Sequence[Mapping] = (), rea
     messages: {"role", "content", "tool_calls"?, "tool_call_id"?, "name"?} as in OpenAI's chat completions API, an assistant's reasoning
     under one of THINKING. System and developer texts at the beginning become the instructions of the developer message, which also
     offers the tools. Reasoning goes to the analysis channel; text beside tool calls to the commentary channel, other text to the final
-    one. gpt-oss makes one call at a time: of several calls in one message, each is followed by its result.
+    one. gpt-oss makes one call at a time: of several calls in one message, each is followed by its result. What becomes of an assistant
+    message of weight 0 (fine-tuning's: not to be learnt) keeps that weight.
     Raises HarmonyError naming the message and what is wrong with it.
     """
     lead = 0
@@ -76,7 +77,7 @@ def _assistant(entry: Mapping, number: int, results: Sequence[Mapping]) -> list[
                            "expected the id of a call before it that has no result yet")
     if not said:
         raise HarmonyError(f"message {number}: an assistant message without content, reasoning and tool_calls; expected one of them")
-    return said
+    return [{**each, "weight": 0} for each in said] if entry.get("weight") == 0 else said
 
 
 def _call(call: Any, number: int) -> tuple[str, str]:

@@ -70,8 +70,8 @@ def encode_record(record: Mapping[str, Any], tokenizer: Tokenizer, config: DataC
     """Return {"tokens", "targets", "loss_weights"} of a record, each [T].
 
     Learnt are all tokens of a text up to <|endoftext|>, and of the assistant's messages those from after the role to the stop token,
-    where `config.learn_turns` and `config.learn_channels` say so. An answer that is not the last is followed by <|end|> in the history,
-    as inference has it, but <|return|> is what the model learns to end it with.
+    where `config.learn_turns` and `config.learn_channels` say so and the message's "weight" isn't 0. An answer that is not the last is
+    followed by <|end|> in the history, as inference has it, but <|return|> is what the model learns to end it with.
     Raises DataError when nothing is learnt, HarmonyError and TokenizerError for what can't be rendered.
     """
     if "messages" in record:
@@ -87,6 +87,9 @@ def conversation_messages(record: Mapping[str, Any], reasoning_effort: str) -> l
     """Return the messages of a record in harmony's form, with a system message. reasoning_effort: where the record doesn't say."""
     messages, tools = (_parsed(record.get(name) or [], name) for name in ("messages", "tools"))
     effort = record.get("reasoning_effort") or reasoning_effort
+    for number, message in enumerate(messages):
+        if message.get("weight") not in (None, 0, 1):
+            raise DataError(f"message {number}: weight is {message['weight']!r:.80}, expected 0 or 1")
     if not any(map(_is_harmony, messages)):
         return from_chat(messages, tools=tools, reasoning_effort=effort)
     for number, message in enumerate(messages):
@@ -147,7 +150,7 @@ def _conversation(messages: Sequence[Mapping], tokenizer: Tokenizer, config: Dat
 
 
 def _counts(message: Mapping, channels: Collection[str]) -> bool:
-    return message.get("role") == "assistant" and (message.get("channel") or "final") in channels
+    return message.get("role") == "assistant" and message.get("weight") != 0 and (message.get("channel") or "final") in channels
 
 
 def _last_turn(messages: Sequence[Mapping]) -> tuple[list[Mapping], range]:
