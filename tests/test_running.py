@@ -29,6 +29,7 @@ from gptoss_jax.text.tokenizer import load_tokenizer
 from gptoss_jax.training import data, loop, report, run_directory, speed
 from gptoss_jax.training.config import OptimizerConfig, RateConfig, TrainingConfigError, load_config
 from gptoss_jax.training.optimizer import check_rates, make_optimizer, schedule
+from gptoss_jax.training.records import DataError
 from gptoss_jax.training.state import declare_trained, resolve
 from gptoss_jax.training.synthetic import clock
 
@@ -216,6 +217,16 @@ def test_metrics_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     assert run_directory.take_up_metrics(tmp_path, 2) == [{"step": 1}, {"step": 2}]
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(("line", "problem"), [
+    (b"\0\0\0", "not readable JSON: Expecting value at character 0"), (b'"\xff"', "not readable JSON: 'utf-8' codec can't decode"),
+    (b"5", "5 found"), (b'{"loss": 1}', "{'loss': 1} found")])
+def test_a_damaged_line_of_the_metrics_is_named_and_nothing_of_them_is_lost(tmp_path, line, problem):
+    (file := tmp_path / "metrics.jsonl").write_bytes(content := b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(DataError, match=f"metrics.jsonl:2: {problem}.* expected the metrics of a step, or the line to be removed"):
+        run_directory.take_up_metrics(tmp_path, 2)
+    assert file.read_bytes() == content
 
 
 # --- reports -----------------------------------------------------------------------------------------------------------------------

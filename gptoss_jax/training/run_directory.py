@@ -20,6 +20,7 @@ from gptoss_jax.checkpoint import load_tokenizer
 from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.training import vocabulary
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
+from gptoss_jax.training.records import DataError, json_problem
 
 TOKENIZER_FILE = "tokenizer.model"
 METRICS_FILE = "metrics.jsonl"
@@ -45,17 +46,26 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def take_up_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
-    """Return the metrics up to a step, and drop those after it: the run goes on from there and reports them again."""
+    """Return the metrics up to a step, and drop those after it: the run goes on from there and reports them again. Raises DataError."""
     file = directory / METRICS_FILE
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith("\n")]  # a killed run's last one may not be
-    kept = [line for line in complete if json.loads(line)["step"] <= step]
+    *complete, _ = file.read_bytes().split(b"\n")  # a killed run's last one may not be
+    kept = [values for number, line in enumerate(complete, 1) if (values := _values(line, f"{file}:{number}"))["step"] <= step]
     temporary = file.with_suffix(".part")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
     temporary.replace(file)
-    return [json.loads(line) for line in kept]
+    return kept
+
+
+def _values(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: {json_problem(error)}; expected the metrics of a step, or the line to be removed") from None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise DataError(f"{place}: {values!r:.80} found, expected the metrics of a step, or the line to be removed")
+    return values
 
 
 def load_vocabulary(config: TrainingConfig, directory: Path | None = None) -> Tokenizer:
