@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -486,6 +489,27 @@ def test_worker_processes_change_nothing_and_any_number_of_them_can_resume(tmp_p
     resumed = open_files(tokenizer, source, on_bad_record="skip").batches()
     resumed.set_state(state)
     equal([*got, *take(resumed, 7)], expected)
+
+
+def test_worker_processes_end_with_the_run_that_is_killed(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", questions(500))
+    (tmp_path / "run.py").write_text(f"""if True:
+        import time
+        from gptoss_jax.training import data
+        from gptoss_jax.training.config import DataConfig, SourceConfig
+        from gptoss_jax.text.tokenizer import load_tokenizer
+        if __name__ == "__main__":
+            config = DataConfig(row_tokens=128, batch_size=2, sources=(SourceConfig({source.path!r}),), workers=2)
+            batches = data.Files(config, load_tokenizer({str(TINY)!r})).batches()
+            next(batches)
+            print("begun", flush=True)
+            time.sleep(600)
+        """)
+    run = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                           env=os.environ | {"PYTHONPATH": str(PRETRAIN_TINY.parents[1])})
+    assert run.stdout.readline() == b"begun\n"
+    run.kill()
+    run.communicate(timeout=60)  # they hold its stdout, too
 
 
 def test_a_position_in_other_data_is_refused(tmp_path, tokenizer):

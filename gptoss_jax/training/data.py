@@ -20,7 +20,7 @@ from gptoss_jax.text.tokenizer import Tokenizer
 from gptoss_jax.training import synthetic
 from gptoss_jax.training.config import DataConfig
 from gptoss_jax.training.examples import Encoded, Encoder, Question, conversation_messages, question_of
-from gptoss_jax.training.records import DataError, Records
+from gptoss_jax.training.records import DataError, Records, end_with_parent
 from gptoss_jax.training.state import Batch
 
 _PACKING_ROWS = 64  # filled side by side; more rows, less padding
@@ -147,7 +147,7 @@ class _ExampleIterator(grain.DatasetIterator):
                 absl.flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for flags that only absl's own programs have parsed
             rest = self._dataset.encoded.slice(slice(self._state["next"], None))
             self._elements = iter(rest.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)).mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._dataset.workers, per_worker_buffer_size=64)))
+                grain.MultiprocessingOptions(num_workers=self._dataset.workers, per_worker_buffer_size=64), end_with_parent))
         while True:
             encoded = next(self._elements)
             self._state["next"] += 1
