@@ -77,9 +77,11 @@ def test_numbers_like_1e_3_are_numbers_although_yaml_says_text():
 def test_a_file_that_is_not_there_or_not_yaml_is_named(tmp_path):
     with pytest.raises(TrainingConfigError, match="nowhere.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")
-    (tmp_path / "bad.yaml").write_text("model: [")
-    with pytest.raises(TrainingConfigError, match="bad.yaml: not readable YAML"):
-        load_config(tmp_path / "bad.yaml")
+    for content, problem in (("model: [", "while parsing"), ("run: {}\ntrain: {}\nrun: {steps: 3}\n", "'run' found a second time in .*, line 3"),
+                             ("run: &run {steps: 3, seed: 1, steps: 4}", "'steps' found a second time in .*, line 1, column 31")):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(TrainingConfigError, match=f"bad.yaml: not readable YAML: {problem}"):
+            load_config(tmp_path / "bad.yaml")
 
 
 # --- vocabulary and data -----------------------------------------------------------------------------------------------------------

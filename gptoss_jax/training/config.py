@@ -211,9 +211,19 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is there twice, of which YAML's own takes the last."""
+
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value]
+            for index, (key, _) in enumerate(node.value):
+                if key.value in keys[:index]:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} found a second time", key.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = yaml.load(file, Loader)
     except OSError as error:
         raise TrainingConfigError(f"{os.fspath(path)}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
