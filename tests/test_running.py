@@ -333,8 +333,10 @@ def test_a_run_exports_with_its_vocabulary_and_is_not_resumed_as_another(whole, 
     assert GptOssConfig.from_file(whole / "export" / "config.json") == config.model
     lines = metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1)) and "eval_loss" in lines[-1] and lines[-1]["loss"] < 8.0
-    assert finetune.main([*command, "--optimizer.beta1=0.5"]) == 2
-    assert "optimizer.beta1: 0.5 found, expected 0.9 as in the checkpoints" in capsys.readouterr().err
+    for other, problem in (("--optimizer.beta1=0.5", "optimizer.beta1: 0.5 found, expected 0.9 as in the checkpoints"),
+                           ("--run.steps=9", f"run.steps: 9 found, expected at least {STEPS}, the step of the newest checkpoint in {whole} ")):
+        assert finetune.main([*command, other]) == 2
+        assert problem in capsys.readouterr().err
 
 
 def test_sigterm_saves_and_ends_with_143_and_the_same_command_goes_on(tmp_path, whole, capsys, monkeypatch):

@@ -90,6 +90,9 @@ class _Run:
             return initial_state(self.config, self.optimizer, self.mesh)
         record = self.store.record(step)
         _check_same_run(record["config"], self.config)
+        if step > self.config.run.steps:
+            raise TrainingConfigError(f"run.steps: {self.config.run.steps} found, expected at least {step}, the step of the newest checkpoint in "
+                                      f"{self.config.output.directory} (or another output.directory)")
         self.batches.set_state(record["data"])
         state, frozen = self.store.restore(step, self.like), load_frozen(self.config, self.mesh)
         _tell(f"resumed from step {step}")
