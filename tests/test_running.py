@@ -509,6 +509,13 @@ def devices_of(file, *overrides):
     return math.prod(vars(config.mesh).values())
 
 
+def test_a_lesson_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (file := tmp_path / "a-file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        clock.main([str(file)])
+    assert capsys.readouterr().err == f"python -m gptoss_jax.training.synthetic.clock: error: {file}: File exists\n"
+
+
 def test_the_lesson_is_right_and_its_test_is_not_in_it(tmp_path):
     assert clock.main([str(tmp_path), "--problems", "300"]) == 0
     asked = {}

@@ -58,15 +58,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--problems", type=int, default=4000, help="to train on (default: 4000), and a tenth of it for the test")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    arguments.directory.mkdir(parents=True, exist_ok=True)
-    tested = arguments.problems // 10
-    records = list(problems(arguments.problems + tested, arguments.seed))
-    known = ({"messages": conversation(arguments.seed, index).messages} for index in range(arguments.problems))
+    try:
+        _write(arguments.directory, arguments.problems, arguments.seed)
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: error: {arguments.directory}: {error.strerror}\n")
+    return 0
+
+
+def _write(directory: Path, count: int, seed: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    tested = count // 10
+    records = list(problems(count + tested, seed))
+    known = ({"messages": conversation(seed, index).messages} for index in range(count))
     for name, content in (("train", records[tested:]), ("test", records[:tested]), ("known", known)):
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in content]
-        (arguments.directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"{arguments.directory / name}.jsonl: {len(lines)} records", file=sys.stderr)
-    return 0
+        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{directory / name}.jsonl: {len(lines)} records", file=sys.stderr)
 
 
 if __name__ == "__main__":
