@@ -6,7 +6,7 @@
 # The configuration's `mesh` has to multiply to the number of slots; package, data and output.directory are at the same path on all hosts.
 # SIGTERM to mpirun saves and ends; the same command goes on from there.
 set -euo pipefail
-hosts=$1
+hosts=${1:?"expected HOSTFILE CONFIG.yaml"}
 shift
 exec mpirun --hostfile "$hosts" --bind-to none --mca odls_base_sigkill_timeout 300 \
   "${PYTHON:-python}" -m gptoss_jax.finetune "$@" --distributed

@@ -509,6 +509,11 @@ def devices_of(file, *overrides):
     return math.prod(vars(config.mesh).values())
 
 
+def test_the_mpi_launcher_without_a_file_of_hosts_says_what_it_expects():
+    run = subprocess.run([LAUNCH / "mpi.sh"], capture_output=True, text=True)
+    assert run.returncode and run.stderr.endswith("1: expected HOSTFILE CONFIG.yaml\n") and run.stderr.count("\n") == 1
+
+
 def test_a_lesson_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (file := tmp_path / "a-file").touch()
     with pytest.raises(SystemExit, match="2"):
