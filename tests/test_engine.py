@@ -190,11 +190,24 @@ def test_the_context_ends_a_row(model):
         engine.generate([[3] * 40], GREEDY)
 
 
+@pytest.mark.parametrize("array", [np.array, jnp.array, lambda prompts: list(map(np.int64, prompts))], ids=["numpy", "jax", "list of numpy"])
+def test_prompts_may_be_arrays(engine, array):
+    prompts = [[1, 2, 3], [7, 7, 7]]
+    assert engine.generate(array(prompts), GREEDY, max_new_tokens=3) == engine.generate(prompts, GREEDY, max_new_tokens=3)
+    assert engine.generate(array(prompts)[:0]) == []
+
+
 def test_unusable_prompts_and_settings_are_named(engine):
     with pytest.raises(PromptError, match="prompt 1 is empty"):
         engine.generate([[1], []])
     with pytest.raises(PromptError, match="prompt 0 holds the id 512, expected 0 to 511"):
         engine.generate([[512]])
+    for prompt, said in (("text", "'text'"), ([1, 2.5], r"\[1.0, 2.5\]"), (7, "7"), ([[1, 2]], r"\[\[1, 2\]\]")):
+        with pytest.raises(PromptError, match=f"prompt 1 is {said}, expected integers, the ids of tokens"):
+            engine.generate([[1], prompt])
+    for count in (0, 2.5):
+        with pytest.raises(ValueError, match=f"max_new_tokens is {count}, expected an integer of at least 1"):
+            engine.generate([[1]], max_new_tokens=count)
     for field, value in (("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("top_k", -1), ("min_p", 2), ("seed", -1), ("temperature", float("nan"))):
         with pytest.raises(SamplingError, match=f"{field} is {value}, expected"):
             Sampling(**{field: value})

@@ -9,6 +9,7 @@ device never waits for it.
 from __future__ import annotations
 
 import concurrent.futures
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ _STEPS = {"cpu": 1}  # a dispatch, elsewhere 4, in which time the host is done w
 
 
 class PromptError(ValueError):
-    """A prompt that can't be run: empty, too long for the context, or with ids the model doesn't have."""
+    """A prompt that can't be run: not integers, empty, too long for the context, or with ids the model doesn't have."""
 
 
 class Token(NamedTuple):
@@ -108,15 +109,15 @@ class Engine:
         """Yield tokens of all prompts as they come, a step at a time.
 
         sampling: one for all, or one for each. A row ends at a stop id, after `max_new_tokens`, or where the context is full. Raises
-        PromptError for an empty prompt, ids outside the vocabulary or a prompt that leaves no room in the context.
+        PromptError for an empty prompt, what isn't ids of the vocabulary or a prompt that leaves no room in the context.
         """
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(settings) != len(prompts):
             raise ValueError(f"sampling: {len(settings)} settings found, expected one for each of {len(prompts)} prompts")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}, expected an integer of at least 1")
         self._check(prompts)
-        return self._stream(prompts, settings, max_new_tokens) if prompts else iter(())
+        return self._stream(prompts, settings, max_new_tokens) if len(prompts) else iter(())
 
     def _stream(self, prompts, settings, max_new_tokens) -> Iterator[Token]:
         room = [min(max_new_tokens, self.max_context - len(prompt)) for prompt in prompts]
@@ -269,13 +270,15 @@ class Engine:
 
     def _check(self, prompts) -> None:
         for row, prompt in enumerate(prompts):
-            if not len(prompt):
+            ids = np.asarray(prompt)
+            if ids.shape == (0,):
                 raise PromptError(f"prompt {row} is empty, expected at least one token")
-            if len(prompt) >= self.max_context:
-                raise PromptError(f"prompt {row} has {len(prompt)} tokens, expected fewer than the context of {self.max_context}")
-            for id in prompt:
-                if not 0 <= id < self.config.vocab_size:
-                    raise PromptError(f"prompt {row} holds the id {id}, expected 0 to {self.config.vocab_size - 1}")
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise PromptError(f"prompt {row} is {ids.tolist()!r:.80}, expected integers, the ids of tokens")
+            if len(ids) >= self.max_context:
+                raise PromptError(f"prompt {row} has {len(ids)} tokens, expected fewer than the context of {self.max_context}")
+            if (outside := ids[(ids < 0) | (ids >= self.config.vocab_size)]).size:
+                raise PromptError(f"prompt {row} holds the id {outside[0]}, expected 0 to {self.config.vocab_size - 1}")
 
 
 def usual_steps(platform: str) -> int:
