@@ -25,8 +25,11 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
 
     overrides: `--section.field value` and `--section.field=value` are left to a configuration file's reader, as `arguments.overrides`.
     Our errors are subclasses of ValueError, so these and OSError become one line on stderr and exit code 2, with `--debug` the traceback
-    first. A bare ValueError is a bug of ours or of a library: it keeps its traceback.
+    first. A bare ValueError is a bug of ours or of a library: it keeps its traceback. Standard streams that are closed are empty ones.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started this; in this order each gets its own descriptor
+            setattr(sys, name, open(os.devnull, mode))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags = "--help lists the flags" + ", and --section.field value sets a field of a configuration" * overrides
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; {flags}\n")  # without the usage

@@ -137,6 +137,14 @@ def test_debug_shows_the_traceback(capfd):
     assert code == 2 and "Traceback" in err
 
 
+@pytest.mark.parametrize("closed, code, out, err", [
+    ("<&-", 2, "", "error: the prompt is empty"), ("'What is 3 + 4?' 2>&-", 0, "3 + 4 = 7\n", ""), ("'What is 3 + 4?' >&- <&-", 0, "", "tokens in"),
+])
+def test_standard_streams_may_be_closed(closed, code, out, err):
+    done = subprocess.run(["sh", "-c", f'exec "$0" -m gptoss_jax.generate {closed}', sys.executable], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (code, out) and err in done.stderr and "Error" not in done.stderr
+
+
 def start(*argv):
     return subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             errors="replace")  # sampled bytes need not be UTF-8
