@@ -263,7 +263,9 @@ def report(turn) -> None:
     if malformed := len(turn.skipped) - turn.ends_in_header:
         print(f"note: the model's output was malformed in {malformed} place{'s' * (malformed > 1)}; --raw shows it whole", file=sys.stderr)
     if turn.finish == "length":
-        print(f"note: cut off after {usage['completion_tokens']} tokens; --max-new-tokens allows more", file=sys.stderr)
+        full = usage["prompt_tokens"] + usage["completion_tokens"] >= turn.max_context
+        why = f"the context of {turn.max_context} is full" if full else "--max-new-tokens allows more"
+        print(f"note: cut off after {usage['completion_tokens']} tokens; {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":

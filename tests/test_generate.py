@@ -217,12 +217,19 @@ def test_an_answer_cut_off_in_a_header_is_not_called_malformed(capfd):
         assert f"cut off after {tokens} tokens" in err and "malformed" not in err
 
 
+def test_an_answer_that_fills_the_context_says_so_as_no_flag_allows_more(capfd):
+    _, _, err = ask(capfd, "7 " * 2040)
+    assert "cut off after 3 tokens; the context of 4096 is full" in err and "--max-new-tokens" not in err
+
+
 def test_malformed_output_is_counted_without_the_end_that_was_cut_off(capfd):
     tokenizer = checkpoint.load_tokenizer("tiny")
     end, start = tokenizer.special["<|end|>"], tokenizer.special["<|start|>"]
     ids = [tokenizer.special["<|message|>"], end, *tokenizer.encode("loose"), start, *tokenizer.encode("assistant")]
 
     class Engine:
+        max_context = 4096
+
         def stream(self, *_, **__):
             return (Token(0, id, 0.0, "length" if number == len(ids) else None) for number, id in enumerate(ids, 1))
 

@@ -15,7 +15,7 @@ class Turn:
 
     messages: what the assistant said, in harmony's JSON form; skipped: output that belongs to no message, of which the last is not malformed where
     ends_in_header: it was cut off there. finish: "stop",
-    "call" when it waits for a tool's result, "length", or "interrupted". prompt_ids, ids, logprobs: tokens in and out.
+    "call" when it waits for a tool's result, "length", or "interrupted". prompt_ids, ids, logprobs: tokens in and out, at most max_context together.
     """
 
     def __init__(self, engine: Engine, tokenizer, messages: Sequence[dict], sampling: Sampling, max_new_tokens: int):
@@ -25,6 +25,7 @@ class Turn:
         self.logprobs: list[float] = []
         self.finish, self.ends_in_header = "interrupted", False
         self.first_token_seconds = self.seconds = 0.0
+        self.max_context = engine.max_context
         self._started = time.perf_counter()
         self._tokens = engine.stream([self.prompt_ids], sampling, max_new_tokens=max_new_tokens)
         self._parser = harmony.StreamParser(tokenizer, "assistant")
