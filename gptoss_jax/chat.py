@@ -41,6 +41,9 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(file=sys.stderr)
             continue
+        except command.UsageError as error:
+            print(f"{error}; that line is dropped", file=sys.stderr)
+            continue
         if line is None or line.strip() == "/quit":
             return 0
         if line.startswith("/"):
@@ -50,20 +53,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_line(prompt: str) -> str | None:
-    """Return a line from standard input, None at its end. The prompt goes to stderr, editing and history work where readline is there."""
+    """Return a line from standard input, None at its end. The prompt goes to stderr, editing and history work where readline is there.
+
+    Raises UsageError for a line that is not text.
+    """
     try:
         import readline  # noqa: F401  input() edits lines with it
     except ImportError:
         pass
+    if sys.stdin.errors != "surrogateescape":  # or a wrong byte takes the lines read with it along
+        sys.stdin.reconfigure(errors="surrogateescape")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     try:
-        return input(prompt if interactive else "")
+        line = input(prompt if interactive else "")
+        line.encode()
+        return line
     except EOFError:
         if interactive:
             print(file=sys.stderr)
         return None
-    except UnicodeDecodeError as error:
-        raise command.UsageError(f"standard input is not UTF-8 text ({error.reason})") from None
+    except UnicodeEncodeError as error:
+        raise command.UsageError(f"standard input is not UTF-8 text (at character {error.start + 1})") from None
 
 
 class Chat:

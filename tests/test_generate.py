@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -189,6 +190,14 @@ def test_chat_remembers_changes_effort_resets_and_saves(tmp_path):
     assert [text(m) for m in conversation if m["role"] == "user"] == ["What is 5 + 6?", "What is 40 + 7?"]
     assert conversation[0]["content"][0]["reasoning_effort"] == "high"
     assert "/nonsense: no such command" in done.stderr and "(forgotten)" in done.stderr
+
+
+@pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "utf-8:strict"}], ids=str)
+def test_a_line_that_is_not_text_is_dropped_and_the_chat_goes_on(environment):
+    done = subprocess.run([sys.executable, "-m", "gptoss_jax.chat", "--hide-analysis"], input=b"What is 5 + 6?\ncaf\xe9\nWhat is 2 + 2?\n",
+                          capture_output=True, env=os.environ | environment, timeout=120)
+    assert done.returncode == 0 and done.stdout.splitlines() == [b"5 + 6 = 11", b"2 + 2 = 4"]
+    assert b"standard input is not UTF-8 text (at character 4); that line is dropped\n" in done.stderr
 
 
 def test_a_turn_whose_cache_does_not_fit_is_refused_and_the_chat_goes_on(monkeypatch, capfd, tmp_path):
