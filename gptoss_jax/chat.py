@@ -16,7 +16,8 @@ HELP = """/reasoning low|medium|high   how long the model thinks
 /save FILE                   write the conversation as JSON
 /help                        this text
 /quit                        leave (or Ctrl-D)
-Ctrl-C stops an answer. When the model calls a tool, type the tool's result."""
+Ctrl-C stops an answer. When the model calls a tool, type the tool's result: any line, also an empty one, that is none of these commands."""
+COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
             continue
         if line is None or line.strip() == "/quit":
             return 0
-        if line.startswith("/"):
+        if line.startswith("/") and (not chat.waiting_for or line.split()[0] in COMMANDS):
             chat.command(line)
-        elif line.strip():
+        elif line.strip() or chat.waiting_for:
             chat.say(line)
 
 

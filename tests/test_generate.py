@@ -200,6 +200,18 @@ def test_a_line_that_is_not_text_is_dropped_and_the_chat_goes_on(environment):
     assert b"standard input is not UTF-8 text (at character 4); that line is dropped\n" in done.stderr
 
 
+def test_a_tools_result_may_look_like_a_command_or_be_empty(monkeypatch, capfd, tmp_path):
+    (tools := tmp_path / "tools.json").write_text(json.dumps([FUNCTION]))
+    asked, results = "What is the weather in Paris?", ["/var/log: 3 files", ""]
+    lines = iter([asked, "/help", results[0], "/reset", asked, results[1], f"/save {tmp_path / 'talk.json'}", "", "/var"])
+    said = []
+    monkeypatch.setattr(chat, "read_line", lambda prompt: next(lines, None))
+    monkeypatch.setattr(chat.Chat, "say", lambda self, text, say=chat.Chat.say: (said.append(text), say(self, text)))
+    assert chat.main(["--hide-analysis", "--tools", str(tools)]) == 0
+    assert said == [asked, results[0], asked, results[1]] and "/var: no such command" in capfd.readouterr().err
+    assert [text(m) for m in json.loads((tmp_path / "talk.json").read_text())["messages"] if m["role"] == "tool"] == [""]
+
+
 def test_a_turn_whose_cache_does_not_fit_is_refused_and_the_chat_goes_on(monkeypatch, capfd, tmp_path):
     saved = tmp_path / "talk.json"
     lines = iter(["What is 5 + 6?", "What is 2 + 3?" * 60, f"/save {saved}", "What is 2 + 2?"])
