@@ -110,7 +110,10 @@ def opening_messages(args: argparse.Namespace) -> list[dict]:
         response_format = read_json(args.response_format, "--response-format")
         if not isinstance(response_format, dict):
             raise command.UsageError(f"--response-format {args.response_format}: {type(response_format).__name__} found, expected a JSON object")
-        if not {"schema", "json_schema"} & set(response_format):
+        kind = response_format.get("type")  # the API's "text", "json_schema", "json_object" are no types of a schema
+        if kind == "text":
+            response_format = None
+        elif kind not in ("json_schema", "json_object") and not {"schema", "json_schema"} & set(response_format):
             response_format = {"schema": response_format}  # the bare schema
     messages = [harmony.system_message(reasoning_effort=args.reasoning, tools=builtin)]
     if args.instructions is not None or functions or response_format:
@@ -122,7 +125,7 @@ def read_json(path: str | os.PathLike, flag: str):
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise command.UsageError(f"{flag} {path}: not a readable JSON file ({error})") from None
 
 

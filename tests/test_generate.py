@@ -125,6 +125,25 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(capfd, argv, said):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("content, said", [
+    ('{"json_schema": null}', "response_format is None; expected an object with a schema"),
+    ('{"type": "json_object"}', "response_format is {'type': 'json_object'}; expected an object with a schema"),
+    ('{"type": "json_schema"}', "response_format is {'type': 'json_schema'}; expected an object with a schema"),
+    ('{"items":' * 500 + "{}" + "}" * 500, "response_format has a schema that is nested too deeply"),
+    ("[" * 100_000 + "]" * 100_000, "not a readable JSON file (maximum recursion depth exceeded"),
+])
+def test_an_unusable_response_format_is_named(capfd, tmp_path, content, said):
+    (form := tmp_path / "form.json").write_text(content)
+    code, out, err = ask(capfd, "hi", "--response-format", str(form))
+    assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1
+
+
+def test_the_apis_response_format_of_text_asks_for_nothing(tmp_path):
+    (form := tmp_path / "form.json").write_text('{"type": "text"}')
+    args = generate.parser().parse_args(["hi", "--response-format", str(form)])
+    assert [entry["role"] for entry in generate.opening_messages(args)] == ["system"]
+
+
 @pytest.mark.parametrize("content, said", [('{"temperature": "hot"}', "temperature is 'hot', expected a number"), ("[1]", "list found")])
 def test_an_unusable_generation_config_is_named(capfd, tmp_path, content, said):
     shutil.copytree(checkpoint.resolve("tiny"), tmp_path / "tiny")

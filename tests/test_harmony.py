@@ -286,6 +286,9 @@ def test_other_misuse_is_refused():
         (lambda: harmony.system_message(tools=["shell"]), "built-in tool is 'shell'; expected browser or python"),
         (lambda: harmony.developer_message(tools={"name": "f"}), "tool 0: is 'name'; expected an object"),
         (lambda: harmony.developer_message(response_format={"type": "json_object"}), "expected an object with a schema"),
+        (lambda: harmony.developer_message(response_format={"json_schema": None}), "is None; expected an object with a schema"),
+        (lambda: harmony.developer_message(response_format={"schema": {}, "description": 3}), "description is 3; expected a string"),
+        (lambda: harmony.developer_message(response_format={"schema": DEEP}), "a schema that is nested too deeply"),
     ):
         with pytest.raises(HarmonyError, match=problem):
             action()

@@ -105,10 +105,13 @@ def developer_message(
 
 
 def _response_format(form: Mapping) -> str:
-    if "schema" not in form:
+    if not isinstance(form, Mapping) or "schema" not in form:
         raise HarmonyError(f"response_format is {form!r:.80}; expected an object with a schema")
-    about = "".join(f"// {line}\n" for line in (form.get("description") or "").splitlines())
-    return f"# Response Formats\n\n## {form.get('name') or 'response'}\n\n{about}{compact_json(form['schema'])}"
+    about = "".join(f"// {line}\n" for line in (_string(form, "description") or "").splitlines())
+    try:
+        return f"# Response Formats\n\n## {form.get('name') or 'response'}\n\n{about}{compact_json(form['schema'])}"
+    except RecursionError:
+        raise HarmonyError("response_format has a schema that is nested too deeply") from None
 
 
 def render(
