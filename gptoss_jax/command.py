@@ -68,7 +68,8 @@ def use_gpu_memory() -> None:
 def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache directory, so that the next start doesn't compile; JAX's own settings win.
 
-    JAX warns of a damaged one at every start and never writes it again: in our directory all are removed instead, which one line says.
+    JAX warns of a damaged one at every start and never writes it again: in our directory all are removed instead, which one line says, as one does
+    where there is no room for them.
     """
     import jax
 
@@ -82,8 +83,11 @@ def enable_compilation_cache() -> None:
 
 
 def _show_or_remove(show, directory: pathlib.Path, message, *others, **named) -> None:
-    """Show a warning, or where it is of a damaged program in `directory` remove all programs there; once, where they can't be."""
-    if not str(message).startswith("Error reading persistent compilation cache entry"):
+    """Show a warning, or where it is of a damaged program in `directory` remove all programs there; once, where they can't be, or none written."""
+    if str(message).startswith(writing := "Error writing persistent compilation cache entry"):
+        warnings.filterwarnings("ignore", writing)
+        print(f"compiled programs in {directory} can't be kept: {str(message).partition(': ')[2]}", file=sys.stderr)
+    elif not str(message).startswith("Error reading persistent compilation cache entry"):
         show(message, *others, **named)
     elif programs := list(directory.glob("*-cache")):
         try:

@@ -306,7 +306,11 @@ def test_damaged_compiled_programs_are_removed_and_one_line_says_so(tmp_path, mo
     assert capsys.readouterr().err == f"compiled programs in {folder} are damaged: removed, to be compiled again\n"
 
 
-def test_damaged_compiled_programs_that_cannot_be_removed_break_nothing(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("verb, problem, said", [
+    ("reading", "zlib.error", "are damaged, and can't be removed: Permission denied"),
+    ("writing", "OSError: [Errno 28] No space left on device", "can't be kept: OSError: [Errno 28] No space left on device"),
+])
+def test_compiled_programs_that_cannot_be_removed_or_written_break_nothing(tmp_path, monkeypatch, capsys, verb, problem, said):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -316,5 +320,5 @@ def test_damaged_compiled_programs_that_cannot_be_removed_break_nothing(tmp_path
         warnings.simplefilter("always")
         warnings.showwarning = functools.partial(command._show_or_remove, warnings.showwarning, tmp_path)
         for name in "ab":
-            warnings.warn(f"Error reading persistent compilation cache entry for 'jit_{name}': zlib.error", stacklevel=1)
-    assert capsys.readouterr().err == f"compiled programs in {tmp_path} are damaged, and can't be removed: Permission denied\n"
+            warnings.warn(f"Error {verb} persistent compilation cache entry for 'jit_{name}': {problem}", stacklevel=1)
+    assert capsys.readouterr().err == f"compiled programs in {tmp_path} {said}\n"
