@@ -13,7 +13,9 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.parametrize("code", EXAMPLES, ids=[f"example {i}" for i in range(len(EXAMPLES))])
 def test_an_example_of_the_readme_runs_and_prints(code, capsys):
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()
+    assert (said := capsys.readouterr().out).strip()
+    for a, sign, b, result in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", said):
+        assert int(a) + int(sign + b) == int(result)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
 
 
