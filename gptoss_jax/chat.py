@@ -139,7 +139,7 @@ class Chat:
         finally:
             status.clear()
             printer.end_line()
-        generate.report(turn)
+        generate.report(turn, has_raw=False)
         return turn
 
     def _slots(self, tokens: int) -> int:

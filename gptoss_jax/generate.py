@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         printer.end_line()
         if args.json:
             print(json.dumps(as_json(turn, tokenizer), ensure_ascii=False, indent=2), flush=True)
-        report(turn)
+        report(turn, has_raw=not args.raw)
     return 0
 
 
@@ -257,14 +257,15 @@ def as_json(turn, tokenizer) -> dict:
     return {"messages": turn.messages, "finish": turn.finish, "usage": turn.usage(), "skipped": skipped, "tokens": tokens}
 
 
-def report(turn) -> None:
-    """Print what happened on stderr: speed, and anything the reader of stdout would miss."""
+def report(turn, *, has_raw: bool = True) -> None:
+    """Print what happened on stderr: speed, and anything the reader of stdout would miss. has_raw: whether there is a --raw that shows more."""
     usage = turn.usage()
     rate = f", {usage['tokens_per_second']} tokens/s" if usage["tokens_per_second"] else ""
     print(f"[{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out, first after {usage['first_token_seconds']:.2f} s{rate}]",
           file=sys.stderr)
     if malformed := len(turn.skipped) - turn.ends_in_header:
-        print(f"note: the model's output was malformed in {malformed} place{'s' * (malformed > 1)}; --raw shows it whole", file=sys.stderr)
+        hint = "; --raw shows it whole" if has_raw else ""
+        print(f"note: the model's output was malformed in {malformed} place{'s' * (malformed > 1)}{hint}", file=sys.stderr)
     if turn.finish == "length":
         full = usage["prompt_tokens"] + usage["completion_tokens"] >= turn.max_context
         why = f"the context of {turn.max_context} is full" if full else "--max-new-tokens allows more"

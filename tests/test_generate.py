@@ -280,6 +280,16 @@ def test_malformed_output_is_counted_without_the_end_that_was_cut_off(capfd):
     assert "malformed in 1 place;" in capfd.readouterr().err
 
 
+def test_raw_is_recommended_for_malformed_output_where_it_shows_more(capfd, monkeypatch):
+    monkeypatch.setattr(Turn, "skipped", [harmony.Skipped(0, "loose", "no message")])
+    lines = iter(["hi"])
+    monkeypatch.setattr(chat, "read_line", lambda prompt: next(lines, None))
+    assert ask(capfd, "hi")[2].endswith("malformed in 1 place; --raw shows it whole\n")
+    assert ask(capfd, "hi", "--raw")[2].endswith("malformed in 1 place\n")
+    chat.main([])
+    assert capfd.readouterr().err.endswith("malformed in 1 place\n")
+
+
 def test_the_embedded_checkpoint_is_small_and_shaped_like_gpt_oss():
     path = checkpoint.resolve("tiny")
     assert sum(file.stat().st_size for file in path.iterdir()) <= 12e6
