@@ -368,7 +368,7 @@ def test_wrong_inputs_are_named(model):
     with pytest.raises(ValueError, match=r"tokens: int32\[5\] found, expected integers \[batch, tokens\]"):
         model(jnp.zeros(5, jnp.int32))
     for shape in ((1, 0), (0, 4)):
-        with pytest.raises(ValueError, match=f"tokens: {shape[0]} rows of {shape[1]} found, expected at least one of each"):
+        with pytest.raises(ValueError, match=rf"tokens: int32\[{shape[0]}, {shape[1]}\] found, expected integers \[batch, tokens\], one or more"):
             model(jnp.zeros(shape, jnp.int32))
     with pytest.raises(ValueError, match=r"segment_ids: shape \(1, 4\) found, expected that of tokens, \(1, 5\)"):
         model(tokens_of(1, 5), segment_ids=jnp.ones((1, 4), jnp.int32))

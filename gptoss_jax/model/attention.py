@@ -40,8 +40,6 @@ class Attention(nnx.Module):
         c = self.config
         implementation = "auto" if mesh is None or mesh.size == 1 else "xla"
         B, T, _ = x_BTD.shape
-        if not B * T:
-            raise ValueError(f"tokens: {B} rows of {T} found, expected at least one of each")
         q, k, v = (x.reshape(B, T, -1, c.head_dim) for x in self._project(x_BTD, mesh))
         q = sharding.constrain(rotate(q, *rope), ("batch", "tokens", "heads", None), mesh)
         k = sharding.constrain(rotate(k, *rope), ("batch", "tokens", "kv_heads", None), mesh)

@@ -157,8 +157,8 @@ class GptOss(nnx.Module):
         where it is used; remat is one of REMAT_POLICIES: what is kept for the backward pass, the rest being computed again;
         expert_transport: see `MoE`.
         """
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens: {tokens.dtype}{list(tokens.shape)} found, expected integers [batch, tokens]")
+        if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens: {tokens.dtype}{list(tokens.shape)} found, expected integers [batch, tokens], one or more")
         for name, array in (("positions", positions), ("segment_ids", segment_ids)):
             if array is not None and array.shape != tokens.shape:
                 raise ValueError(f"{name}: shape {array.shape} found, expected that of tokens, {tokens.shape}")
