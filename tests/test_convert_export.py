@@ -10,6 +10,7 @@ from conftest import DATA
 
 from gptoss_jax import convert, export, mxfp4
 from gptoss_jax.checkpoint import CheckpointError, load_weights, save_huggingface, store
+from gptoss_jax.checkpoint.destination import appearing
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model.weights import declare
 from gptoss_jax.sharding import make_mesh
@@ -182,6 +183,31 @@ def test_an_existing_destination_stays_untouched_without_overwrite_and_is_replac
     assert run(command, source, tmp_path / "there", "--overwrite") == 0
     assert not (tmp_path / "there" / "precious").exists()
     load_weights(tmp_path / "there")
+
+
+@pytest.mark.parametrize("command", [convert, export], ids=["convert", "export"])
+def test_what_appears_at_the_destination_meanwhile_stays(command, source, tmp_path, monkeypatch, capsys):
+    from gptoss_jax.checkpoint import opening
+
+    read = opening.read_shard
+
+    def read_while_another_writes(*arguments):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        (tmp_path / "there" / "precious").write_text("x")
+        return read(*arguments)
+
+    monkeypatch.setattr(opening, "read_shard", read_while_another_writes)
+    assert run(command, source, tmp_path / "there") == 2
+    assert f"{tmp_path}/there: exists already" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.rglob("*") if source not in [file, *file.parents]) == ["precious", "there"]
+
+
+def test_what_was_to_be_replaced_stays_when_the_new_one_cannot_take_its_place(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "precious").write_text("x")
+    with pytest.raises(FileNotFoundError), appearing(tmp_path / "there", overwrite=True):
+        pass  # nothing is written, so nothing can be renamed
+    assert [file.name for file in tmp_path.rglob("*")] == ["there", "precious"]
 
 
 @pytest.mark.parametrize("command", [convert, export], ids=["convert", "export"])

@@ -39,7 +39,7 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, *, overwr
             if progress is not None:
                 progress(done, total)
 
-    with appearing(destination) as path:
+    with appearing(destination, overwrite=overwrite) as path:
         store.write(path, groups())
         write_sidecars(path, checkpoint.sidecars, default_config=checkpoint.config.to_json())
 

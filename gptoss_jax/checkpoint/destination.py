@@ -22,10 +22,7 @@ def check_destination(destination: Path, *, overwrite: bool, source: Path | None
         if origin in real.parents or real in origin.parents:
             inside, outside = (destination, source) if origin in real.parents else (source, destination)
             raise CheckpointError(f"{destination}: {inside} is inside {outside}, expected directories apart from each other")
-    if os.path.lexists(destination) and not overwrite:
-        raise CheckpointError(f"{destination}: exists already, expected a new name (or --overwrite to replace it)")
-    if destination.exists() and not destination.is_dir():
-        raise CheckpointError(f"{destination}: a file, expected a directory or a new name")
+    _check_replaceable(destination, overwrite)
     existing = next(parent for parent in real.parents if parent.exists())
     if not existing.is_dir():
         raise CheckpointError(f"{destination}: {existing} is a file, expected a directory")
@@ -35,18 +32,30 @@ def check_destination(destination: Path, *, overwrite: bool, source: Path | None
 
 
 @contextlib.contextmanager
-def appearing(destination: Path) -> Iterator[Path]:
-    """Yield a path to write to, which is renamed to `destination` when the block ends, replacing what is there, and removed if it raises.
+def appearing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a path to write to, which is renamed to `destination` when the block ends, and removed if it raises.
 
-    It lies in a directory `.NAME.incomplete-…` beside the destination, which is all that a killed process leaves.
+    With `overwrite` it replaces what is there then, which stays if that fails; without, raises CheckpointError when something has appeared
+    there meanwhile. It lies in a directory `.NAME.incomplete-…` beside the destination, which is all that a killed process leaves.
     """
     destination = Path(os.path.abspath(destination))
     destination.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.incomplete-", dir=destination.parent))
+    new, old = scratch / "new", scratch / "old"
     try:
-        yield scratch / "new"
+        yield new
+        _check_replaceable(destination, overwrite)
         if os.path.lexists(destination):
-            destination.rename(scratch / "old")
-        (scratch / "new").rename(destination)
+            destination.rename(old)
+        new.rename(destination)
     finally:
+        if os.path.lexists(old) and not os.path.lexists(destination):
+            old.rename(destination)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_replaceable(destination: Path, overwrite: bool) -> None:
+    if os.path.lexists(destination) and not overwrite:
+        raise CheckpointError(f"{destination}: exists already, expected a new name (or --overwrite to replace it)")
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination}: a file, expected a directory or a new name")

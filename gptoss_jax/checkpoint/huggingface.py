@@ -137,7 +137,7 @@ def _save(path, config, weights, sidecars, source, format, overwrite, max_shard_
             progress(done, total)
 
     experts = _Experts(weights)
-    with appearing(path) as folder:
+    with appearing(path, overwrite=overwrite) as folder:
         folder.mkdir()
         for file, shard in shards.items():
             safetensors.write_file(folder / file, shard, ((name, experts.pieces(name, weight)) for name, weight in shard.items()), written)

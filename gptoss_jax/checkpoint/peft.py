@@ -31,7 +31,7 @@ def save_peft(path: str | os.PathLike, adapters: Mapping[str, jax.Array | np.nda
     declared = {name: Weight(value.shape, "float32", ()) for name, value in tensors.items()}
     path = Path(path)
     check_destination(path, overwrite=overwrite, num_bytes=sum(map(safetensors.num_bytes, declared.values())))
-    with appearing(path) as folder:
+    with appearing(path, overwrite=overwrite) as folder:
         folder.mkdir()
         safetensors.write_file(folder / WEIGHTS, declared, ((name, [value]) for name, value in tensors.items()))
         write_json(folder / CONFIG, _config(adapters, rank, alpha, base_model))
