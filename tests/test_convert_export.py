@@ -1,6 +1,7 @@
 """Writing checkpoints: there and back without a bit changed, complete or not at all, and never over something else unasked."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -177,6 +178,7 @@ def test_our_files_start_on_aligned_bytes_and_say_they_are_for_torch(tmp_path):
 def test_an_existing_destination_stays_untouched_without_overwrite_and_is_replaced_with_it(command, source, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "precious").write_text("x")
+    (tmp_path / "there" / "config.json").write_text("{}")
     assert run(command, source, tmp_path / "there") == 2
     assert f"{tmp_path}/there: exists already" in capsys.readouterr().err
     assert (tmp_path / "there" / "precious").exists()
@@ -204,10 +206,10 @@ def test_what_appears_at_the_destination_meanwhile_stays(command, source, tmp_pa
 
 def test_what_was_to_be_replaced_stays_when_the_new_one_cannot_take_its_place(tmp_path):
     (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "precious").write_text("x")
+    (tmp_path / "there" / "config.json").write_text("x")
     with pytest.raises(FileNotFoundError), appearing(tmp_path / "there", overwrite=True):
         pass  # nothing is written, so nothing can be renamed
-    assert [file.name for file in tmp_path.rglob("*")] == ["there", "precious"]
+    assert [file.name for file in tmp_path.rglob("*")] == ["there", "config.json"]
 
 
 @pytest.mark.parametrize("command", [convert, export], ids=["convert", "export"])
@@ -236,9 +238,13 @@ def test_an_interrupted_run_leaves_the_old_destination_and_nothing_else(command,
 @pytest.mark.parametrize("command", [convert, export], ids=["convert", "export"])
 @pytest.mark.parametrize(("destination", "said"), [
     ("source", "the source itself"), ("source/../source", "the source itself"), ("source/inside", "is inside"), (".", "is inside"),
-    ("source/config.json/x", "is inside"), ("file/below", "is a file, expected a directory")])
-def test_a_destination_that_would_destroy_or_nest_is_refused(command, destination, said, source, tmp_path, capsys):
+    ("source/config.json/x", "is inside"), ("file/below", "is a file, expected a directory"), ("mount", "a mount point"),
+    ("models", "expected a checkpoint to replace")])
+def test_a_destination_that_would_destroy_or_nest_is_refused(command, destination, said, source, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "mount")
+    shutil.copytree(source, tmp_path / "models" / "gpt-oss-20b")
     assert run(command, source, tmp_path / destination, "--overwrite") == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from gptoss_jax.checkpoint.errors import CheckpointError
 
+_CHECKPOINT_MARKS = ("config.json", "adapter_config.json", "_CHECKPOINT_METADATA")
+
 
 def check_destination(destination: Path, *, overwrite: bool, source: Path | None = None, num_bytes: int = 0) -> None:
     """Raise CheckpointError when writing there would lose something, or has no room for `num_bytes`."""
@@ -59,3 +61,8 @@ def _check_replaceable(destination: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{destination}: exists already, expected a new name (or --overwrite to replace it)")
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination}: a file, expected a directory or a new name")
+    if os.path.ismount(destination):
+        raise CheckpointError(f"{destination}: a mount point, which can't be replaced, expected a new name inside it")
+    if destination.is_dir() and any(destination.iterdir()) and not any((destination / name).exists() for name in _CHECKPOINT_MARKS):
+        raise CheckpointError(f"{destination}: no {' or '.join(_CHECKPOINT_MARKS)} found, expected a checkpoint to replace, an empty directory "
+                              "or a new name")
