@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 
 import numpy as np
@@ -260,6 +261,19 @@ def test_a_bad_source_is_one_line_and_exit_code_2_and_debug_shows_the_traceback(
         assert run(command, source, tmp_path / "new", "--debug") == 2
         assert "Traceback" in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", [convert, export], ids=["convert", "export"])
+def test_a_disk_that_takes_no_more_is_one_line_and_exit_code_2_and_leaves_nothing(command, source, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        assert run(command, source, tmp_path / "new") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert "File too large" in error and error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
 def test_bad_flags_are_exit_code_2_and_help_is_0(capsys):

@@ -54,6 +54,12 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(texts[:_MAX_LISTED]) + more
 
 
+def reason(error: Exception) -> str:
+    """Return in a line what Orbax and TensorStore raise: whatever their storage did, often over many lines."""
+    full = re.search("no space left|quota exceeded", str(error), re.IGNORECASE)
+    return "no space left on the disk" if full else (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def read_json(path: Path) -> dict:
     """Return the object in a JSON file. Raises CheckpointError when it is missing, unreadable, or holds something else."""
     try:

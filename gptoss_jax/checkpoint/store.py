@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from gptoss_jax.checkpoint.errors import CheckpointError, count, listed, read_json
+from gptoss_jax.checkpoint.errors import CheckpointError, count, listed, read_json, reason
 from gptoss_jax.model.weights import Weight
 
 MANIFEST = "orbax_files.json"
@@ -25,7 +25,7 @@ def describe(path: Path) -> dict[str, Weight]:
     """Return the weights of an Orbax checkpoint, without axes. Raises CheckpointError when files are missing or truncated, or Orbax can't
     read it."""
     _verify_files(path)
-    with _one_line_errors(path):
+    with _one_line_errors(path, "read"):
         metadata = ocp.metadata(path.absolute()).metadata
     if not isinstance(metadata, dict) or not all(hasattr(array, "shape") for array in metadata.values()):
         raise CheckpointError(f"{path}: damaged, or another kind of Orbax checkpoint: expected a flat tree of named arrays")
@@ -37,21 +37,26 @@ def read(path: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tu
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     for names in grouped({name: _device_bytes(target) for name, target in targets.items()}):
-        with context, _one_line_errors(path):
+        with context, _one_line_errors(path, "read"):
             arrays = jax.block_until_ready(ocp.load(path.absolute(), {name: targets[name] for name in names}))
         yield from ((name, arrays.pop(name)) for name in names)
 
 
 def write(path: Path, groups: Iterable[dict[str, jax.Array]]) -> None:
-    """Write groups of arrays one after the other as one checkpoint, and the sizes of its files; `path` appears when the last is written."""
+    """Write groups of arrays one after the other as one checkpoint, and the sizes of its files; `path` appears when the last is written.
+
+    Raises CheckpointError when Orbax can't.
+    """
     context = ocp.Context()
     context.array.saving.use_compression = False  # MXFP4 and bfloat16 weights hardly compress, and zstd costs most of the time
     context.array.saving.scoped_storage_options_creator = _storage
     context.memory.deepcopy_host_arrays = False
     with context:
-        for group in groups:
-            ocp.partial.save(path.absolute(), group)
-        ocp.partial.finalize(path.absolute())
+        for group in groups:  # what reading raises isn't Orbax's
+            with _one_line_errors(path, "write"):
+                ocp.partial.save(path.absolute(), group)
+        with _one_line_errors(path, "write"):
+            ocp.partial.finalize(path.absolute())
     sizes = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
     (path / MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
@@ -98,15 +103,14 @@ def _device_bytes(target: jax.ShapeDtypeStruct) -> int:
 
 
 @contextlib.contextmanager
-def _one_line_errors(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path, verb: str) -> Iterator[None]:
     """Orbax and TensorStore raise whatever their storage did, often over many lines, and Orbax logs it before that."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: Orbax can't read it: {reason}") from error
+        raise CheckpointError(f"{path}: Orbax can't {verb} it: {reason(error)}") from error
     finally:
         logger.setLevel(level)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from gptoss_jax.checkpoint.errors import CheckpointError
+from gptoss_jax.checkpoint.errors import CheckpointError, reason
 
 _KEPT = ocp.training.preservation_policies
 _UNFINISHED = "*.orbax-checkpoint-tmp"
-_NO_ROOM = re.compile("no space left|quota exceeded", re.IGNORECASE)
 
 
 class StateStore:
@@ -92,8 +90,7 @@ class StateStore:
         try:
             return self._checkpointer.load_checkpointables(step, wanted)
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{self._directory}: step {step} can't be restored: {reason}") from error
+            raise CheckpointError(f"{self._directory}: step {step} can't be restored: {reason(error)}") from error
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises CheckpointError when the last save failed."""
@@ -108,9 +105,8 @@ class StateStore:
         except Exception as error:
             complete = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
             self._remove_unfinished()
-            reason = "no space left on the disk" if _NO_ROOM.search(str(error)) else (str(error).splitlines() or [type(error).__name__])[0]
             kept = f"step {complete[-1]} is the newest complete one" if complete else "none is complete"
-            raise CheckpointError(f"{self._directory}: a checkpoint can't be saved: {reason}; {kept}") from error
+            raise CheckpointError(f"{self._directory}: a checkpoint can't be saved: {reason(error)}; {kept}") from error
 
     def _remove_unfinished(self) -> None:
         for unfinished in self._directory.glob(_UNFINISHED):
