@@ -1,6 +1,7 @@
 """Running a training: what is saved when, what stops it, what it says, several processes, and the files people start from."""
 
 import contextlib
+import gc
 import importlib.util
 import json
 import math
@@ -173,6 +174,28 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay_loadable(tmp_path)
             again.check_room({"weights": jax.ShapeDtypeStruct((1 << 30,), jnp.float32)})
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize(("file", "said"), [
+    ("2/state/manifest.ocdbt", "step 2 can't be restored: .*Error decoding manifest: .*; move .*/2 away to go on from step 1$"),
+    ("2/state/_METADATA", "step 2 can't be restored: Unterminated string .*; move .*/2 away to go on from step 1$"),
+    ("2/record/manifest.ocdbt", "step 2 can't be restored: .*; move .*/2 away to go on from step 1$"),
+    ("1/metrics/metrics", "1/metrics/metrics: not readable as JSON")])
+def test_a_damaged_checkpoint_is_one_line_with_its_cause_and_what_is_left(file, said, tmp_path, caplog, capsys):
+    store, state = StateStore(tmp_path), {"weights": jnp.zeros(8), "moments": jnp.zeros(8)}
+    for step in (1, 2):
+        store.save(step, state, {"step": step}, {"eval_loss": 1.0})
+    store.close()
+    file = tmp_path / file
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=said) as caught:
+        again = StateStore(tmp_path)
+        again.record(again.latest_step())
+        again.restore(again.latest_step(), state)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    del caught
+    gc.collect()  # what Orbax has left behind is told then
+    assert not caplog.records and capsys.readouterr().err == ""
 
 
 def test_a_save_that_fails_in_the_background_is_told_at_the_next_look(tmp_path, monkeypatch):

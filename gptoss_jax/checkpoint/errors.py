@@ -54,10 +54,13 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(texts[:_MAX_LISTED]) + more
 
 
-def reason(error: Exception) -> str:
-    """Return in a line what Orbax and TensorStore raise: whatever their storage did, often over many lines."""
-    full = re.search("no space left|quota exceeded", str(error), re.IGNORECASE)
-    return "no space left on the disk" if full else (str(error).splitlines() or [type(error).__name__])[0]
+def reason(error: BaseException) -> str:
+    """Return in a line why Orbax or TensorStore failed: what their storage did, without where in their source and with which settings."""
+    while error.__cause__ is not None:  # Orbax's own tells at length what it has tried
+        error = error.__cause__
+    if re.search("no space left|quota exceeded", str(error), re.IGNORECASE):
+        return "no space left on the disk"
+    return re.split(r" \[[a-z_ \d\[\]]+='", (str(error).splitlines() or [type(error).__name__])[0])[0]
 
 
 def read_json(path: Path) -> dict:

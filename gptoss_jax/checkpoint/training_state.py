@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from gptoss_jax.checkpoint.errors import CheckpointError, reason
+from gptoss_jax.checkpoint.errors import CheckpointError, read_json, reason
 
 _KEPT = ocp.training.preservation_policies
 _UNFINISHED = "*.orbax-checkpoint-tmp"
@@ -24,7 +25,7 @@ class StateStore:
 
     keep: so many of the newest stay, and with keep_best so many of those with the lowest `metric`; the others go. Saving runs in the
     background (arrays are copied first); `check` looks after it and `close` waits for it. The directory belongs to one job at a time: what
-    an interrupted save left there is removed.
+    an interrupted save left there is removed. Raises CheckpointError when the metrics of one can't be read.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2, keep_best: int = 0, metric: str = "eval_loss"):
@@ -35,10 +36,15 @@ class StateStore:
         if keep_best:
             kept.append(_KEPT.BestN(get_metric_fn=lambda metrics: metrics[metric], reverse=True, n=keep_best,
                                     keep_checkpoints_without_metrics=False))
+        for file in self._directory.glob("*/metrics/metrics"):  # Orbax reads those of all steps, and wouldn't say which is damaged
+            if file.parts[-3].isdigit():
+                read_json(file)
         self._checkpointer = ocp.training.Checkpointer(
             self._directory, preservation_policy=_KEPT.AnyPreservationPolicy(kept))
         self._saving = False  # or nobody has looked yet how it went
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the tracebacks of failures that it raises as well
+        for name in ("absl", "asyncio"):  # Orbax logs the tracebacks of failures that it raises as well, and leaves others unawaited
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", "coroutine 'Store._get_array_metadatas' was never awaited", RuntimeWarning)
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, None when there is none."""
@@ -90,7 +96,10 @@ class StateStore:
         try:
             return self._checkpointer.load_checkpointables(step, wanted)
         except Exception as error:
-            raise CheckpointError(f"{self._directory}: step {step} can't be restored: {reason(error)}") from error
+            others = [checkpoint.step for checkpoint in self._checkpointer.checkpoints if checkpoint.step != step]
+            other = f"go on from step {others[-1]}" if others else "start anew"
+            raise CheckpointError(f"{self._directory}: step {step} can't be restored: {reason(error)}; move {self._directory / str(step)} away "
+                                  f"to {other}") from error
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises CheckpointError when the last save failed."""
