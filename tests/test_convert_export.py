@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -234,6 +236,21 @@ def test_an_interrupted_run_leaves_the_old_destination_and_nothing_else(command,
     monkeypatch.undo()
     assert sorted(file.name for file in tmp_path.iterdir()) == before
     load_weights(tmp_path / "there")
+
+
+def test_ctrl_c_waits_for_what_orbax_is_writing_and_leaves_nothing(source, tmp_path, monkeypatch, capsys):
+    written = []
+
+    def finalize(path):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        path.mkdir()
+        written.append(path)
+
+    monkeypatch.setattr(store.ocp.partial, "finalize", finalize)
+    assert run(convert, source, tmp_path / "new") == 130
+    assert len(written) == 1 and [file.name for file in tmp_path.iterdir()] == ["source"]
+    assert capsys.readouterr().err.endswith(" s\n\npython -m gptoss_jax.convert: interrupted\n")
 
 
 @pytest.mark.parametrize("command", [convert, export], ids=["convert", "export"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import contextvars
 import json
 import logging
 import math
@@ -51,12 +53,14 @@ def write(path: Path, groups: Iterable[dict[str, jax.Array]]) -> None:
     context.array.saving.use_compression = False  # MXFP4 and bfloat16 weights hardly compress, and zstd costs most of the time
     context.array.saving.scoped_storage_options_creator = _storage
     context.memory.deepcopy_host_arrays = False
-    with context:
+    # Ctrl-C reaches the main thread only, which then waits for this one: nobody writes there any more when what is there is removed.
+    with context, concurrent.futures.ThreadPoolExecutor(1) as thread:
+        run = contextvars.copy_context().run
         for group in groups:  # what reading raises isn't Orbax's
             with _one_line_errors(path, "write"):
-                ocp.partial.save(path.absolute(), group)
+                thread.submit(run, ocp.partial.save, path.absolute(), group).result()
         with _one_line_errors(path, "write"):
-            ocp.partial.finalize(path.absolute())
+            thread.submit(run, ocp.partial.finalize, path.absolute()).result()
     sizes = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
     (path / MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
