@@ -215,6 +215,14 @@ def test_what_was_to_be_replaced_stays_when_the_new_one_cannot_take_its_place(tm
     assert [file.name for file in tmp_path.rglob("*")] == ["there", "config.json"]
 
 
+def test_what_a_killed_process_has_left_is_named(source, tmp_path, capsys):
+    (tmp_path / ".[new].incomplete-abc").mkdir()
+    (tmp_path / ".newer.incomplete-abc").mkdir()
+    assert run(export, source, tmp_path / "[new]") == 0
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{tmp_path}/.[new].incomplete-abc: left by a killed process") and "incomplete" not in "".join(others)
+
+
 @pytest.mark.parametrize("command", [convert, export], ids=["convert", "export"])
 def test_an_interrupted_run_leaves_the_old_destination_and_nothing_else(command, source, tmp_path, monkeypatch):
     from gptoss_jax.checkpoint import opening

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,11 +40,15 @@ def appearing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a path to write to, which is renamed to `destination` when the block ends, and removed if it raises.
 
     With `overwrite` it replaces what is there then, which stays if that fails; without, raises CheckpointError when something has appeared
-    there meanwhile. It lies in a directory `.NAME.incomplete-…` beside the destination, which is all that a killed process leaves.
+    there meanwhile. It lies in a directory `.NAME.incomplete-…` beside the destination, which is all that a killed process leaves; a line
+    on stderr names such.
     """
     destination = Path(os.path.abspath(destination))
     destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.incomplete-", dir=destination.parent))
+    prefix = f".{destination.name}.incomplete-"
+    for left in destination.parent.glob(f"{glob.escape(prefix)}*"):
+        print(f"{left}: left by a killed process, to be removed, unless another is writing it now", file=sys.stderr)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
     new, old = scratch / "new", scratch / "old"
     try:
         yield new
@@ -51,7 +57,7 @@ def appearing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
             destination.rename(old)
         new.rename(destination)
     finally:
-        if os.path.lexists(old) and not os.path.lexists(destination):
+        if os.path.lexists(old) and not os.path.lexists(destination):  # the new one couldn't take its place
             old.rename(destination)
         shutil.rmtree(scratch, ignore_errors=True)
 
