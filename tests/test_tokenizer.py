@@ -238,8 +238,26 @@ def test_an_unusable_file_is_refused_in_one_line_that_names_it(case, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_the_original_layout_has_the_tokenizer_of_the_checkpoint_around_it(tmp_path, sentencepiece_file, monkeypatch):
+    original = tmp_path / "original"
+    original.mkdir()
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())
+    monkeypatch.chdir(original)
+    assert load_tokenizer(original).vocab_size == load_tokenizer(".").vocab_size == load_tokenizer(sentencepiece_file).vocab_size
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ("export/config.json", "a run's directory, expected what it has exported, .*/export$"),
+    ("adapter_config.json", "adapters alone, expected a whole checkpoint")])
+def test_a_directory_of_a_run_and_adapters_are_said_to_be_no_checkpoint(content, said, tmp_path):
+    (tmp_path / content).parent.mkdir(exist_ok=True)
+    (tmp_path / content).write_text("{}")
+    with pytest.raises(TokenizerError, match=said):
+        load_tokenizer(tmp_path)
+
+
 def test_a_missing_tokenizer_is_refused_by_name(tmp_path):
-    with pytest.raises(TokenizerError, match="holds no tokenizer; expected tokenizer.json"):
+    with pytest.raises(TokenizerError, match="holds no tokenizer; expected tokenizer.json.*copied from the published checkpoint"):
         load_tokenizer(tmp_path)
     for name in ("nowhere", "tokenizer.json"):
         with pytest.raises(TokenizerError, match=f"{name}: no such file"):

@@ -127,7 +127,8 @@ class Tokenizer:
 def load_tokenizer(path: str | PathLike) -> Tokenizer:
     """Load tokenizer.json, o200k_base.tiktoken or a SentencePiece .model, or the first of them that a directory has.
 
-    A directory is searched for tokenizer.json, tokenizer.model, any other .model, o200k_base.tiktoken, in that order.
+    A directory is searched for tokenizer.json, tokenizer.model, any other .model, o200k_base.tiktoken, in that order; one
+    called `original` is followed by the one that holds it.
     Raises TokenizerError naming the file and what is wrong with it.
     """
     path = Path(path)
@@ -148,11 +149,21 @@ def load_tokenizer(path: str | PathLike) -> Tokenizer:
 
 
 def _find_file(directory: Path) -> Path:
-    names = ["tokenizer.json", "tokenizer.model", *sorted(p.name for p in directory.glob("*.model")), "o200k_base.tiktoken"]
-    for name in names:
-        if (directory / name).is_file():
-            return directory / name
-    raise TokenizerError(f"{directory}: holds no tokenizer; expected tokenizer.json, a .model file or o200k_base.tiktoken")
+    directories = [directory]
+    if directory.resolve().name == "original":  # OpenAI's weights, in a published checkpoint that has the tokenizer
+        directories.append(directory.resolve().parent)
+    for place in directories:
+        names = ["tokenizer.json", "tokenizer.model", *sorted(p.name for p in place.glob("*.model")), "o200k_base.tiktoken"]
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+    if (directory / "export").is_dir():
+        raise TokenizerError(f"{directory}: a run's directory, expected what it has exported, {directory / 'export'}")
+    if (directory / "adapter_config.json").exists():
+        raise TokenizerError(f"{directory}: adapters alone, expected a whole checkpoint, which a run without output.adapters exports")
+    raise TokenizerError(
+        f"{directory}: holds no tokenizer; expected tokenizer.json, a .model file or o200k_base.tiktoken, copied from the published checkpoint"
+    )
 
 
 def _load_o200k(file: Path, content: bytes) -> Tokenizer:
