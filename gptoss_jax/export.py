@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gptoss_jax.export",
         description="Write a gpt-oss checkpoint as a Hugging Face directory that transformers and other engines load.")
-    parser.add_argument("source", metavar="SRC", help="Orbax directory made by convert, Hugging Face directory, or OpenAI's original/")
+    parser.add_argument("source", metavar="SRC", help="Orbax directory made by convert, Hugging Face directory, OpenAI's original/, or tiny")
     parser.add_argument("destination", metavar="DST", help="directory to create; it appears when it is complete")
     parser.add_argument("--format", choices=("mxfp4", "bfloat16"), default="mxfp4",
                         help="experts as MXFP4 (packed ones bit for bit, bfloat16 ones encoded) or as plain bfloat16 (default: %(default)s)")
@@ -25,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # hardly more than bytes moving: leave accelerators alone
+    from gptoss_jax.checkpoint import resolve
     from gptoss_jax.checkpoint.huggingface import export
 
-    export(arguments.source, arguments.destination, format=arguments.format, overwrite=arguments.overwrite, progress=Progress("exported"))
+    export(resolve(arguments.source), arguments.destination, format=arguments.format, overwrite=arguments.overwrite, progress=Progress("exported"))
     print(f"wrote {arguments.destination}", file=sys.stderr)
 
 

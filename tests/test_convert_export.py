@@ -13,7 +13,7 @@ from by_hand import assert_same_bits, random_weights, read_directory, read_file,
 from conftest import DATA
 
 from gptoss_jax import convert, export, mxfp4
-from gptoss_jax.checkpoint import CheckpointError, load_weights, save_huggingface, store
+from gptoss_jax.checkpoint import CheckpointError, load_weights, resolve, save_huggingface, store
 from gptoss_jax.checkpoint.destination import appearing
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model.weights import declare
@@ -96,6 +96,12 @@ def test_an_orbax_checkpoint_loads_on_any_mesh_and_in_float32(tmp_path, axes):
     assert loaded["lm_head.weight"].sharding.mesh == mesh
     exact = load_weights(tmp_path / "orbax", dtype="float32")[1]
     assert_same_bits(exact, {name: w if w.dtype == np.uint8 else w.astype(np.float32) for name, w in weights.items()})
+
+
+@pytest.mark.parametrize("command", [convert, export], ids=["convert", "export"])
+def test_tiny_is_the_embedded_checkpoint(command, tmp_path):
+    assert run(command, "tiny", tmp_path / "copy") == 0
+    assert_same_bits(load_weights(tmp_path / "copy")[1], read_directory(resolve("tiny")))
 
 
 def test_relative_paths_mean_the_working_directory(source, tmp_path, truth, monkeypatch):
