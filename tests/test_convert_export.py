@@ -256,6 +256,7 @@ def test_ctrl_c_waits_for_what_orbax_is_writing_and_leaves_nothing(source, tmp_p
     written = []
 
     def finalize(path):
+        time.sleep(0.2)  # until the main thread waits: a signal that finds it in a callback of garbage collection is lost
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         path.mkdir()
