@@ -263,7 +263,11 @@ def test_ctrl_c_waits_for_what_orbax_is_writing_and_leaves_nothing(source, tmp_p
         written.append(path)
 
     monkeypatch.setattr(store.ocp.partial, "finalize", finalize)
-    assert run(convert, source, tmp_path / "new") == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    try:
+        assert run(convert, source, tmp_path / "new") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(written) == 1 and [file.name for file in tmp_path.iterdir()] == ["source"]
     assert capsys.readouterr().err.endswith(" s\n\npython -m gptoss_jax.convert: interrupted\n")
 
