@@ -33,7 +33,8 @@ from gpu_rivals import torch_ceilings, transformers_rival, triton_rival
 
 ROOT = pathlib.Path(__file__).parents[1]
 AT_ONCE, POINT = 8, ("what", "batch", "context")
-HOPPER_OPS, TRAINING = ("expert_matmul", "decode_attention", "decode_matmul", "decode_block"), "training"  # whose kernels are checked first
+TRAINING = "training"
+HOPPER_KERNELS = ("expert_matmul", "decode_attention", "decode_matmul", "decode_block", TRAINING)  # by op, or what takes them; checked first
 FIRST = ((1, 128), (1, 8192), (16, 128), (64, 8192), (1, 131_072), (64, 128), (256, 128), (4, 128))  # what matters most is measured first
 WRONG = 0.02  # of a result's norm: more than bfloat16 explains
 TOO_LARGE = "does not fit"
@@ -51,7 +52,8 @@ def main() -> int:
     parser.add_argument("--section", help=argparse.SUPPRESS)  # of this process; without it this one starts the others
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--earlier", type=int, help=argparse.SUPPRESS)  # rows in the file that are of another run
-    parser.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # the Hopper kernels, by the first section
+    parser.add_argument("--kernel", help=argparse.SUPPRESS)  # that this section checks
+    parser.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # the Hopper kernels, by the first sections
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if arguments.section:
@@ -70,12 +72,20 @@ def main() -> int:
     end, earlier, turns = time.monotonic() + arguments.seconds, len(read(arguments.out)), Turns()
     command = [sys.executable, __file__, "--out", str(arguments.out), "--steps", str(arguments.steps), "--earlier", str(earlier)]
     command += [part for name in ("batches", "contexts", "prompts") for part in (f"--{name}", *map(str, getattr(arguments, name)))]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+
+        def run_lanes(planned) -> int:
+            """Run lanes (share of the memory, sections, command, seconds) beside each other; returns how many sections failed."""
+            return sum(pool.map(lambda lane: run_lane(lane[1], lane[0], lane[2], arguments.out, time.monotonic() + lane[3], turns), planned))
+
         try:
-            first = [("check", arguments.models[0], 1)]
-            failed = pool.submit(run_lane, first, GPU_FRACTION, command, arguments.out, time.monotonic() + arguments.seconds / 4, turns).result()
-            command += ["--checked"] * hopper_checked(read(arguments.out)[earlier:])
-            failed += sum(pool.map(lambda lane: run_lane(lane[1], lane[0], command, arguments.out, end, turns), lanes(arguments.models, gpu_memory())))
+            first, most, half = arguments.models[0], arguments.seconds / 4, GPU_FRACTION / 2
+            checks = [(half / len(HOPPER_KERNELS), [("check", first, 1)], [*command, "--kernel", kernel], most) for kernel in HOPPER_KERNELS]
+            failed = run_lanes([(half, [("ceilings", first, 1)], command, 1.5 * most), *checks])  # which waits for all checks
+            for kernel in set(HOPPER_KERNELS) - set(hopper_checks(read(arguments.out)[earlier:])):
+                write(arguments.out, {"section": "check", "model": first} | checked(kernel, "a check that comes to its end"))
+            command.append("--checked")
+            failed += run_lanes([(share, sections, command, end - time.monotonic()) for share, sections in lanes(arguments.models, gpu_memory())])
         except KeyboardInterrupt:
             turns.interrupt()
             failed = 1
@@ -83,10 +93,14 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def hopper_checked(rows: list[dict]) -> bool:
-    """Return whether each of the Hopper kernels has been found to equal the reference, so that no later section need look again."""
-    missing = {row["kernel"]: row["missing"] for row in rows if row.get("op") == "hopper" and row["what"] == "check"}
-    return missing == dict.fromkeys((*HOPPER_OPS, TRAINING))
+def checked(kernel: str, missing: str | None) -> dict:
+    """Return a row that says what a Hopper kernel lacks, None if it equals the reference."""
+    return {"what": "check", "op": "hopper", "kernel": kernel, "missing": missing}
+
+
+def hopper_checks(rows: list[dict]) -> dict[str, str | None]:
+    """Return what each Hopper kernel that was checked lacks."""
+    return {row["kernel"]: row["missing"] for row in rows if row.get("op") == "hopper" and row["what"] == "check"}
 
 
 def run_section(arguments) -> int:
@@ -102,6 +116,8 @@ def run_section(arguments) -> int:
     except Exception as error:  # the sections after this one are still worth their time
         traceback.print_exc()
         record(failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+        if getattr(error, "ends_process", False):
+            os._exit(1)
         return 1
     return 0
 
@@ -144,9 +160,11 @@ def begin(arguments, record):
     from gptoss_jax.inference import measure
     from gptoss_jax.kernels import hopper
 
-    if arguments.checked:
-        hopper.wrong_here = lambda *_: None
-    known = next((row for row in read(arguments.out)[arguments.earlier :] if row.get("what") == "ceilings"), None)
+    rows = read(arguments.out)[arguments.earlier :]
+    if arguments.checked:  # none is looked at again: one that hangs would cost each section its time
+        found = hopper_checks(rows)
+        hopper.wrong_here = lambda op, training: found[TRAINING if training else op]
+    known = next((row for row in rows if row.get("what") == "ceilings"), None)
     if known is None:
         with alone():
             limits = measure.ceilings()
@@ -173,16 +191,12 @@ def config_of(name: str):
 
 
 def check(arguments, record) -> None:
-    """Check the Hopper kernels against the reference, small and with traps: later sections' models use those that are right."""
-    begin(arguments, record)
+    """Check a Hopper kernel against the reference, small and with traps: later sections' models use those that are right."""
     from gptoss_jax.kernels import hopper
 
-    hopper.wrong_here = hopper.disagreement  # that they were right before doesn't count
-    asked = {op: functools.partial(hopper.device_unmet, op) for op in HOPPER_OPS}
-    asked[TRAINING] = functools.partial(hopper.device_unmet, "expert_matmul", training=True)
-    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
-        for kernel, missing in zip(asked, pool.map(lambda ask: ask(), asked.values())):
-            record(what="check", op="hopper", kernel=kernel, missing=missing)
+    hopper.wrong_here = hopper.disagreement  # that it was right before doesn't count
+    training = {"training": True} if arguments.kernel == TRAINING else {}
+    record(**checked(arguments.kernel, hopper.device_unmet("expert_matmul" if training else arguments.kernel, **training)))
 
 
 def kernels(arguments, record) -> None:
@@ -376,8 +390,8 @@ def load(arguments, record) -> None:
                 record(what="load", read_from=cache, seconds=seconds, gb_per_second=cost.weight_bytes(config) / seconds / 1e9)
 
 
-SECTIONS = {"check": check, "kernels": kernels, "variants": variants, "train": train, "model": model, "load": load, "torch": torch_ceilings, "triton": triton_rival,
-            "transformers": transformers_rival}
+SECTIONS = {"ceilings": begin, "check": check, "kernels": kernels, "variants": variants, "train": train, "model": model, "load": load, "torch": torch_ceilings,
+            "triton": triton_rival, "transformers": transformers_rival}
 
 
 def show(rows: list[dict]) -> None:

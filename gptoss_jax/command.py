@@ -55,7 +55,9 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             raise
         if arguments.debug:
             traceback.print_exc()
-        print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr, flush=True)
+        if getattr(error, "ends_process", False):
+            os._exit(2)
         return 2
 
 

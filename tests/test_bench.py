@@ -465,18 +465,42 @@ def test_the_gpu_script_begins_as_many_points_as_find_time_and_measures_ceilings
     assert row["package"] is None or len(row["package"]) == 40
 
 
-def test_the_gpu_script_checks_every_hopper_kernel_and_sections_after_it_look_again_only_if_one_is_wrong(gpu, monkeypatch):
+def test_the_gpu_script_checks_every_hopper_kernel_in_a_process_of_its_own(gpu, monkeypatch):
     ops = {path.parent.name for path in pathlib.Path(hopper.__file__).parent.glob("*/hopper_check.py")}
-    assert set(gpu.HOPPER_OPS) == ops
-    monkeypatch.setattr(gpu, "begin", lambda *_: None)
+    assert set(gpu.HOPPER_KERNELS) == ops | {gpu.TRAINING}
     monkeypatch.setattr(hopper, "wrong_here", pytest.fail)  # which may only remember
-    for wrong in (None, gpu.TRAINING, *ops):
-        monkeypatch.setattr(hopper, "device_unmet", lambda op, *, training=False: "luck" if (gpu.TRAINING if training else op) == wrong else None)
-        rows = [{"what": "ceilings"}]
-        gpu.check(None, lambda **row: rows.append(row))
-        assert hopper.wrong_here is hopper.disagreement
-        assert gpu.hopper_checked(rows) == (wrong is None)
-        assert not gpu.hopper_checked(rows[:-1])
+    monkeypatch.setattr(hopper, "device_unmet", lambda op, *, training=False: "luck" if training else op)
+    rows = [{"what": "ceilings"}]
+    for kernel in gpu.HOPPER_KERNELS:
+        gpu.check(argparse.Namespace(kernel=kernel), lambda **row: rows.append(row))
+    assert hopper.wrong_here is hopper.disagreement
+    assert gpu.hopper_checks(rows) == {op: op for op in ops} | {gpu.TRAINING: "luck"}
+
+
+def test_the_gpu_scripts_sections_do_without_a_kernel_whose_check_never_ends(gpu, tmp_path, monkeypatch, capsys):
+    out, begun = tmp_path / "rows.jsonl", []
+
+    def lane(sections, share, command, path, end, turns):
+        kernel = command[command.index("--kernel") + 1] if "--kernel" in command else None
+        begun.append((sections[0][0], kernel, "--checked" in command, share))
+        if kernel not in (None, "decode_block"):
+            gpu.write(path, {"section": "check", "model": "tiny"} | gpu.checked(kernel, "luck" if kernel == gpu.TRAINING else None))
+        return kernel == "decode_block"
+
+    monkeypatch.setattr(gpu, "run_lane", lane)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), "--models", "tiny"])
+    monkeypatch.setattr("sys.path", sys.path[:])
+    assert gpu.main() == 1
+    assert sum(share for *_, share in begun[:6]) <= gpu.GPU_FRACTION
+    assert {entry[:3] for entry in begun[:6]} == {("ceilings", None, False), *(("check", kernel, False) for kernel in gpu.HOPPER_KERNELS)}
+    assert [entry[:3] for entry in begun[6:]] == [("model", None, True)]
+    shown = capsys.readouterr().out
+    assert "Hopper kernel of decode_block: needs a check that comes to its end" in shown and "expert_matmul: equals the reference" in shown
+    gpu.write(out, {"what": "ceilings", "gb_per_second": 7, "tflop_per_second": 7})
+    monkeypatch.setattr(hopper, "wrong_here", None)
+    gpu.begin(argparse.Namespace(out=out, earlier=0, checked=True, model="tiny"), pytest.fail)
+    asked = [("expert_matmul", False), ("decode_block", False), ("expert_matmul", True)]
+    assert [hopper.wrong_here(*kernels) for kernels in asked] == [None, "a check that comes to its end", "luck"]
 
 
 def test_the_gpu_script_traces_what_matters_most_after_it_was_measured(gpu, monkeypatch, capsys):
@@ -526,11 +550,11 @@ def test_the_gpu_script_shows_what_this_run_found_and_a_kernel_of_nan_is_wrong(g
     out = tmp_path / "rows.jsonl"
     out.write_text("not ours }\n" + json.dumps(found | {"error": 0.5}) + '\n{"half": {}')
     monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), "--models", "tiny"])
-    monkeypatch.setattr(gpu, "run_lane", lambda *_: sum(gpu.write(out, found | {"error": error}) or 0 for error in (float("nan"), 0.01)))
-    monkeypatch.setattr(gpu, "lanes", lambda *_: [(0.5, [])])
+    monkeypatch.setattr(gpu, "run_lane", lambda sections, *_: sum(gpu.write(out, found | {"error": error}) or 0 for error in sections if isinstance(error, float)))
+    monkeypatch.setattr(gpu, "lanes", lambda *_: [(0.5, [float("nan"), 0.01])])
     monkeypatch.setattr("sys.path", sys.path[:])
     assert gpu.main() == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line] == ["WRONG: tiny attention 1 x 64 keys by xla: nan"] * 2
+    assert [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line] == ["WRONG: tiny attention 1 x 64 keys by xla: nan"]
 
 
 LANE = """

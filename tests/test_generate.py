@@ -1,5 +1,6 @@
 """generate and chat as a newcomer meets them, on the embedded checkpoint."""
 
+import argparse
 import functools
 import io
 import json
@@ -16,6 +17,7 @@ import pytest
 from gptoss_jax import chat, checkpoint, command, devices, generate
 from gptoss_jax.inference.engine import Token
 from gptoss_jax.inference.turn import Turn
+from gptoss_jax.kernels import hopper
 from gptoss_jax.text import harmony
 
 FUNCTION = {"name": "get_weather", "description": "Gets the current weather.",
@@ -150,6 +152,16 @@ def test_an_unusable_generation_config_is_named(capfd, tmp_path, content, said):
     (tmp_path / "tiny" / "generation_config.json").write_text(content)
     code, out, err = ask(capfd, "hi", "--checkpoint", str(tmp_path / "tiny"))
     assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1
+
+
+def test_after_an_error_for_which_other_threads_wait_for_ever_the_process_ends_all_the_same(capsys, monkeypatch):
+    def lost(arguments):
+        raise hopper.GpuLost("the GPU is gone")
+
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    assert command.run(lost, argparse.ArgumentParser("test"), []) == 2 and codes == [2]
+    assert capsys.readouterr().err == "test: error: the GPU is gone\n"
 
 
 def test_debug_shows_the_traceback(capfd):

@@ -280,6 +280,24 @@ def test_checks_of_a_device_compile_beside_each_other_and_the_first_that_finds_s
     assert hopper.first_disagreement(checks, None) == "a kernel that runs here (found ZeroDivisionError: division by zero)"
 
 
+def test_a_kernel_that_never_ends_is_found_wrong_though_others_wait_for_it(monkeypatch):
+    class Result:
+        def is_ready(self):
+            return False
+
+    monkeypatch.setattr(hopper, "_NO_RESULT_AFTER", 0.1)
+    found = Result()
+    assert hopper.arrived(found) is found  # what is slow on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    forever = threading.Event()
+    checks = [lambda interpret: forever.wait(), lambda interpret: hopper.arrived(found)]
+    assert hopper.first_disagreement(checks, None) == "a kernel that ends here (found no result after 0.1 s)"
+    forever.set()
+    assert hopper._usable()
+    monkeypatch.setattr(hopper, "_one", Result)
+    assert not hopper._usable()
+
+
 @needs_new_jax
 def test_the_kernel_is_checked_on_the_device_before_it_is_used(monkeypatch, caplog):
     """Right, then with a wrong order of registers, then not compiling; then what a Hopper GPU that computes wrong comes to."""
@@ -361,6 +379,16 @@ def test_kernels_found_right_are_not_looked_at_again_before_something_has_change
         found["decode_attention", False] = "wrong now"
         assert hopper.wrong_here("decode_attention", False) is None and hopper.disagreement("decode_attention", False) == "wrong now"
         assert [ask("decode_attention", False) for _ in range(2)] == [1, 1]  # that it was right once is forgotten
+        with monkeypatch.context() as patch:  # as after an illegal address
+            patch.setattr(hopper, "_usable", lambda: False)
+            with pytest.raises(hopper.GpuLost, match="the decode_attention kernels left this NVIDIA H100 80GB HBM3 unusable for this process: they need wrong now;"):
+                hopper.disagreement("decode_attention", False)
+            assert "does without them" in caplog.records[-1].message  # before anything waits for the GPU
+            looked.clear()
+            hopper.wrong_here.cache_clear()
+            assert "without " in hopper.wrong_here("decode_attention", False) and not looked
+        found["decode_attention", False] = "wrong again"
+        assert hopper.disagreement("decode_attention", False) == "wrong again" and [ask("decode_attention", False) for _ in range(2)] == [1, 1]
         del found["decode_attention", False]
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where nothing can be kept

@@ -16,7 +16,7 @@ from gptoss_jax import mxfp4
 from gptoss_jax.kernels.expert_matmul import Router, hopper_layout, mosaic_gpu, reference
 from gptoss_jax.kernels.expert_matmul.hopper_layout import ALIGNMENT, GROUP, HopperGateUpWeight, HopperWeight
 from gptoss_jax.kernels.expert_matmul.reference import FACTORS, EarlyScores, Mxfp4Weight
-from gptoss_jax.kernels.hopper import first_disagreement, now
+from gptoss_jax.kernels.hopper import arrived, first_disagreement, now
 
 # kind, outputs, inputs, rows of each expert, how many rows all tiles share: the gated product; sums in parts; many rows of an expert; a tile of few.
 CASES = ((HopperGateUpWeight, 128, 192, (8, 0, 16), 0), (HopperWeight, 128, 576, (8, 0, 16), 0), (HopperWeight, 128, 64, (136, 0, 120), 0),
@@ -76,7 +76,7 @@ def _misrouted(*, interpret, tokens, rows, experts=32, count=4):
     expert = np.argsort(-logits, axis=1, kind="stable")[:, :count]
     weight = np.exp(np.take_along_axis(logits - logits.max(axis=1, keepdims=True), expert, axis=1))
     run = functools.partial(hopper_routing.route, count=count, experts=experts, rows=rows, interpret=interpret)
-    found = jax.tree.map(np.asarray, run(scores, bias.astype(jnp.bfloat16), None, np.zeros(1, np.int32)))
+    found = jax.tree.map(np.asarray, arrived(run(scores, bias.astype(jnp.bfloat16), None, np.zeros(1, np.int32))))
     slot, tiles = np.clip(found.slot.T, 0, len(found.token) - 1), found.tiles
     tile = np.maximum(np.searchsorted(tiles.first[: tiles.count[0]] * ALIGNMENT, slot, side="right") - 1, 0)
     right = (found.expert.T == expert) & (np.abs(found.weight.T - weight / weight.sum(axis=1, keepdims=True)) <= 2**-18)
