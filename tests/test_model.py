@@ -372,6 +372,20 @@ def test_wrong_inputs_are_named(model):
             model(jnp.zeros(shape, jnp.int32))
     with pytest.raises(ValueError, match=r"segment_ids: shape \(1, 4\) found, expected that of tokens, \(1, 5\)"):
         model(tokens_of(1, 5), segment_ids=jnp.ones((1, 4), jnp.int32))
+    with pytest.raises(ValueError, match="positions: float32 found, expected integers"):
+        model(tokens_of(1, 5), positions=jnp.ones((1, 5)))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint32", "int8", "int64"])
+def test_inputs_of_any_integer_dtype_compute_the_same(model, dtype):
+    """Positions too, of which those of a chunk's padding are negative inside."""
+    tokens, segments, positions = (np.asarray(x).astype(dtype) for x in (tokens_of(2, 24), np.arange(24) < [[24], [9]], [np.arange(24)] * 2))
+    run = jax.jit(GptOss.__call__)
+    expected, found = run(model, tokens_of(2, 24)), run(model, tokens, positions=positions, segment_ids=segments)
+    cached, _ = run(model, tokens, positions=positions, segment_ids=segments, cache=make_cache(CONFIG, 2, 32, "float32"))
+    for row, length in enumerate((24, 9)):
+        for logits in (found, cached):
+            np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=SAME)
 
 
 def test_a_long_prompt_in_chunks_needs_memory_for_one_chunk():

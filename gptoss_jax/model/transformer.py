@@ -162,6 +162,10 @@ class GptOss(nnx.Module):
         for name, array in (("positions", positions), ("segment_ids", segment_ids)):
             if array is not None and array.shape != tokens.shape:
                 raise ValueError(f"{name}: shape {array.shape} found, expected that of tokens, {tokens.shape}")
+        if positions is not None:
+            if not jnp.issubdtype(positions.dtype, jnp.integer):
+                raise ValueError(f"positions: {positions.dtype} found, expected integers")
+            positions = positions.astype(jnp.int32)  # their differences are negative, and so are those of padding
         capture = capture or Capture(())
         mesh = sharding.ambient_mesh() or self.mesh
         shift_B = lengths_B = chunk = None
