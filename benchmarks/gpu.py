@@ -195,8 +195,8 @@ def check(arguments, record) -> None:
     from gptoss_jax.kernels import hopper
 
     hopper.wrong_here = hopper.disagreement  # that it was right before doesn't count
-    training = {"training": True} if arguments.kernel == TRAINING else {}
-    record(**checked(arguments.kernel, hopper.device_unmet("expert_matmul" if training else arguments.kernel, **training)))
+    training = arguments.kernel == TRAINING
+    record(**checked(arguments.kernel, hopper.device_unmet("expert_matmul" if training else arguments.kernel, training=training)))
 
 
 def kernels(arguments, record) -> None:

@@ -386,6 +386,9 @@ def test_kernels_found_right_are_not_looked_at_again_before_something_has_change
             assert "does without them" in caplog.records[-1].message  # before anything waits for the GPU
             looked.clear()
             hopper.wrong_here.cache_clear()
+            with pytest.raises(hopper.GpuLost, match="unusable for this process"):  # as long as it lasts
+                hopper.wrong_here("expert_matmul", False)
+            hopper._lost.clear()  # as in another process
             assert "without " in hopper.wrong_here("decode_attention", False) and not looked
         found["decode_attention", False] = "wrong again"
         assert hopper.disagreement("decode_attention", False) == "wrong again" and [ask("decode_attention", False) for _ in range(2)] == [1, 1]

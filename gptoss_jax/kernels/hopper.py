@@ -36,6 +36,9 @@ class GpuLost(ValueError):
     ends_process = True  # what waits for the GPU would keep it from ending by itself
 
 
+_lost: list[GpuLost] = []  # this process's first device
+
+
 def jax_unmet() -> str | None:
     """Return what this jax lacks for the kernels, None if nothing."""
     return None if jax.__version_info__ >= OLDEST_JAX else f"jax {'.'.join(map(str, OLDEST_JAX))} or newer (found {jax.__version__})"
@@ -64,7 +67,9 @@ def processors() -> int:
 
 @functools.cache
 def wrong_here(op: str, training: bool) -> str | None:
-    """Return what an op's kernels get wrong on the first device, None if nothing: what `disagreement` finds, or remembers."""
+    """Return what an op's kernels get wrong on the first device, None if nothing: what `disagreement` finds, or remembers. Raises GpuLost."""
+    if _lost:  # all else would wait for the GPU
+        raise _lost[0]
     with contextlib.suppress(CpuLibraryError):  # no home to remember in
         if os.path.isfile(_mark(op, training)):
             return None
@@ -93,6 +98,7 @@ def disagreement(op: str, training: bool) -> str | None:
                 mark.unlink(missing_ok=True)
     if lost:
         error = GpuLost(f"{kernels} left {device} unusable for this process: they need {found}; started again, it does without them")
+        _lost.append(error)
         log.error("%s", error)  # now, as other threads may wait for the GPU before one comes to what this raises
         raise error
     return found
@@ -116,7 +122,7 @@ def first_disagreement(checks: Sequence[Callable[..., str | None]], interpret) -
     which share what stands for a GPU's memory.
     """
     together = [checks] if interpret else [[check] for check in checks]
-    _in_thread(lambda: jax.block_until_ready(_one())).result()  # what the device was asked before has its own time
+    concurrent.futures.wait([_in_thread(lambda: jax.block_until_ready(_one()))])  # what the device was asked before has its own time
     answers = [_in_thread(functools.partial(_first_disagreement, part, interpret)) for part in together]
     concurrent.futures.wait(answers, return_when=concurrent.futures.FIRST_EXCEPTION)
     try:
