@@ -292,6 +292,21 @@ def test_malformed_output_is_counted_without_the_end_that_was_cut_off(capfd):
     assert "malformed in 1 place;" in capfd.readouterr().err
 
 
+def test_a_prompt_shows_no_reasoning_of_finished_turns_after_a_call_either():
+    class Engine:
+        max_context = 4096
+
+        def stream(self, *_, **__):
+            return iter(())
+
+    tokenizer = checkpoint.load_tokenizer("tiny")
+    finished = [harmony.message("assistant", "old thought", channel="analysis"), harmony.message("assistant", "Yes.", channel="final")]
+    at_work = [harmony.message("assistant", "new thought", channel="analysis"), harmony.message("assistant", "{}", recipient="functions.f")]
+    question, result = harmony.message("user", "hi"), harmony.message("tool", "1", name="functions.f")
+    prompt = tokenizer.decode(Turn(Engine(), tokenizer, [question, *finished, question, *at_work, result], None, 1).prompt_ids)
+    assert "new thought" in prompt and "old thought" not in prompt
+
+
 def test_raw_is_recommended_for_malformed_output_where_it_shows_more(capfd, monkeypatch):
     monkeypatch.setattr(Turn, "skipped", [harmony.Skipped(0, "loose", "no message")])
     lines = iter(["hi"])

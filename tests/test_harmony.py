@@ -224,6 +224,15 @@ def test_past_analysis_is_dropped_once_the_last_turn_is_finished():
     assert harmony.drop_past_analysis([]) == []
 
 
+def test_past_analysis_can_be_dropped_while_the_assistant_is_at_work():
+    thought, answer, call = message("assistant", "t", channel="analysis"), message("assistant", "f", channel="final"), message("assistant", "{}", recipient="f")
+    question, result = message("user", "q"), message("tool", "1", name="f")
+    at_work = [question, thought, answer, question, thought, call, result]
+    assert harmony.drop_past_analysis(at_work, while_at_work=True) == [question, answer, question, thought, call, result]
+    assert harmony.drop_past_analysis({"messages": at_work[3:]}, while_at_work=True) == {"messages": at_work[3:]}
+    assert harmony.drop_past_analysis([], while_at_work=True) == []
+
+
 def test_builders_give_the_texts_of_the_format():
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     form = {"type": "json_schema", "json_schema": {"name": "sum", "description": "A sum.", "schema": {"type": "integer"}}}

@@ -25,7 +25,7 @@ from gptoss_jax.text.chat import from_chat
 from gptoss_jax.text.tokenizer import load_tokenizer
 from gptoss_jax.training import data, loop, loss
 from gptoss_jax.training.config import DataConfig, SourceConfig, TrainingConfigError, load_config
-from gptoss_jax.training.examples import Encoder, encode_record
+from gptoss_jax.training.examples import Encoder, encode_record, question_of
 from gptoss_jax.training.records import DataError, Records
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -229,6 +229,13 @@ def test_turns_and_channels_that_count_can_be_chosen(tokenizer):
     assert learnt_parts(TWO_TURNS, tokenizer, learn_channels=("final",)) == ["<|channel|>final<|message|>2<|return|>", final]
     example = encode_record(TWO_TURNS, tokenizer, DataConfig(learn_turns="last"))
     assert "analysis<|message|>a" not in tokenizer.decode(example["tokens"])  # inference doesn't show it either
+
+
+def test_what_is_asked_last_shows_no_reasoning_of_earlier_turns_after_a_call_either(tokenizer):
+    calling = [{"role": "assistant", "thinking": "c", "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}, {"role": "tool", "content": "3"}]
+    last = TWO_TURNS["messages"][-1]
+    asked = question_of(from_chat([*TWO_TURNS["messages"][:-1], *calling, last])).messages
+    assert [message for message in asked if message.get("channel") == "analysis"] == [harmony.message("assistant", "c", channel="analysis")]
 
 
 def test_messages_of_weight_0_are_not_learnt(tokenizer):

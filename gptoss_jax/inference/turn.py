@@ -19,7 +19,7 @@ class Turn:
     """
 
     def __init__(self, engine: Engine, tokenizer, messages: Sequence[dict], sampling: Sampling, max_new_tokens: int):
-        conversation = harmony.drop_past_analysis({"messages": list(messages)})
+        conversation = harmony.drop_past_analysis(messages, while_at_work=True)
         self.prompt_ids = harmony.render(conversation, tokenizer, next_role="assistant")
         self.ids: list[int] = []
         self.logprobs: list[float] = []

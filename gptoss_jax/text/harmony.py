@@ -166,19 +166,20 @@ def render_with_mask(
     return ids, mask
 
 
-def drop_past_analysis(conversation: Mapping | Sequence[Mapping]) -> Mapping | Sequence[Mapping]:
+def drop_past_analysis(conversation: Mapping | Sequence[Mapping], *, while_at_work: bool = False) -> Mapping | Sequence[Mapping]:
     """Return the conversation without the analysis of finished turns: all that comes before the last final message.
 
-    As in openai-harmony, nothing is dropped while the assistant's last message is not on the final channel: it is still
-    at work then. The library drops what comes before the first final message only; its own guide (openai/harmony:
-    docs/format.md, "Handling reasoning output in subsequent sampling") drops that of every turn, and so does this. For an
-    example whose last turn is to be learnt with its reasoning, apply it to the messages before that turn.
+    while_at_work: also where the assistant's last message is not on the final channel. The published chat template drops
+    it then, too, and so do our prompts, or past reasoning would come back with each call of a tool; openai-harmony drops
+    nothing then. It drops what comes before the first final message only; its own guide (openai/harmony: docs/format.md,
+    "Handling reasoning output in subsequent sampling") drops that of every turn, and so does this. For an example whose
+    last turn is to be learnt with its reasoning, apply it to the messages before that turn.
     """
     messages = _messages_of(conversation)
     spoken = [entry for entry in messages if entry.get("role") == "assistant"]
-    if not spoken or not _is_final(spoken[-1]):
+    if not spoken or not (while_at_work or _is_final(spoken[-1])):
         return conversation
-    last = max(index for index, entry in enumerate(messages) if entry.get("channel") == "final")
+    last = max((index for index, entry in enumerate(messages) if entry.get("channel") == "final"), default=-1)
     kept = [entry for index, entry in enumerate(messages) if index > last or entry.get("channel") != "analysis"]
     return {**conversation, "messages": kept} if isinstance(conversation, Mapping) else kept
 

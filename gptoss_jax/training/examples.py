@@ -109,7 +109,7 @@ def question_of(messages: Sequence[Mapping]) -> Question | None:
         start -= 1
     if start in (0, len(messages)):
         return None
-    return Question(harmony.drop_past_analysis(list(messages[:start])), messages[-1])
+    return Question(harmony.drop_past_analysis(list(messages[:start]), while_at_work=True), messages[-1])
 
 
 def _parsed(value: Any, name: str) -> Sequence[Mapping]:
@@ -160,5 +160,5 @@ def _last_turn(messages: Sequence[Mapping]) -> tuple[list[Mapping], range]:
         return list(messages), range(0)
     end = len(roles) - roles[::-1].index("assistant")
     start = max((number for number in range(end) if roles[number] == "user"), default=-1) + 1
-    past = harmony.drop_past_analysis(messages[:start])
+    past = harmony.drop_past_analysis(messages[:start], while_at_work=True)
     return [*past, *messages[start:end]], range(len(past), len(past) + end - start)
