@@ -43,6 +43,10 @@ class OutOfMemory(ValueError):
         super().__init__(message)
         self.needed_bytes = needed_bytes
 
+    def temporaries(self, plan: Plan) -> int:
+        """Return the bytes, at least, that the program takes beside what the plan keeps: more than is left, as compilers round what they say."""
+        return max(self.needed_bytes or 0, plan.memory + 1, plan.kept) - plan.kept
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceKind:

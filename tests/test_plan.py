@@ -419,7 +419,7 @@ def test_a_training_step_is_planned_for_a_mesh(trained, capsys):
 
 
 def test_a_deep_model_may_be_planned_from_shallow_ones(monkeypatch, capsys):
-    def compiled(config, mesh, exact=None):
+    def compiled(config, mesh, exact):
         layers = len(config.model.layer_types)
         return 0, 1000 + 7 * layers, {"all-gather": (1 + 2 * layers, 10 * layers)}
 
@@ -427,6 +427,18 @@ def test_a_deep_model_may_be_planned_from_shallow_ones(monkeypatch, capsys):
     _, facts = planned_as_json(capsys, str(CONFIGS / "sft_lora_120b.yaml"), "--device", "cpu", "--quick")
     assert facts["extended"] and facts["temporaries_bytes"] == {"the step": 1000 + 7 * 36}
     assert facts["collectives"]["the step"] == {"all-gather": [1 + 2 * 36, 360]}
+
+
+@pytest.mark.parametrize("words", [["--quick"], []], ids=["extended", "all layers"])
+def test_a_training_step_refused_for_a_size_that_is_not_said_does_not_fit(words, monkeypatch, tmp_path, capsys):
+    def refused(*_):
+        raise devices.OutOfMemory("too large", None)
+
+    monkeypatch.setattr(devices, "compile_step", refused)
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"model": {**TRAINED, "num_hidden_layers": 8}, "data": {"row_tokens": 16, "batch_size": 4}}))
+    code, facts = planned_as_json(capsys, str(file), "--device", "cpu", *words)
+    assert code == 1 and facts["left_bytes"] < 0 < facts["temporaries_bytes"]["the step"]
 
 
 @pytest.mark.parametrize("device, module, mesh", [("H100", "jax_cuda13_plugin", "data=1"), ("H200", "jax_cuda13_plugin", "expert=2,fsdp=2"),

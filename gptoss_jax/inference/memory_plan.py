@@ -133,7 +133,7 @@ class Planner:
                 try:
                     step = devices.finish(programs[name])
                 except devices.OutOfMemory as error:
-                    temporaries[name] = max(error.needed_bytes or 0, self.memory + 1) - exact.kept  # it rounds what it says
+                    temporaries[name] = error.temporaries(exact)
                     if guess:
                         break
                     continue

@@ -66,8 +66,9 @@ def compiled(config: TrainingConfig, kind: str, *, all_layers: bool = True) -> P
     if all_layers or layers <= DEPTHS[1]:
         padding, temporaries, collectives = _compile(config, mesh, exact)
     else:
-        (low, high), share = DEPTHS, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-        few, more = (_compile(_shallow(config, depth), mesh) for depth in (low, high))
+        share = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        shallow = [_shallow(config, depth) for depth in DEPTHS]
+        few, more = (_compile(each, mesh, by_arithmetic(each, exact.memory, mesh)) for each in shallow)
         padding, temporaries = (round(a + (b - a) * share) for a, b in zip(few[:2], more[:2]))
         collectives = {kind: tuple(round(a + (b - a) * share) for a, b in zip(few[2].get(kind, (0, 0)), sizes)) for kind, sizes in more[2].items()}
     return dataclasses.replace(exact, padding=padding, temporaries={STEP: temporaries}, collectives={STEP: collectives})
@@ -78,14 +79,13 @@ def _shallow(config: TrainingConfig, layers: int) -> TrainingConfig:
     return dataclasses.replace(config, model=model)
 
 
-def _compile(config: TrainingConfig, mesh, exact: Plan | None = None) -> tuple[int, int, Mapping[str, tuple[int, int]]]:
+def _compile(config: TrainingConfig, mesh, exact: Plan) -> tuple[int, int, Mapping[str, tuple[int, int]]]:
     """Return (padding, temporaries, collectives) of the step."""
-    exact = exact or by_arithmetic(config, 0, mesh)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     arguments = (*abstract_state(config, optimizer, mesh), abstract_batch(config, mesh))
     try:
         step = devices.compile_step(make_train_step(config, optimizer, mesh), *arguments)
     except devices.OutOfMemory as error:
-        return 0, (error.needed_bytes or exact.memory + 1) - exact.kept, {}
+        return 0, error.temporaries(exact), {}
     padding = max(step.memory.arguments_bytes - exact.kept, 0)
     return padding, step.memory.temporaries_bytes + step.memory.outputs_bytes, step.collectives
