@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from gptoss_jax import finetune
 from gptoss_jax.model import GptOss
 from gptoss_jax.checkpoint.training_state import StateStore
 from gptoss_jax.model.weights import declare, initialize
 from gptoss_jax.text import harmony
-from gptoss_jax.text.tokenizer import load_tokenizer
+from gptoss_jax.text.tokenizer import HARMONY_TOKENS, load_tokenizer
 from gptoss_jax.training import data, loop, loss, vocabulary
 from gptoss_jax.training.config import DataConfig, OptimizerConfig, TrainingConfigError, load_config
 from gptoss_jax.training.optimizer import make_optimizer, schedule
+from gptoss_jax.training.run_directory import load_vocabulary, write_vocabulary
 from gptoss_jax.training.step import make_eval_step
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -88,7 +90,7 @@ def test_a_file_that_is_not_there_or_not_yaml_is_named(tmp_path):
 
 
 def test_the_vocabulary_has_a_token_for_every_digit_and_for_every_harmony_sentence(tokenizer):
-    assert [tokenizer.special[name] for name in vocabulary.CONTROL] == [vocabulary.token_id(name) for name in vocabulary.CONTROL]
+    assert [tokenizer.special[name] for name in vocabulary.CONTROL] == list(range(1, 1 + len(vocabulary.CONTROL)))
     assert [tokenizer.decode([id]) for id in tokenizer.encode("1234")] == list("1234")
     prompt = [harmony.system_message(reasoning_effort="low"), harmony.message("user", "17+25")]
     ids = harmony.render(prompt, tokenizer, next_role="assistant")
@@ -189,6 +191,34 @@ def test_only_matrices_decay():
 def test_a_vocabulary_of_another_size_is_refused(tmp_path, tokenizer_file):
     with pytest.raises(TrainingConfigError, match="model.vocab_size: 1600 found, expected 1536"):
         loop.train(load_config(PRETRAIN_TINY, [*SMALL, f"--data.tokenizer={tokenizer_file}", f"--output.directory={tmp_path}", "--model.vocab_size=1600"]))
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_a_vocabulary_of_ones_own_is_exported_with_the_ids_that_end_its_answers(tmp_path, tokenizer_file, kind):
+    own, names = tokenizer_file, ["<|return|>", "<|call|>", "<|endoftext|>"]
+    if kind == "json":
+        bytelevel = tokenizers.Tokenizer(tokenizers.models.BPE(dict(zip(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), range(256))), []))
+        bytelevel.pre_tokenizer, bytelevel.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+        bytelevel.add_special_tokens([*HARMONY_TOKENS, "<|endoftext|>"])
+        bytelevel.save(str(own := tmp_path / "own.json"))
+    run, export, size = tmp_path / "run", tmp_path / "export", load_tokenizer(own).vocab_size
+    export.mkdir()
+    config = load_config(PRETRAIN_TINY, [*SMALL, f"--data.tokenizer={own}", f"--output.directory={run}", f"--model.vocab_size={size}"])
+    write_vocabulary(config, export, load_vocabulary(config))
+    exported = load_tokenizer(export)
+    assert exported.special == load_tokenizer(run).special == load_tokenizer(own).special
+    generation = json.loads((export / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [exported.special[name] for name in names]
+
+
+@pytest.mark.parametrize(("name", "said"), [("own.model", "own.model: not a readable SentencePiece"), ("", "data.tokenizer: .* found, expected a file"),
+                                            ("gone.json", "data.tokenizer: .*gone.json' found, expected a file")])
+def test_an_unusable_vocabulary_is_named_and_not_kept(tmp_path, name, said):
+    (tmp_path / "own.model").write_bytes(b"?")
+    config = load_config(PRETRAIN_TINY, [*SMALL, f"--data.tokenizer={tmp_path / name}", f"--output.directory={tmp_path / 'run'}"])
+    with pytest.raises(ValueError, match=said):
+        load_vocabulary(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_save_that_comes_while_another_is_being_written_is_not_left_out(tmp_path):

@@ -60,7 +60,7 @@ class _Run:
     """One process's part of a run."""
 
     def __init__(self, config: TrainingConfig, mesh, source, tokenizer, answer_with, stack: contextlib.ExitStack):
-        self.config, self.mesh, self.source = config, mesh, source
+        self.config, self.mesh, self.source, self.tokenizer = config, mesh, source, tokenizer
         self.directory = Path(config.output.directory)
         index, count = data_part(mesh)
         part = {"process_index": index, "process_count": count}
@@ -226,7 +226,7 @@ class _Run:
         destination = self.directory / "export"
         export(config, state.trained, destination, adapters=config.output.adapters)
         if not config.init.checkpoint and jax.process_index() == 0:
-            run_directory.write_vocabulary(config, destination)
+            run_directory.write_vocabulary(config, destination, self.tokenizer)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("exported")  # the others wait for the first, whose work this is
         return destination

@@ -22,7 +22,7 @@ from gptoss_jax.training import vocabulary
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
 from gptoss_jax.training.records import DataError, json_problem
 
-TOKENIZER_FILE = "tokenizer.model"
+VOCABULARY_FILES = {".json": "tokenizer.json", ".tiktoken": "o200k_base.tiktoken"}  # by the suffix of data.tokenizer
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -71,31 +71,43 @@ def _values(line: bytes, place: str) -> dict[str, Any]:
 def load_vocabulary(config: TrainingConfig, directory: Path | None = None) -> Tokenizer:
     """Load the vocabulary of `init.checkpoint`; or put that of a run from random weights into its directory, if it isn't there, and load it.
 
-    directory: `output.directory` where None. Raises TrainingConfigError when it isn't the model's.
+    directory: `output.directory` where None. Raises TrainingConfigError when it isn't the model's, TokenizerError when it can't be used.
     """
+    own = config.data.tokenizer
     if config.init.checkpoint:
-        if config.data.tokenizer:
-            raise TrainingConfigError(f"data.tokenizer: {config.data.tokenizer!r} found with init.checkpoint, which has its own")
+        if own:
+            raise TrainingConfigError(f"data.tokenizer: {own!r} found with init.checkpoint, which has its own")
         return load_tokenizer(config.init.checkpoint)
-    file = Path(config.output.directory if directory is None else directory) / TOKENIZER_FILE
+    file = _vocabulary_file(config, Path(config.output.directory) if directory is None else directory)
     if jax.process_index() == 0 and not file.exists():
+        if own:
+            if not Path(own).is_file():
+                raise TrainingConfigError(f"data.tokenizer: {own!r} found, expected a file: tokenizer.json, .tiktoken or a SentencePiece .model")
+            _load_fitting(config, own)  # a copy of what can't be used would stay
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = (Path(config.data.tokenizer).read_bytes() if config.data.tokenizer
-                   else vocabulary.train(config.model.vocab_size, seed=config.data.seed))
         temporary = file.with_suffix(".part")
-        temporary.write_bytes(content)
+        temporary.write_bytes(Path(own).read_bytes() if own else vocabulary.train(config.model.vocab_size, seed=config.data.seed))
         temporary.replace(file)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("vocabulary")
-    tokenizer = load_tokenizer(file)
+    return _load_fitting(config, file)
+
+
+def _vocabulary_file(config: TrainingConfig, directory: Path) -> Path:
+    return directory / VOCABULARY_FILES.get(Path(config.data.tokenizer).suffix, "tokenizer.model")
+
+
+def _load_fitting(config: TrainingConfig, path: Path | str) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != config.model.vocab_size:
-        raise TrainingConfigError(f"model.vocab_size: {config.model.vocab_size} found, expected {tokenizer.vocab_size}, the size of {file}")
+        raise TrainingConfigError(f"model.vocab_size: {config.model.vocab_size} found, expected {tokenizer.vocab_size}, the size of {path}")
     return tokenizer
 
 
-def write_vocabulary(config: TrainingConfig, destination: Path) -> None:
+def write_vocabulary(config: TrainingConfig, destination: Path, tokenizer: Tokenizer) -> None:
     """Write the vocabulary of a run from random weights, and how it ends an answer, into an exported directory."""
-    shutil.copyfile(Path(config.output.directory) / TOKENIZER_FILE, destination / TOKENIZER_FILE)
-    generation = {"bos_token_id": config.model.bos_token_id, "pad_token_id": config.model.pad_token_id, "do_sample": False,
-                  "eos_token_id": [config.model.eos_token_id, vocabulary.token_id("<|call|>"), vocabulary.token_id("<|endoftext|>")]}
+    file = _vocabulary_file(config, Path(config.output.directory))
+    shutil.copyfile(file, destination / file.name)
+    generation = {"bos_token_id": tokenizer.special.get("<|startoftext|>"), "pad_token_id": tokenizer.special.get("<|endoftext|>"), "do_sample": False,
+                  "eos_token_id": [tokenizer.special[name] for name in ("<|return|>", "<|call|>", "<|endoftext|>") if name in tokenizer.special]}
     (destination / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

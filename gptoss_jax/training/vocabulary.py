@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from gptoss_jax.text.tokenizer import SPACE_MARK
 from gptoss_jax.text.typescript import BUILTIN_TOOLS
 from gptoss_jax.training import synthetic
 
@@ -43,14 +44,6 @@ BOILERPLATE = (
     '{"', '":', '":"', '"}', ',"', '": "', '", "')
 
 
-_SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-
-
-def token_id(name: str) -> int:
-    """Return the id of a special token in every vocabulary trained here."""
-    return 1 + CONTROL.index(name)
-
-
 def corpus(samples: int, seed: int) -> Iterator[str]:
     """Yield the texts of the messages of so many training conversations."""
     for index in range(samples):
@@ -74,7 +67,7 @@ def train(vocab_size: int, *, samples: int = 40_000, seed: int = 0) -> bytes:
         sentence_iterator=corpus(samples, seed), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
         allow_whitespace_only_pieces=True,
-        control_symbols=list(CONTROL), user_defined_symbols=[text.replace(" ", _SPACE) for text in BOILERPLATE], unk_id=0, bos_id=-1,
+        control_symbols=list(CONTROL), user_defined_symbols=[text.replace(" ", SPACE_MARK) for text in BOILERPLATE], unk_id=0, bos_id=-1,
         eos_id=-1, pad_id=-1,
         max_sentencepiece_length=12, num_threads=1, minloglevel=2)
     return model.getvalue()
