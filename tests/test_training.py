@@ -54,6 +54,8 @@ def test_the_configuration_of_the_embedded_checkpoint_is_its_own():
     ("--optimzer.beta1 0.9", "optimzer: no such key; did you mean optimizer?"),
     ("--data.row_tokens many", "data.row_tokens: 'many' found, expected an integer"),
     ("--data.row_tokens true", "data.row_tokens: True found, expected an integer"),
+    ("--optimizer.clip_norm much", "optimizer.clip_norm: 'much' found, expected a number or null"),
+    ("--model.eos_token_id end", "model.eos_token_id: 'end' found, expected an integer or a list or null"),
     ("--data.shuffle 1", "data.shuffle: 1 found, expected true or false"),
     ("--optimizer.decay_fraction 1.5", "optimizer.decay_fraction: 1.5 found, expected 0 to 1"),
     ("--optimizer.epsilon 0", "optimizer.epsilon: 0.0 found, expected at least 1e-20"),
@@ -70,6 +72,10 @@ def test_a_wrong_setting_is_one_line_with_key_value_and_expectation(words, messa
     assert finetune.main([str(PRETRAIN_TINY), *words.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_null_is_a_value_of_what_may_be_left_out():
+    assert load_config(PRETRAIN_TINY, ["--optimizer.clip_norm", "null"]).optimizer.clip_norm is None
 
 
 def test_numbers_like_1e_3_are_numbers_although_yaml_says_text():

@@ -6,6 +6,7 @@ expected. Imports no JAX.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -15,7 +16,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptoss_jax.config import ConfigError, GptOssConfig, RopeScaling
+from gptoss_jax.config import ConfigError, GptOssConfig
 
 
 class TrainingConfigError(ValueError):
@@ -291,22 +292,16 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return _decode(hint, value, name)
     if isinstance(hint, types.UnionType):
         options = typing.get_args(hint)
-        section = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        section = next(filter(dataclasses.is_dataclass, options), None)
         if section is not None and value is not None:
             return _decode(section, value, name)
         for option in options:
-            if option is type(None):
-                if value is None:
-                    return None
-                continue
-            try:
+            with contextlib.suppress(TrainingConfigError):
                 return _convert(option, value, name)
-            except TrainingConfigError:
-                continue
-        raise TrainingConfigError(f"{name}: {value!r} found, expected {' or '.join(getattr(o, '__name__', str(o)) for o in options)}")
+        raise TrainingConfigError(f"{name}: {value!r} found, expected {' or '.join(map(_expected, options))}")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise TrainingConfigError(f"{name}: {value!r} found, expected a list")
+            raise TrainingConfigError(f"{name}: {value!r} found, expected {_expected(hint)}")
         return tuple(_convert(typing.get_args(hint)[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         try:
@@ -316,11 +311,13 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise TrainingConfigError(f"{name}: {value!r} found, expected {_NAMES.get(hint, hint)}")
+        raise TrainingConfigError(f"{name}: {value!r} found, expected {_expected(hint)}")
     return value
 
 
-_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", RopeScaling: "a section"}
+def _expected(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
+    return "a list" if typing.get_origin(hint) is tuple else names[hint]
 
 
 def _check_range(metadata: Mapping[str, Any], value: Any, name: str) -> None:
