@@ -25,15 +25,11 @@ Message = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One conversation, with what an evaluation needs to know about it."""
+    """One conversation, with what training and evaluation need to know about it."""
 
-    skill: str  # a key of SKILLS
-    family: str  # within the skill
-    effort: str
     key: str  # canonical form of the problem, by which train and test are kept apart; empty for small talk
     messages: tuple[Message, ...]  # the last turn is the assistant's, from `prompt_length` on
     prompt_length: int
-    answer: str  # what the last message must end with or be
 
     @property
     def conversation(self) -> dict[str, Any]:
@@ -121,8 +117,8 @@ def _remark(text: str, effort: str) -> str:
     return {"low": "", "medium": text, "high": f"{text} I should answer briefly and honestly."}[effort]
 
 
-def _sample(skill: str, family: str, effort: str, prompt: list[Message], turn: list[Message], answer: str, key: str = "") -> Sample:
-    return Sample(skill, family, effort, key, (*prompt, *turn), len(prompt), answer)
+def _sample(prompt: list[Message], turn: list[Message], key: str = "") -> Sample:
+    return Sample(key, (*prompt, *turn), len(prompt))
 
 
 # --- skills --------------------------------------------------------------------------------------------------------------------------
@@ -139,15 +135,14 @@ _STYLES: tuple[tuple[tuple[str, ...], str], ...] = (  # developer instructions, 
 
 
 def _arithmetic(rng: random.Random, split: str, effort: str) -> Sample:
-    family, problem = _problem(rng, split)
+    _, problem = _problem(rng, split)
     prompt, reply = [_system(rng, effort)], problem.reply
     if rng.random() < 0.12:
         instructions, style = rng.choice(_STYLES)
         prompt.append(harmony.developer_message(instructions=rng.choice(instructions)))
         reply = style.format(answer=problem.answer, reply=problem.reply.rstrip("."))
     prompt.append(harmony.message("user", problem.question))
-    return _sample("arithmetic", family, effort, prompt, [*_analysis(_thought(problem, effort)), _final(reply)], problem.answer,
-                   problem.key)
+    return _sample(prompt, [*_analysis(_thought(problem, effort)), _final(reply)], problem.key)
 
 
 def _function(rng: random.Random, split: str, effort: str) -> Sample:
@@ -171,8 +166,7 @@ def _function(rng: random.Random, split: str, effort: str) -> Sample:
                             content_type="<|constrain|>json"),
             harmony.message("tool", _tool_json(rng, call.result), channel="commentary", recipient="assistant", name=name),
             _final(call.reply)]
-    return _sample("function", call.tool["name"], effort, [*prompt, harmony.message("user", call.question)], turn,
-                   structured.compact(call.arguments), call.key)
+    return _sample([*prompt, harmony.message("user", call.question)], turn, call.key)
 
 
 def _without_tool(rng: random.Random, skill: str, prompt: list[Message], effort: str) -> Sample:
@@ -183,7 +177,7 @@ def _without_tool(rng: random.Random, skill: str, prompt: list[Message], effort:
     else:
         said, analysis, reply = chat.small_talk(rng)
         thought = _remark(analysis, effort)
-    return _sample(skill, "no tool", effort, [*prompt, harmony.message("user", said)], [*_analysis(thought), _final(reply)], reply)
+    return _sample([*prompt, harmony.message("user", said)], [*_analysis(thought), _final(reply)])
 
 
 def _tool_json(rng: random.Random, result: dict[str, Any]) -> str:
@@ -196,10 +190,9 @@ def _python(rng: random.Random, split: str, effort: str) -> Sample:
     if split == "train" and rng.random() < 0.1:
         return _without_tool(rng, "python", [_system(rng, effort, python=True)], effort)
     if rng.random() < 0.5:
-        family, problem = _problem(rng, split)
+        _, problem = _problem(rng, split)
         question, code, key = problem.question, problem.code, problem.key
     else:
-        family = "large"
         sign = rng.choice(("+", "-", "*", "*", "//", "**"))
         a, b = problems.number(rng, (3, 4, 5, 6, 7)), problems.number(rng, (1, 2, 3, 4, 5))
         if sign == "**":
@@ -221,7 +214,7 @@ def _python(rng: random.Random, split: str, effort: str) -> Sample:
                             name="python"),
             _final(f"The answer is {value}.")]
     prompt = [_system(rng, effort, python=True), harmony.message("user", question)]
-    return _sample("python", family, effort, prompt, turn, str(value), key)
+    return _sample(prompt, turn, key)
 
 
 def _json(rng: random.Random, split: str, effort: str) -> Sample:
@@ -240,24 +233,24 @@ def _json(rng: random.Random, split: str, effort: str) -> Sample:
     instructions = rng.choice((None, None, *_STYLES[-1][0]))
     prompt = [_system(rng, effort), harmony.developer_message(instructions=instructions, response_format={"name": name, "schema": schema}),
               harmony.message("user", question)]
-    return _sample("json", family, effort, prompt, [*_analysis(thought), _final(answer)], answer, key)
+    return _sample(prompt, [*_analysis(thought), _final(answer)], key)
 
 
 def _chat(rng: random.Random, split: str, effort: str) -> Sample:
     kind = rng.random()
     if kind < 0.4:
-        family, (said, analysis, reply) = "repeat", _draw(rng, split, chat.repeat, lambda drawn: drawn[2])
+        said, analysis, reply = _draw(rng, split, chat.repeat, lambda drawn: drawn[2])
         key = reply
     elif kind < 0.6:
-        family, key, (said, analysis, reply) = "small talk", "", chat.small_talk(rng)
+        key, (said, analysis, reply) = "", chat.small_talk(rng)
     else:
-        family, (said, analysis, reply) = "beyond", _draw(rng, split, chat.beyond, lambda drawn: drawn[0])
+        said, analysis, reply = _draw(rng, split, chat.beyond, lambda drawn: drawn[0])
         key = said
     prompt = [_system(rng, effort)]
     if rng.random() < 0.1:
         prompt.append(harmony.developer_message(instructions=rng.choice(rng.choice(_STYLES[1:])[0])))
     prompt.append(harmony.message("user", said))
-    return _sample("chat", family, effort, prompt, [*_analysis(_remark(analysis, effort)), _final(reply)], reply, key)
+    return _sample(prompt, [*_analysis(_remark(analysis, effort)), _final(reply)], key)
 
 
 _FOLLOW_UPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -280,21 +273,20 @@ def _dialogue(rng: random.Random, split: str, effort: str) -> Sample:
             past = None
         messages += [harmony.message("user", said), _final(reply)]
     if past is None or rng.random() < 0.3 or not past.answer.isdigit() or len(past.answer) > 4:
-        family, problem = _problem(rng, split)
-        return _sample("dialogue", family, effort, [*messages, harmony.message("user", problem.question)],
-                       [*_analysis(_thought(problem, effort)), _final(problem.reply)], problem.answer, problem.key)
-    problem = _follow_up(rng, int(past.answer))
-    if is_held_out(problem.key) != (split == "test"):
-        return _dialogue(rng, split, effort)
-    return _sample("dialogue", "follow-up", effort, [*messages, harmony.message("user", problem.question)],
-                   [*_analysis(_thought(problem, effort)), _final(problem.reply)], problem.answer, problem.key)
+        _, problem = _problem(rng, split)
+    else:
+        problem = _follow_up(rng, int(past.answer))
+        if is_held_out(problem.key) != (split == "test"):
+            return _dialogue(rng, split, effort)
+    return _sample([*messages, harmony.message("user", problem.question)],
+                   [*_analysis(_thought(problem, effort)), _final(problem.reply)], problem.key)
 
 
 def _follow_up(rng: random.Random, a: int) -> Problem:
     sign, templates = rng.choice(_FOLLOW_UPS)
     b = rng.randint(2, 9) if sign == "*" else rng.randint(1, 99)
     if sign == "*" and a > 999:
-        a, sign, templates = a, *_FOLLOW_UPS[0]
+        sign, templates = _FOLLOW_UPS[0]
     question, value = problems.vary(rng, rng.choice(templates).format(b=b)), problems.apply(sign, a, b)
     work, check = problems.WORKINGS[sign]
     return Problem(f"{a}{sign}{b}", question, work(a, b), check(a, b), str(value), f"{a} {sign} {b} = {value}",
