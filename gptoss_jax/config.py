@@ -153,7 +153,7 @@ class GptOssConfig:
         for field, kind, expected in (("rope_parameters", Mapping, "an object"), ("rope_scaling", Mapping, "an object"),
                                       ("quantization_config", Mapping, "an object"), ("layer_types", list, "a list")):
             _require(field, config.get(field), lambda v: v is None or isinstance(v, kind), expected)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where there are both, as transformers does
         theta = rope.get("rope_theta", config.get("rope_theta"))
         if theta is not None:
             fields["rope_theta"] = theta
@@ -232,8 +232,12 @@ _POSITIVE_INTEGERS = (*_REQUIRED, "max_position_embeddings")
 
 
 def _rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
+    """As transformers reads them: `modeling_rope_utils.py`, `_compute_yarn_parameters` and `standardize_rope_params`."""
     if not rope:  # gpt-oss's own YaRN, as in transformers' GptOssConfig
         return RopeScaling()
+    for kind in (SLIDING, FULL):
+        if kind in rope:
+            raise ConfigError(f"config: rope_parameters.{kind} is {rope[kind]!r}, expected the same parameters for all layers")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return RopeScaling(factor=1.0)
@@ -243,10 +247,14 @@ def _rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeSca
     fields = {name: rope[name] for name in names if rope.get(name) is not None}
     if "factor" not in fields:
         raise ConfigError("config: rope_scaling.factor missing")
-    if "original_max_position_embeddings" not in fields:
-        fields["original_max_position_embeddings"] = config.get("initial_context_length", 4096)
-    # transformers' default where YaRN parameters leave it out; gpt-oss states false.
-    fields.setdefault("truncate", True)
+    if "attention_factor" not in fields and rope.get("mscale") and rope.get("mscale_all_dim"):  # another way to state it
+        for name in ("factor", "mscale", "mscale_all_dim"):
+            _require(f"rope_scaling.{name}", rope[name], _is_positive, "a positive number")
+        above, below = (0.1 * rope[name] * math.log(rope["factor"]) + 1 for name in ("mscale", "mscale_all_dim"))
+        fields["attention_factor"] = above / below
+    original = "original_max_position_embeddings"
+    fields[original] = config.get(original) or fields.get(original) or config.get("max_position_embeddings") or GptOssConfig.max_position_embeddings
+    fields.setdefault("truncate", "truncate" not in rope)  # transformers' default is true, and null is false; gpt-oss states false
     return RopeScaling(**fields)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -47,7 +48,14 @@ def test_the_rope_parameters_form_of_transformers_5_equals_the_old_form():
     ({}, RopeScaling()),  # transformers' GptOssConfig puts gpt-oss's own where there is none
     ({"rope_scaling": None}, RopeScaling()),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1234.0}}, RopeScaling(factor=1.0)),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25}}, RopeScaling(4.0, truncate=True, attention_factor=1.25)),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25}},
+     RopeScaling(4.0, original_max_position_embeddings=512, truncate=True, attention_factor=1.25)),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": None}, "original_max_position_embeddings": 32},
+     RopeScaling(4.0, original_max_position_embeddings=32)),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": math.exp(10), "mscale": 2.0, "mscale_all_dim": 0.5, "truncate": False}},
+     RopeScaling(math.exp(10), original_max_position_embeddings=512, attention_factor=2.0)),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}}, RopeScaling(4.0, original_max_position_embeddings=512, truncate=True)),
+    ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, RopeScaling(factor=1.0)),
 ], ids=str)
 def test_positions_are_scaled_as_transformers_reads_the_config(rope, read):
     config = GptOssConfig.from_json({k: v for k, v in OLD.items() if k != "rope_scaling"} | rope)
@@ -81,6 +89,8 @@ def test_the_original_layouts_config_is_read():
     ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
     ({"swiglu_limit": -1}, "swiglu_limit is -1"),
     ({"swiglu_limit": float("inf")}, "swiglu_limit is inf, expected a positive number"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 8, "mscale": "1", "mscale_all_dim": 1}}, "rope_scaling.mscale is '1', expected a positive number"),
+    ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.full_attention is {'rope_type': 'default'}, expected the same"),
     ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 8, "attention_factor": "1"}}, "rope_scaling.attention_factor is '1', expected a positive"),
     ({"quantization_config": ["mxfp4"]}, "quantization_config is ['mxfp4'], expected an object"),

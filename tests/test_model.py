@@ -17,7 +17,7 @@ from conftest import DATA
 from flax import nnx
 
 from gptoss_jax import mxfp4, sharding
-from gptoss_jax.config import GptOssConfig
+from gptoss_jax.config import PRESETS, GptOssConfig, RopeScaling
 from gptoss_jax.model import GptOss, make_cache
 from gptoss_jax.model.rope import inverse_frequencies
 from gptoss_jax.model.weights import declare
@@ -150,6 +150,13 @@ def test_rope_frequencies_have_the_references_bits():
     frequencies, concentration = inverse_frequencies(GptOssConfig.from_file(DATA / "tiny_checkpoint" / "config.json"))
     np.testing.assert_array_equal(frequencies, oracle["rope_inv_freq"])
     assert concentration == pytest.approx(float(oracle["rope_scaling"]), rel=1e-7)
+
+
+def test_rope_frequencies_have_transformers_bits_where_the_ramp_is_steep():
+    """Those at which a ramp of float64 would round otherwise, from transformers 5.23's GptOssRotaryEmbedding."""
+    rope = RopeScaling(factor=40.0, beta_fast=32.0, beta_slow=2.0, original_max_position_embeddings=64)
+    frequencies, _ = inverse_frequencies(PRESETS["gpt-oss-20b"].replace(head_dim=60, rope_theta=10.0, rope_scaling=rope))
+    np.testing.assert_array_equal(frequencies[18:22], np.float32([0.043336350470781326, 0.02944038435816765, 0.017361178994178772, 0.006906123366206884]))
 
 
 def test_bfloat16_is_as_near_as_the_references_own_bfloat16():

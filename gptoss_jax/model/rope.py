@@ -34,7 +34,7 @@ def inverse_frequencies(config: GptOssConfig) -> tuple[np.ndarray, float]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     high = high + 0.001 if low == high else high
-    ramp = np.clip(((np.arange(width // 2) - low) / (high - low)).astype(np.float32), 0, 1)
+    ramp = np.clip((np.arange(width // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
     keep = np.float32(1) - ramp
     stretched = np.float32(1) / (np.float32(rope.factor) * wavelengths)
     return stretched * (np.float32(1) - keep) + unscaled * keep, concentration
