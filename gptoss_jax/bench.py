@@ -88,7 +88,7 @@ def _steps(args: argparse.Namespace) -> None:
 
     if args.mode == "decode" and min(args.context) <= (before := measure.decoded_tokens(args.steps)):
         raise command.UsageError(f"--context is {min(args.context)}, expected more than the {before} tokens that --steps {args.steps} decodes until then")
-    memory_plan.announce(config, max(args.batch), min(max(args.context) + 1, config.max_position_embeddings), dtype=args.dtype, write=_tell)
+    memory_plan.announce(config, max(args.batch), min(max(args.context) + 1, config.max_position_embeddings), dtype=args.dtype, write=command.tell)
     limits = _limits(out, args.dtype)
     prompts = args.mode == "prefill"
     # No op of a decode step is chosen by the context, nor of a prompt by more tokens than these.
@@ -131,7 +131,7 @@ def _load(args: argparse.Namespace) -> None:
             with _trace(args, repetition)() if args.profile else contextlib.nullcontext():
                 start = time.perf_counter()
                 model = checkpoint.load(args.checkpoint, dtype=args.dtype, admit=None if repetition else lambda config: memory_plan.announce(
-                    config, 1, 256, dtype=args.dtype, write=_tell))
+                    config, 1, 256, dtype=args.dtype, write=command.tell))
                 jax.block_until_ready(model.weights())
                 took = time.perf_counter() - start
             size = cost.weight_bytes(model.config, args.dtype)
@@ -163,7 +163,7 @@ def _kernels(args: argparse.Namespace) -> None:
     batch, context = max(args.batch), max(args.context)
     memory, where = devices.free_here()
     whole, small = (measure_ops.case_bytes(config, *size) for size in ((batch, context, args.dtype), (min(batch, 4), context, args.dtype, few)))
-    devices.Plan(memory, {f"arrays of {batch} x {context:,} tokens": whole, "small ones to compare": small}).announce(where, _tell)
+    devices.Plan(memory, {f"arrays of {batch} x {context:,} tokens": whole, "small ones to compare": small}).announce(where, command.tell)
     limits = _limits(out, args.dtype)
 
     def rows(batch: int, context: int):  # whose arrays are gone when it ends
@@ -213,7 +213,7 @@ def _train(args: argparse.Namespace) -> None:
     optimizer, mesh = make_optimizer(config.optimizer, config.run.steps), training.training_mesh(config)
     out = _Output(args)
     out.note(f"{args.config}: {memory_plan.describe(config)}")
-    memory_plan.announce(config, mesh, _tell)
+    memory_plan.announce(config, mesh, command.tell)
     state, frozen = training.initial_state(config, optimizer, mesh, _random_weights(config, mesh) if args.random_weights else None)
     batch = training.place_batch(_random_batch(config), mesh)
     start = time.perf_counter()
@@ -382,10 +382,6 @@ def _peak(jax) -> dict:
     unit = 1 if sys.platform == "darwin" else 1024
     device = {"device_peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
     return {"host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit} | device
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

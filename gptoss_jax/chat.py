@@ -126,7 +126,7 @@ class Chat:
         sampling = dataclasses.replace(self.sampling, seed=(self.sampling.seed + len(self.messages)) % 2**32)
         turn = Turn(self.engine, self.tokenizer, self.opening + self.messages, sampling, self.args.max_new_tokens)
         if (slots := self._slots(len(turn.prompt_ids))) > self.slots:  # nothing is allocated yet
-            memory_plan.announce(self.engine.config, 1, slots, dtype=self.args.dtype, mesh=self.engine.mesh, loaded=True, write=generate.tell)
+            memory_plan.announce(self.engine.config, 1, slots, dtype=self.args.dtype, mesh=self.engine.mesh, loaded=True, write=command.tell)
             self.slots = slots
         printer, status = generate.Printer(self.tokenizer, show_analysis=not self.args.hide_analysis), command.Status()
         status("thinking")

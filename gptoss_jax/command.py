@@ -61,6 +61,11 @@ def run(body: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
         return 2
 
 
+def tell(line: str) -> None:
+    """Print a line that is not the result: to stderr."""
+    print(line, file=sys.stderr)
+
+
 def use_gpu_memory() -> None:
     """Let JAX take GPU_FRACTION of a GPU's memory, unless the environment says another; before JAX has looked at it."""
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name

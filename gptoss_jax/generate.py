@@ -182,7 +182,7 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling):
         limit = config.max_position_embeddings
         if tokens >= limit:
             raise PromptError(f"the prompt has {tokens} tokens, expected fewer than the context of {limit}")
-        memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype, mesh=mesh, write=tell)
+        memory_plan.announce(config, 1, cache_length(tokens + args.max_new_tokens, limit), dtype=args.dtype, mesh=mesh, write=command.tell)
         ahead.append(pool.submit(compiled, config))
 
     def compiled(config):
@@ -201,10 +201,6 @@ def load(args: argparse.Namespace, messages: Sequence[dict], sampling):
         engine = Engine(model, tokenizer)
     status.clear()
     return engine, tokenizer
-
-
-def tell(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 class Printer:
@@ -240,7 +236,6 @@ class Printer:
         if self._mid_line is not None:
             stream, self._mid_line = self._mid_line, None
             self._write(stream, b"\n")
-            self._mid_line = None
 
     def _write(self, stream, data: bytes) -> None:
         stream.flush()

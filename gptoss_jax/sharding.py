@@ -85,9 +85,16 @@ def named_sharding(name: str, shape: Sequence[int], axes: Sequence[str | None], 
     return NamedSharding(mesh, spec)
 
 
-def shardings(declared: Mapping[str, object], mesh: Mesh) -> dict[str, NamedSharding]:
+def shardings(declared: Mapping[str, object], mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """Return the storage sharding of each declared weight (`model.weights.declare`). Raises ShardingError."""
     return {name: named_sharding(name, weight.shape, weight.axes, mesh) for name, weight in declared.items()}
+
+
+def abstract(declared: Mapping[str, object], mesh: Mesh | AbstractMesh | None, device: jax.Device | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape, dtype and storage sharding of each declared weight; without a mesh on `device`, nowhere where None. Raises ShardingError."""
+    single = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    places = dict.fromkeys(declared, single) if mesh is None else shardings(declared, mesh)
+    return {name: jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=places[name]) for name, weight in declared.items()}
 
 
 def compute_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -15,7 +15,7 @@ from gptoss_jax.checkpoint.opening import open_checkpoint, shard_bounds
 from gptoss_jax.config import GptOssConfig
 from gptoss_jax.model import GptOss
 from gptoss_jax.model.weights import Weight, declare
-from gptoss_jax.sharding import shardings
+from gptoss_jax.sharding import abstract
 from gptoss_jax.text import tokenizer
 from gptoss_jax.text.tokenizer import Tokenizer
 
@@ -69,12 +69,7 @@ def load_weights(path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: jax.
 
 def load_targets(declared: dict[str, Weight], mesh: jax.sharding.Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     """Return what to read: shape, dtype and sharding of each weight; without a mesh on the first local device."""
-    if mesh is None:
-        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = dict.fromkeys(declared, first)
-    else:
-        places = shardings(declared, mesh)
-    return {name: jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=places[name]) for name, weight in declared.items()}
+    return abstract(declared, mesh, jax.local_devices()[0])
 
 
 def _owned_bytes(target: jax.ShapeDtypeStruct, stored: Weight) -> int:

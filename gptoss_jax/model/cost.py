@@ -22,10 +22,7 @@ def abstract_mesh(**axes: int) -> AbstractMesh:
 
 def abstract_weights(config: GptOssConfig, dtype: str = "bfloat16", mesh=None, device: jax.Device | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Return every weight as stored, with its sharding over `mesh` or on `device`. Raises ShardingError."""
-    declared = declare(config, dtype=dtype, packed=config.quantized)
-    single = None if device is None else jax.sharding.SingleDeviceSharding(device)
-    places = dict.fromkeys(declared, single) if mesh is None else sharding.shardings(declared, mesh)
-    return {name: jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=places[name]) for name, weight in declared.items()}
+    return sharding.abstract(declare(config, dtype=dtype, packed=config.quantized), mesh, device)
 
 
 def weight_bytes(config: GptOssConfig, dtype: str = "bfloat16", mesh=None) -> int:

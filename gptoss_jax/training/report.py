@@ -116,8 +116,6 @@ class Reporter:
 class Silent:
     """What the processes but the first report to: nothing."""
 
-    history: list[dict[str, Any]] = []
-
     def __call__(self, step, values, expert_load=None) -> None:
         pass
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gptoss_jax.text import harmony
+from gptoss_jax.text.typescript import compact_json
 from gptoss_jax.training.synthetic import arithmetic, chat, functions, problems, structured
 from gptoss_jax.training.synthetic.problems import Problem
 
@@ -162,7 +163,7 @@ def _function(rng: random.Random, split: str, effort: str) -> Sample:
     thought = {"low": "", "medium": f"I need {call.tool['name']}.",
                "high": f"The user asks: {call.question}\nI need {call.tool['name']}."}[effort]
     turn = [*_analysis(thought),
-            harmony.message("assistant", structured.compact(call.arguments), channel="commentary", recipient=name,
+            harmony.message("assistant", compact_json(call.arguments), channel="commentary", recipient=name,
                             content_type="<|constrain|>json"),
             harmony.message("tool", _tool_json(rng, call.result), channel="commentary", recipient="assistant", name=name),
             _final(call.reply)]
@@ -181,7 +182,7 @@ def _without_tool(rng: random.Random, skill: str, prompt: list[Message], effort:
 
 
 def _tool_json(rng: random.Random, result: dict[str, Any]) -> str:
-    text = structured.compact(result)
+    text = compact_json(result)
     return text if rng.random() < 0.5 else text.replace('":', '": ').replace(',"', ', "')
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from typing import Any
 
+from gptoss_jax.text.typescript import compact_json
 from gptoss_jax.training.synthetic import words
 from gptoss_jax.training.synthetic.problems import Problem, number, vary
-
-
-def compact(value: Any) -> str:
-    """Return JSON without blanks, as schemas and answers are written here."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def _object(rng: random.Random, properties: dict[str, str | dict[str, Any]]) -> dict[str, Any]:
@@ -34,8 +29,8 @@ def arithmetic_answer(rng: random.Random, problem: Problem) -> tuple[dict[str, A
     value = int(problem.answer)
     if rng.random() < 0.3:
         other = rng.choice(("expression", "calculation", "formula"))
-        return _object(rng, {other: "string", key: kind}), compact({other: problem.code.replace("//", "/"), key: value})
-    return _object(rng, {key: kind}), compact({key: value})
+        return _object(rng, {other: "string", key: kind}), compact_json({other: problem.code.replace("//", "/"), key: value})
+    return _object(rng, {key: kind}), compact_json({key: value})
 
 
 def person(rng: random.Random) -> tuple[str, dict[str, Any], str]:
@@ -50,7 +45,7 @@ def person(rng: random.Random) -> tuple[str, dict[str, Any], str]:
     if rng.random() < 0.6:
         wanted = [key for key in facts if key in wanted]
     kinds = {"name": "string", "age": "integer", "city": "string"}
-    return said, _object(rng, {names[key]: kinds[key] for key in wanted}), compact({names[key]: facts[key] for key in wanted})
+    return said, _object(rng, {names[key]: kinds[key] for key in wanted}), compact_json({names[key]: facts[key] for key in wanted})
 
 
 def shopping(rng: random.Random) -> tuple[str, dict[str, Any], str]:
@@ -61,7 +56,7 @@ def shopping(rng: random.Random) -> tuple[str, dict[str, Any], str]:
                        "Add {} to my list.")).format(listed)
     key = rng.choice(("items", "items", "list", "products", "things", "entries", words.invent(rng)))
     return vary(rng, said) if said.islower() else said, _object(rng, {key: {"type": "array",
-                                                                            "items": {"type": "string"}}}), compact({key: items})
+                                                                            "items": {"type": "string"}}}), compact_json({key: items})
 
 
 def judgement(rng: random.Random) -> tuple[str, dict[str, Any], str]:
@@ -71,7 +66,7 @@ def judgement(rng: random.Random) -> tuple[str, dict[str, Any], str]:
     asked, holds = rng.choice((("Is {a} larger than {b}?", a > b), ("Is {a} less than {b}?", a < b), ("Is {a} bigger than {b}?", a > b),
                                ("{a} > {b}?", a > b),
                                ("Is {a} smaller than {b}?", a < b), ("Is {a} an even number?", a % 2 == 0), ("Is {a} odd?", a % 2 == 1)))
-    return vary(rng, asked.format(a=a, b=b)), _object(rng, {key: "boolean"}), compact({key: holds})
+    return vary(rng, asked.format(a=a, b=b)), _object(rng, {key: "boolean"}), compact_json({key: holds})
 
 
 EXTRACTIONS: tuple[tuple[str, Callable[[random.Random], tuple[str, dict[str, Any], str]]], ...] = (
