@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -153,6 +155,12 @@ def test_special_tokens_are_encoded_only_where_allowed_by_name(tokenizer):
     for wrong in ("none", ["<|nonsense|>"]):
         with pytest.raises(TokenizerError, match="allowed_special is .*; expected"):
             tokenizer.encode(text, allowed_special=wrong)
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_arrays_of_ids_decode_as_lists_do(tokenizer, array):
+    ids = tokenizer.encode("a<|end|>b", allowed_special="all")
+    assert tokenizer.decode(array(ids)) == "a<|end|>b"
 
 
 def test_a_lone_surrogate_is_refused_with_its_place(tokenizer):

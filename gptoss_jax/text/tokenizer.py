@@ -11,6 +11,7 @@ SentencePiece model (sentencepiece); a library is imported when its first file i
 A file that can't keep them is refused when it is loaded.
 """
 
+import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -113,7 +114,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids: special tokens are spelled out, invalid UTF-8 and unknown ids become U+FFFD."""
-        return b"".join(self.spelled(id) or b"\xff" for id in ids).decode(errors="replace")
+        return b"".join(self.spelled(id) or b"\xff" for id in map(operator.index, ids)).decode(errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes of an ordinary token, b"" for a special or unknown one."""
