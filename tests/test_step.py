@@ -201,6 +201,7 @@ def test_gradients_pass_straight_through_the_grid():
     (TrainingConfig(model=SMALL, init=InitConfig("tiny")), "model: a section found with init.checkpoint 'tiny', expected none"),
     (TrainingConfig(model=SMALL, train=TrainConfig(mode="lora")), "init.checkpoint: none found, expected one with train.mode lora"),
     (TrainingConfig(init=InitConfig("tiny"), train=TrainConfig(mode="lora", targets=())), "train.targets: none found"),
+    (TrainingConfig(model=SMALL.replace(quantized=False, intermediate_size=33)), "model: intermediate_size is 33, expected a multiple of 32"),
     (TrainingConfig(model=SMALL, train=TrainConfig(microbatches=3)), "data.batch_size: 16 found, expected a multiple of 3: train.microbatches 3"),
 ])
 def test_settings_that_do_not_fit_together_are_refused_before_anything_is_loaded(config, message):

@@ -63,6 +63,10 @@ def resolve(config: TrainingConfig, stand_in: GptOssConfig | None = None) -> Tra
             raise TrainingConfigError("train.targets: none found, expected what the adapters are of")
         if not config.model.quantized:
             raise TrainingConfigError(f"init.checkpoint: {path!r} has bfloat16 experts, expected MXFP4 with train.mode lora")
+    for field in () if config.model.quantized else ("hidden_size", "intermediate_size"):
+        if (size := getattr(config.model, field)) % mxfp4.BLOCK:
+            raise TrainingConfigError(f"{'init.checkpoint' if path else 'model'}: {field} is {size}, expected a multiple of {mxfp4.BLOCK}: experts are "
+                                      "exported in MXFP4's blocks")
     rows, context = config.data.batch_size, config.mesh.context
     split = config.mesh.data * config.mesh.fsdp * config.mesh.expert
     if rows % (train.microbatches * split):
