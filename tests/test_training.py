@@ -199,6 +199,11 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path, tokenizer_file):
         loop.train(load_config(PRETRAIN_TINY, [*SMALL, f"--data.tokenizer={tokenizer_file}", f"--output.directory={tmp_path}", "--model.vocab_size=1600"]))
 
 
+def test_a_checkpoint_whose_tokenizer_has_more_ids_than_its_model_is_refused():
+    with pytest.raises(TrainingConfigError, match="init.checkpoint: 'tiny' has a tokenizer of 1536 ids, expected at most 1500, the model's vocab_size"):
+        load_vocabulary(load_config(PRETRAIN_TINY, ["--init.checkpoint=tiny", "--model.vocab_size=1500"]))
+
+
 @pytest.mark.parametrize("kind", ["model", "json"])
 def test_a_vocabulary_of_ones_own_is_exported_with_the_ids_that_end_its_answers(tmp_path, tokenizer_file, kind):
     own, names = tokenizer_file, ["<|return|>", "<|call|>", "<|endoftext|>"]

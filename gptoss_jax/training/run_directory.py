@@ -77,7 +77,11 @@ def load_vocabulary(config: TrainingConfig, directory: Path | None = None) -> To
     if config.init.checkpoint:
         if own:
             raise TrainingConfigError(f"data.tokenizer: {own!r} found with init.checkpoint, which has its own")
-        return load_tokenizer(config.init.checkpoint)
+        tokenizer = load_tokenizer(config.init.checkpoint)
+        if tokenizer.sampleable > config.model.vocab_size:  # a gather would take the last row for an id past it
+            raise TrainingConfigError(f"init.checkpoint: {config.init.checkpoint!r} has a tokenizer of {tokenizer.sampleable} ids, expected at most "
+                                      f"{config.model.vocab_size}, the model's vocab_size")
+        return tokenizer
     file = _vocabulary_file(config, Path(config.output.directory) if directory is None else directory)
     if jax.process_index() == 0 and not file.exists():
         if own:
