@@ -191,6 +191,19 @@ def test_only_matrices_decay():
     assert {name for name, update in updates.items() if update.any()} == {"a.q_proj.weight"}
 
 
+def test_what_muon_leaves_has_adam_with_nesterov_momentum_and_no_decay():
+    """Source: Dozat 2016, "Incorporating Nesterov momentum into Adam", algorithm 2."""
+    optimizer = make_optimizer(OptimizerConfig(kind="muon", learning_rate=0.5, warmup_steps=0, weight_decay=0.5, beta2=0.95, clip_norm=None), 10)
+    gradients, weights = np.random.default_rng(0).normal(size=(3, 4)), {"model.embed_tokens.weight": jnp.ones(4)}
+    state, m, v = optimizer.init(weights), 0, 0
+    for step, g in enumerate(gradients, 1):
+        with jax.numpy_dtype_promotion("standard"):  # optax counts on it
+            updates, state = optimizer.update({"model.embed_tokens.weight": jnp.asarray(g, jnp.float32)}, state, weights)
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        ahead = 0.9 * m / (1 - 0.9 ** (step + 1)) + 0.1 * g / (1 - 0.9**step)
+        np.testing.assert_allclose(updates["model.embed_tokens.weight"], -0.5 * ahead / (v / (1 - 0.95**step)) ** 0.5, rtol=1e-5)
+
+
 # --- runs --------------------------------------------------------------------------------------------------------------------------
 
 

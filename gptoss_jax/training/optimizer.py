@@ -37,9 +37,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Return clipping by global norm, then the update rule of `config.kind`, then the factors of `config.rates`, over weights by name.
 
     Muon (Jordan et al. 2024) orthogonalises the momentum of the layers' matrices, each expert's by itself; embedding, unembedding,
-    router and vectors have AdamW at the same rate, without decay. Adafactor (Shazeer and Stern 2018) keeps, of matrices, means of squares by row
-    and by column only, and no momentum; its updates are as large as AdamW's, so that they share rate and decay. A step whose gradients
-    aren't finite changes nothing.
+    router and vectors have AdamW at the same rate, with Nesterov momentum as Muon, without decay. Adafactor (Shazeer and Stern 2018) keeps, of
+    matrices, means of squares by row and by column only, and no momentum; its updates are as large as AdamW's, so that they share rate and decay. A step
+    whose gradients aren't finite changes nothing.
     """
     rate, decays = schedule(config, steps), _by_name(lambda name: not _matches(name, config.no_decay))
     if config.kind == "muon":
