@@ -224,6 +224,16 @@ def test_chunks_of_any_size_with_a_cache_equal_one_forward(model, step, chunks):
     np.testing.assert_array_equal(cache.lengths, [40, 40])
 
 
+def test_a_cache_keeps_its_dtype_in_a_model_of_another(model, step):
+    tokens = tokens_of(2, 20)
+    cache, parts = make_cache(CONFIG, 2, 64, "bfloat16"), []
+    for chunk in (tokens[:, :12], tokens[:, 12:19], tokens[:, 19:]):
+        logits, cache = step(model, chunk, cache)
+        parts.append(logits)
+        assert {array.dtype for array in jax.tree.leaves(cache.layers)} == {jnp.dtype("bfloat16")}
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), run(model, tokens), atol=0.5)  # keys and values of three digits; logits of size ten
+
+
 @pytest.mark.parametrize("known_empty", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_the_order_of_a_batch_change_nothing(model, side, known_empty):

@@ -93,6 +93,7 @@ def update(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, chunk: Chunk
     if chunk.start is None and T > 1:
         new = LayerCache(*(_fill(old, x, chunk, sliding) for old, x in zip(cache, (k_BTKH, v_BTKH))))
         return new, k_BTKH, v_BTKH, chunk.positions
+    k_BTKH, v_BTKH = k_BTKH.astype(cache.keys.dtype), v_BTKH.astype(cache.values.dtype)
 
     def write(slots_BT):
         return LayerCache(*(cache_write(old, new, slots_BT, implementation=implementation) for old, new in zip(cache, (k_BTKH, v_BTKH))))
