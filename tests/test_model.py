@@ -405,6 +405,20 @@ def test_inputs_of_any_integer_dtype_compute_the_same(model, dtype):
             np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=SAME)
 
 
+def test_with_64_bit_types_enabled_everything_computes_as_without(model, step):
+    tokens, norm, parts = np.asarray(tokens_of(2, 20)), model.weights()["model.norm.weight"], []
+    gradient = jax.jit(jax.grad(lambda norm, tokens: model.replace({"model.norm.weight": norm})(tokens).std()))
+    expected = run(model, tokens), gradient(norm, tokens)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        cache = make_cache(CONFIG, 2, 64, "float32")
+        for chunk in np.split(tokens.astype(np.int64), [12, 19], axis=1):
+            logits, cache = step(model, chunk, cache)
+            parts.append(logits)
+        assert logits.dtype == jnp.float32 and cache.lengths.dtype == jnp.int32
+        found = jnp.concatenate(parts, axis=1), gradient(norm, tokens)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=SAME), found, expected)
+
+
 def test_a_long_prompt_in_chunks_needs_memory_for_one_chunk():
     length = 32_768
     config = CONFIG.replace(max_position_embeddings=length)

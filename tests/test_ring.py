@@ -54,10 +54,11 @@ def results(attend, q, k, v, sinks, g, tags):
     return out, *pull_back(g)
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 8])  # shards of 6: a window of 7 reaches one shard back, of 8 two
-def test_attention_and_gradients_of_split_rows_are_those_of_whole_rows(window):
+@pytest.mark.parametrize("window, x64", [(None, False), (1, False), (7, False), (8, False), (7, True)])  # shards of 6: 7 reaches one shard back, 8 two
+def test_attention_and_gradients_of_split_rows_are_those_of_whole_rows(window, x64):
     mesh, tags = make_mesh(tensor=2, context=4), packed_rows(24)
-    ours, expected = (jax.jit(functools.partial(results, attend, tags=tags))(*arrays(24)) for attend in (split(mesh, window), whole(window)))
+    with jax.enable_x64(x64):
+        ours, expected = (jax.jit(functools.partial(results, attend, tags=tags))(*arrays(24)) for attend in (split(mesh, window), whole(window)))
     for name, a, b in zip(("out", "q", "k", "v", "sinks"), ours, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6, err_msg=name)
 

@@ -107,7 +107,7 @@ def _in_two_passes(logits_BV, *, last: int):
     largest_B = logits_BV.max(axis=-1)
     logits_BV -= largest_B[:, None]
     # `argmax` is a loop without vector instructions on CPUs.
-    return largest_B, jnp.where(logits_BV == 0, jnp.arange(logits_BV.shape[1]), last).min(axis=-1), jnp.exp(logits_BV).sum(axis=-1)
+    return largest_B, jnp.where(logits_BV == 0, jnp.arange(logits_BV.shape[1], dtype=jnp.int32), last).min(axis=-1), jnp.exp(logits_BV).sum(axis=-1)
 
 
 def _in_one_pass(logits_BV, *, last: int):
@@ -130,7 +130,7 @@ def _draw(logits_V, seed, step):
     """
     weights_V = jnp.exp(logits_V)
     blocks = jnp.pad(weights_V, (0, -weights_V.shape[0] % _BLOCK)).reshape(-1, _BLOCK)
-    uniform = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), (2,))
+    uniform = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), (2,), jnp.float32)
     block = _invert(blocks.sum(axis=1), uniform[0])
     return (block * _BLOCK + _invert(blocks[block], uniform[1])).astype(jnp.int32)
 

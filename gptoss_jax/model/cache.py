@@ -81,7 +81,7 @@ class Chunk(NamedTuple):
 def locate(real_BT: jax.Array, positions_BT: jax.Array, empty: bool) -> Chunk:
     """Return the Chunk of tokens with `positions`, of which those not `real` are padding. empty: nothing is in the cache."""
     start_B = positions_BT[:, 0]
-    return Chunk(jnp.where(real_BT, positions_BT, -1), None if empty else start_B, start_B + real_BT.sum(axis=1))
+    return Chunk(jnp.where(real_BT, positions_BT, -1), None if empty else start_B, start_B + real_BT.sum(axis=1, dtype=jnp.int32))
 
 
 def update(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, chunk: Chunk, sliding: bool, implementation: str = "auto"):
@@ -100,7 +100,7 @@ def update(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, chunk: Chunk
 
     if not sliding:
         new = write(chunk.positions)
-        slots = jnp.arange(cache.keys.shape[1])
+        slots = jnp.arange(cache.keys.shape[1], dtype=jnp.int32)
         return new, *new, jnp.where(slots < chunk.end[:, None], slots, -1)
     ring = cache.keys.shape[1]
     if T == 1:  # the ring holds the whole window, the new key included: no copy of it is made
@@ -130,5 +130,5 @@ def _fill(old_BSKH, new_BTKH, chunk: Chunk, sliding: bool):
 def _ring_positions(lengths_B, ring: int):
     """Return the newest position below each length that lies in each slot; negative where there is none yet."""
     newest = lengths_B[:, None] - 1
-    positions = newest - (newest - jnp.arange(ring)) % ring
+    positions = newest - (newest - jnp.arange(ring, dtype=jnp.int32)) % ring
     return jnp.where(positions >= 0, positions, -1)

@@ -208,6 +208,6 @@ def _top_by_rank(logits, *, count: int):
     other, own = logits[..., None, :], logits[..., :, None]
     rank = ((other > own) | (other == own) & (expert[None, :] < expert[:, None])).sum(axis=-1, dtype=jnp.int32)
     place = rank[..., None, :] == jnp.arange(count)[:, None]
-    chosen, indices = jnp.where(place, logits[..., None, :], 0).sum(axis=-1), jnp.where(place, expert, 0).sum(axis=-1)
+    chosen, indices = jnp.where(place, logits[..., None, :], 0).sum(axis=-1), jnp.where(place, expert, 0).sum(axis=-1, dtype=jnp.int32)
     weights = [jnp.exp(chosen[..., i] - chosen[..., 0]) for i in range(count)]
     return indices, jnp.stack(weights, axis=-1) / sum(weights[1:], weights[0])[..., None]

@@ -53,7 +53,7 @@ def forward(q, k, v, sinks, q_tags, k_tags, window):
     B, T, N, H = q.shape
     K, G = k.shape[2], N // k.shape[2]
     rows, cols = min(BLOCK, T), min(BLOCK, k.shape[1])
-    first_top = jnp.full((1, K, G, 1), _LOWEST) if sinks is None else sinks.reshape(1, K, G, 1)
+    first_top = jnp.full((1, K, G, 1), _LOWEST, jnp.float32) if sinks is None else sinks.reshape(1, K, G, 1)
     bounds = _block_bounds(k_tags, cols)
 
     def one_query_block(_, i):

@@ -40,7 +40,7 @@ def group(expert_M, experts: int):
 def by_sorting(expert_M, *, experts: int):
     order_M = jnp.argsort(expert_M, stable=True)
     group_sizes_E = jnp.zeros(experts + 1, jnp.int32).at[jnp.minimum(expert_M, experts)].add(1)[:experts]
-    return order_M, jnp.argsort(order_M, stable=True), group_sizes_E
+    return order_M.astype(jnp.int32), jnp.argsort(order_M, stable=True).astype(jnp.int32), group_sizes_E
 
 
 def by_comparing(expert_M, *, experts: int):
