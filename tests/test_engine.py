@@ -54,6 +54,14 @@ def test_a_row_stops_at_its_stop_id_and_others_go_on(model, oracle):
     assert second.ids == oracle["g150.new"].tolist()[:12] and second.finish == "length"
 
 
+def test_other_stop_ids_hold_from_the_next_call_on(model, oracle):
+    new, engine = oracle["g16.new"].tolist()[:12], Engine(model, prefill_chunk=32)
+    for stop_ids, finish in (({new[3]}, "stop"), (frozenset(), "length")):
+        engine.stop_ids = stop_ids
+        found, _ = engine.generate([oracle["g16.prompt"].tolist(), [1, 2, 3]], GREEDY, max_new_tokens=12)
+        assert found.finish == finish and found.ids == new[: len(found.ids)]
+
+
 def test_nothing_is_compiled_again_for_another_length_or_setting(model):
     """But once for prompts of one chunk, which attend to nothing before it, and once for longer ones."""
     engine = Engine(model, prefill_chunk=16)  # 40 tokens: chunks of 16, 16 and 8, the last one in a bucket of 16
@@ -129,7 +137,7 @@ def test_rows_that_have_ended_stay_ended_in_dispatches_ahead(model, oracle):
     ids, _ = engine._first(engine.weights, hidden, arrays, kind="greedy")
     rows, lengths = (ids, np.array([True, True])), []
     for count in (1, 3, 5):  # the first row stops in the first dispatch, the other's room ends with the second
-        cache, rows, (found, _) = engine._decode(engine.weights, cache, rows, arrays, np.int32(count), room, kind="greedy")
+        cache, rows, (found, _) = engine._decode(engine.weights, cache, rows, arrays, np.int32(count), room, kind="greedy", stop_ids=engine.stop_ids)
         lengths.append([int(now) - len(prompt) for now, prompt in zip(cache.lengths, prompts)])
         if count == 1:
             assert found[:, 0].tolist() == new[1:3]
@@ -144,7 +152,7 @@ def test_a_row_that_has_ended_is_left_out_of_later_dispatches(model, oracle):
         before = cache.lengths.tolist()
         ids, _ = engine._first(engine.weights, hidden, arrays, kind="greedy")
         cache, _, (ids, _) = engine._decode(engine.weights, cache, (ids, np.array([True, others_open])), arrays, np.int32(1), np.full(2, 100, np.int32),
-                                            kind="greedy")
+                                            kind="greedy", stop_ids=engine.stop_ids)
         found[others_open] = ids[:, 0].tolist()
         assert cache.lengths.tolist() == [before[0] + 2, before[1] + 2 * others_open]
     assert found[True] == found[False] == oracle["g16.new"][1:3].tolist()

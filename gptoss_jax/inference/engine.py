@@ -91,7 +91,7 @@ class Engine:
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
         read = None if self.mesh is None else self._everywhere  # what the host reads is whole in every process
         self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)
-        self._decode = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind",), out_shardings=(None, read, read))
+        self._decode = jax.jit(self._decode_steps, donate_argnums=(1,), static_argnames=("kind", "stop_ids"), out_shardings=(None, read, read))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] = Sampling(), *,
                  max_new_tokens: int = 512) -> list[Completion]:
@@ -150,7 +150,8 @@ class Engine:
         while pending:
             read, pending = pending, None
             if count < room_B.max():
-                cache, (ids, open_B), pending = self._decode(self.weights, cache, (ids, open_B), settings, np.int32(count), room_B, kind=kind)
+                cache, (ids, open_B), pending = self._decode(self.weights, cache, (ids, open_B), settings, np.int32(count), room_B, kind=kind,
+                                                              stop_ids=frozenset(self.stop_ids))
                 count += self.steps_per_dispatch
             yield from zip(*map(np.atleast_2d, jax.device_get(read)))
 
@@ -195,7 +196,7 @@ class Engine:
         step_B = jnp.zeros(len(hidden_BD), jnp.int32)
         return sample(self._model(weights).unembed(hidden_BD), settings, step_B, kind=kind, sampleable=self.sampleable)
 
-    def _decode_steps(self, weights, cache, rows, settings, count, room_B, *, kind):
+    def _decode_steps(self, weights, cache, rows, settings, count, room_B, *, kind, stop_ids):
         """Decode steps_per_dispatch steps. count: tokens each row has. rows: (last ids, which rows are open). Returns (cache, rows, (ids [steps, B],
         logprobs [steps, B])).
 
@@ -204,7 +205,7 @@ class Engine:
         dispatch comes, is computed as if it were open.
         """
         model, (ids_B, open_B) = self._model(weights), rows
-        stop_ids = jnp.asarray(sorted(self.stop_ids), jnp.int32)
+        stop_ids = jnp.asarray(sorted(stop_ids), jnp.int32)
 
         def goes_on(ids):
             return ~(ids[..., None] == stop_ids).any(axis=-1)
@@ -265,7 +266,7 @@ class Engine:
         prefills = [(self._prefill, (self.weights, state, abstract((batch, chunk), np.int32), counts), {}) for chunk in sorted(set(chunks), reverse=True)]
         first = self._first, (self.weights, hidden, settings), {"kind": kind}
         rows = ids, abstract((batch,), np.bool, sharding=everywhere)
-        decode = self._decode, (self.weights, cache, rows, settings, abstract((), np.int32), counts), {"kind": kind}
+        decode = self._decode, (self.weights, cache, rows, settings, abstract((), np.int32), counts), {"kind": kind, "stop_ids": frozenset(self.stop_ids)}
         return [*prefills, (self._empty, (batch, length), {})], first, decode
 
     def _check(self, prompts) -> None:
