@@ -349,6 +349,19 @@ def whole(tmp_path_factory):
     return directory
 
 
+@pytest.mark.parametrize(("init", "said"), [("export", "export: the source itself"), ("tiny", "export: no config.json")])
+def test_an_export_that_would_replace_something_else_is_refused_before_training(tmp_path, capsys, init, said):
+    """Adapters would have replaced the very model that they are of."""
+    shutil.copytree(TINY_VOCABULARY.parent, tmp_path / "export")
+    if init == "tiny":
+        (tmp_path / "export" / "config.json").unlink()
+    before = sorted(file.name for file in (tmp_path / "export").iterdir())
+    where = init if init == "tiny" else tmp_path / init
+    assert finetune.main([str(ROOT / "configs" / "smoke_cpu.yaml"), f"--init.checkpoint={where}", f"--output.directory={tmp_path}",
+                          "--output.adapters=true"]) == 2
+    assert said in capsys.readouterr().err and sorted(file.name for file in (tmp_path / "export").iterdir()) == before
+
+
 def test_a_run_exports_with_its_vocabulary_and_is_not_resumed_as_another(whole, capsys):
     command = words(whole, f"--run.steps={STEPS}")
     config = load_config(command[0], command[1:])

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gptoss_jax.checkpoint.destination import check_destination
+from gptoss_jax.checkpoint.loading import resolve as resolve_path
 from gptoss_jax.checkpoint.training_state import StateStore
 from gptoss_jax.model import GptOss
 from gptoss_jax.training import data, memory_plan, report, run_directory, speed
@@ -62,6 +64,8 @@ class _Run:
     def __init__(self, config: TrainingConfig, mesh, source, tokenizer, answer_with, stack: contextlib.ExitStack):
         self.config, self.mesh, self.source, self.tokenizer = config, mesh, source, tokenizer
         self.directory = Path(config.output.directory)
+        self.destination = self.directory / "export"
+        check_destination(self.destination, overwrite=True, source=resolve_path(config.init.checkpoint) if config.init.checkpoint else None)
         index, count = data_part(mesh)
         part = {"process_index": index, "process_count": count}
         self.batches = source.batches(**part)
@@ -223,13 +227,12 @@ class _Run:
         config, state = self.config, self.state
         if config.output.export == "best":
             state = self.store.restore(self.store.best_step(), self.like)
-        destination = self.directory / "export"
-        export(config, state.trained, destination, adapters=config.output.adapters)
+        export(config, state.trained, self.destination, adapters=config.output.adapters)
         if not config.init.checkpoint and jax.process_index() == 0:
-            run_directory.write_vocabulary(config, destination, self.tokenizer)
+            run_directory.write_vocabulary(config, self.destination, self.tokenizer)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("exported")  # the others wait for the first, whose work this is
-        return destination
+        return self.destination
 
 
 def _tell(line: str) -> None:
