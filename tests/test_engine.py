@@ -186,11 +186,12 @@ def test_tokens_are_the_same_with_64_bit_types_enabled(model):
     assert [completion.ids for completion in found] == [completion.ids for completion in expected]
 
 
-@pytest.mark.parametrize("axes", [dict(data=2, expert=2, fsdp=2), dict(context=4, expert=2)], ids=str)
-def test_a_model_loaded_on_a_mesh_generates_the_same_tokens(oracle, axes):
-    """Prompts of unequal lengths in chunks; and, where `context` splits tokens, in a single chunk."""
-    engine = Engine(checkpoint.load(DATA / "tiny_checkpoint", dtype="float32", mesh=sharding.make_mesh(**axes)), prefill_chunk=32)
-    assert engine.mesh is not None
+@pytest.mark.parametrize("axes, told", [(dict(data=2, expert=2, fsdp=2), True), (dict(context=4, expert=2), True), (dict(data=4, fsdp=2), False)])
+def test_a_model_loaded_on_a_mesh_generates_the_same_tokens(oracle, axes, told):
+    """Prompts of unequal lengths in chunks; and, where `context` splits tokens, in a single chunk. Also of a model that isn't told of the mesh."""
+    model = checkpoint.load(DATA / "tiny_checkpoint", dtype="float32", mesh=sharding.make_mesh(**axes))
+    engine = Engine(model if told else GptOss(model.config, model.weights()), prefill_chunk=32)
+    assert (engine.mesh is not None) == told
     names = ["g150", "g16"]
     completions = engine.generate([oracle[f"{name}.prompt"].tolist() for name in names], GREEDY, max_new_tokens=8)
     assert [c.ids for c in completions] == [oracle[f"{name}.new"].tolist()[:8] for name in names]

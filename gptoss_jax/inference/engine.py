@@ -82,6 +82,8 @@ class Engine:
         self.steps_per_dispatch = usual_steps(platform) if steps_per_dispatch is None else steps_per_dispatch
         if self.steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch is {steps_per_dispatch}, expected at least 1")
+        if isinstance(home, NamedSharding):  # of a model that isn't told its mesh: of any rank, where XLA puts it as it likes
+            home = NamedSharding(home.mesh, PartitionSpec())
         self.config, self.mesh = config, model.mesh or sharding.ambient_mesh()
         self._everywhere = home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         self.stop_ids = frozenset(config.eos_token_ids if tokenizer is None else tokenizer.stop_ids)
