@@ -389,6 +389,10 @@ def test_wrong_inputs_are_named(model):
             model(jnp.zeros(shape, jnp.int32))
     with pytest.raises(ValueError, match=r"segment_ids: shape \(1, 4\) found, expected that of tokens, \(1, 5\)"):
         model(tokens_of(1, 5), segment_ids=jnp.ones((1, 4), jnp.int32))
+    for config, rows, found in ((CONFIG, 3, r"2 layers of \(3, 2, 20\)"), (CONFIG.replace(head_dim=24), 1, r"2 layers of \(1, 2, 24\)"),
+                                (CONFIG.replace(num_hidden_layers=4, layer_types=CONFIG.layer_types * 2), 1, r"4 layers of \(1, 2, 20\)")):
+        with pytest.raises(ValueError, match=rf"cache: {found} found, expected 2 layers of \(1, 2, 20\) \(rows, key-value heads, head width\)"):
+            model(tokens_of(1, 5), cache=make_cache(config, rows, 8))
     with pytest.raises(ValueError, match="positions: float32 found, expected integers"):
         model(tokens_of(1, 5), positions=jnp.ones((1, 5)))
 

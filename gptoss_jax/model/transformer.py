@@ -166,6 +166,11 @@ class GptOss(nnx.Module):
             if not jnp.issubdtype(positions.dtype, jnp.integer):
                 raise ValueError(f"positions: {positions.dtype} found, expected integers")
             positions = positions.astype(jnp.int32)  # their differences are negative, and so are those of padding
+        if cache is not None:
+            fitting = [(len(tokens), self.config.num_key_value_heads, self.config.head_dim)] * self.config.num_hidden_layers
+            if (found := [(layer.keys.shape[0], *layer.keys.shape[2:]) for layer in cache.layers]) != fitting:
+                stated, expected = (f"{len(dims)} layers of {dims[0]}" for dims in (found, fitting))
+                raise ValueError(f"cache: {stated} found, expected {expected} (rows, key-value heads, head width)")
         capture = capture or Capture(())
         mesh = sharding.ambient_mesh() or self.mesh
         shift_B = lengths_B = chunk = None
