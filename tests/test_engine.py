@@ -86,6 +86,17 @@ def test_what_is_compiled_before_there_are_weights_is_what_runs(model, caplog, l
     assert not engine.hold(GptOss(model.config, dict(model.weights()) | {"lm_head.weight": jnp.zeros((201, 64))}))
 
 
+def test_a_model_trained_in_place_is_held_when_the_engine_is_told(model):
+    trained = GptOss(model.config, dict(model.weights()))
+    engine, prompts = Engine(trained, prefill_chunk=32), [[1, 2, 3]]
+    before = engine.generate(prompts, GREEDY, max_new_tokens=4)
+    trained.norm.weight[...] *= -1
+    assert engine.generate(prompts, GREEDY, max_new_tokens=4) == before
+    assert engine.hold(trained)
+    after = engine.generate(prompts, GREEDY, max_new_tokens=4)
+    assert after == Engine(trained, prefill_chunk=32).generate(prompts, GREEDY, max_new_tokens=4) != before
+
+
 def test_rows_share_a_chunk(model):
     """So that the memory of a prompt's activations doesn't grow with the batch; 16 tokens of each are the fewest."""
     engine = Engine(model, prefill_chunk=128)

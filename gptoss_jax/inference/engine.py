@@ -57,7 +57,8 @@ class Completion(NamedTuple):
 class Engine:
     """Run a model with a tokenizer's stop and sampleable ids.
 
-    model: GptOss. tokenizer: gives `stop_ids` and `sampleable`; None stops at the config's eos_token_id and samples every id.
+    model: GptOss, whose arrays are kept as they are now; `hold` takes those of one trained since. tokenizer: gives `stop_ids` and `sampleable`;
+    None stops at the config's eos_token_id and samples every id.
     max_context: tokens of prompt and answer together, at most the config's max_position_embeddings. prefill_chunk: tokens of prompts
     computed at once, of all rows together but at least 16 of each; memory for activations grows with it, not with the prompts. steps_per_dispatch:
     tokens of a row decoded before the host sees them. None takes what suits the device; tokens are the same with any.

@@ -26,7 +26,8 @@ class LayerCache(NamedTuple):
 class Cache(NamedTuple):
     """lengths: int32 [B], tokens of each row seen so far; layers: one LayerCache a layer.
 
-    lengths None: no row has seen any, which a program then knows, and attends to a chunk's own keys alone.
+    lengths None: no row has seen any, which a program then knows, and attends to a chunk's own keys alone. Smaller lengths take tokens back only
+    while none has been written past the window: sliding layers have lost what was before those. An older cache, which nothing modifies, hasn't.
     """
 
     lengths: jax.Array | None
