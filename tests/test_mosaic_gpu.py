@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import pathlib
 import subprocess
@@ -242,6 +243,19 @@ def test_the_kernel_of_a_single_token_takes_no_more_experts_than_a_block_has_bar
 
     weight = hopper_layout.HopperWeight(None, jax.ShapeDtypeStruct((64, 1, 1, 32), jnp.uint32))
     assert hopper_one_token.plan(weight, weight, 32) and hopper_one_token.plan(weight, weight, 33) is None
+
+
+@needs_new_jax
+@pytest.mark.parametrize("width,hidden,count,stages", [(45, 45, 4, 10), (57, 81, 4, 26), (9, 93, 4, 26), (66, 81, 2, 29), (9, 7, 32, 32)])
+def test_the_kernel_of_a_single_token_fits_shared_memory_where_each_array_begins_at_a_kilobyte(width, hidden, count, stages):
+    from gptoss_jax.kernels.expert_matmul import hopper_one_token
+
+    gate_up, down = (HopperWeight(None, jax.ShapeDtypeStruct((8, *groups, 32), jnp.uint32)) for groups in ((2 * hidden, width), (width, hidden)))
+    plan = hopper_one_token.plan(gate_up, down, count)
+    arrays = [part for part in hopper_one_token._scratch_types(plan, count, width, hidden) if hasattr(part, "dtype")]
+    barriers = 8 * (2 * stages + 1 + count + 12)
+    assert plan.stages == stages
+    assert sum(-(-math.prod(array.shape) * jnp.dtype(array.dtype).itemsize // 1024) * 1024 for array in arrays) + barriers <= 232448
 
 
 def test_arranged_weights_run_and_have_gradients_where_there_is_no_gpu(caplog):

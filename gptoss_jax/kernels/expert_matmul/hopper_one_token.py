@@ -24,11 +24,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gptoss_jax.kernels.expert_matmul import hopper_kernel
 from gptoss_jax.kernels.expert_matmul.hopper_instructions import ROW, Interpreted, Mosaic, decode
-from gptoss_jax.kernels.expert_matmul.hopper_kernel import SHARED_BYTES
 from gptoss_jax.kernels.expert_matmul.hopper_layout import GROUP
 from gptoss_jax.kernels.hopper import SMS
 
 _HALF = GROUP // 2
+_KILOBYTES = 227 - 3  # of a block's shared memory, less units' numbers and barriers
 _FEWEST_STAGES, _MOST_STAGES = 3, 32
 _MOST_SPLITS = 3  # of down's sum: what a block takes last should be little
 _MOST_COPIED = 256  # groups, by a TMA copy
@@ -62,8 +62,15 @@ def plan(gate_up, down, experts: int, blocks: int = SMS, share: tuple[int, int] 
     (_, _, F), (_, _, D) = (weight.scales.shape[:3] for weight in (down, gate_up))
     shares = [(warpgroups, groups) for warpgroups in (3, 2, 1) for groups in (3, 2, 1) if D % (warpgroups * groups) == F % (warpgroups * groups) == 0]
     warpgroups, groups = share or max(shares, key=lambda share: share[0] * share[1])
-    room, stage = SHARED_BYTES - ((D + experts * F) * 2 + _BUFFERS * warpgroups * 4) * GROUP, warpgroups * groups * (2048 + 128)
-    found = Plan(warpgroups, groups, min(_MOST_STAGES, room // stage), min(_MOST_SPLITS, F // (warpgroups * groups)), blocks)
+    each = warpgroups * groups
+
+    def kilobytes(rows):
+        """Return what an array of so many rows of 128 bytes takes, as each begins at a whole kilobyte."""
+        return -(-rows // 8)
+
+    room = _KILOBYTES - kilobytes(D) - kilobytes(experts * F) - kilobytes(2 * _BUFFERS * warpgroups)
+    stages = max((n for n in range(_MOST_STAGES + 1) if 2 * n * each + kilobytes(n * each) <= room), default=0)
+    found = Plan(warpgroups, groups, stages, min(_MOST_SPLITS, F // each), blocks)
     return found if found.stages >= _FEWEST_STAGES and experts <= _MOST_EXPERTS else None
 
 
