@@ -15,6 +15,7 @@ import time
 LANES_FROM, GPU_FRACTION = 120e9, 0.94  # bytes of a GPU's memory that hold three lanes; how much of it they take
 NO_TIME, INTERRUPTED = "no time left", "interrupted"
 READY, TIMED = "ready to time", "timed"  # what a section says to the process that started it, and waits for its answer
+LONGEST = 90  # seconds that a section may time without a word: more than any measurement takes
 
 
 def lanes(models: list[str], memory: int) -> list[tuple[float, list[tuple[str, str, int]]]]:
@@ -100,14 +101,20 @@ def run_lane(sections, share: float, command: list[str], out: pathlib.Path, end:
             turns.began(process)
             watch = threading.Timer(seconds + 10, process.kill)  # it watches the time itself
             watch.start()
+            silence = threading.Timer(LONGEST, process.kill)
             for line in process.stdout:
-                if (said := line.strip()) not in told:
+                silence.cancel()
+                if (said := line.strip()) in told:
+                    told[said]()
+                    timing = said == READY
+                    with contextlib.suppress(BrokenPipeError):  # killed meanwhile
+                        os.write(process.stdin.fileno(), b"\n")
+                else:
                     print(line, end="", flush=True)
-                    continue
-                told[said]()
-                timing = said == READY
-                with contextlib.suppress(BrokenPipeError):  # killed meanwhile
-                    os.write(process.stdin.fileno(), b"\n")
+                if timing:  # a kernel that hangs would cost all lanes this one's time
+                    silence = threading.Timer(LONGEST, process.kill)
+                    silence.start()
+            silence.cancel()
         turns.end_timing() if timing else turns.end_compiling()
         watch.cancel()
         failed += process.returncode != 0

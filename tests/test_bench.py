@@ -595,6 +595,17 @@ def test_the_gpu_scripts_lanes_time_while_nobody_compiles(gpu, tmp_path):
     assert len(states) == 5 and set(states.values()) == {"waits", "ends"} and beside  # they do compile beside each other
 
 
+def test_the_gpu_script_stops_a_section_that_hangs_while_it_times(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[gpu.run_lane.__module__], "LONGEST", 2)
+    turns, out = gpu.Turns(), tmp_path / "rows.jsonl"
+    command = [sys.executable, "-c", LANE.replace('0.02', '0.02 if section[0] == "a" else 60'), str(tmp_path / "log")]
+    begun = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(gpu.run_lane, [(section, "tiny", 1)], 0.3, command, out, begun + 600, turns) for section in ("a2", "b1")]
+        assert [end.result(timeout=30) for end in ends] == [0, 1]  # the other comes to its end
+    assert [row["section"] for row in gpu.read(out)] == ["b1"] and time.monotonic() < begun + 30
+
+
 def test_the_gpu_script_interrupted_stops_its_sections_and_begins_no_others(gpu, tmp_path, monkeypatch, capsys):
     turns, log, out = gpu.Turns(), tmp_path / "log", tmp_path / "rows.jsonl"
     lanes = [[("a2", "tiny", 1), ("a3", "tiny", 1)], [("b1", "tiny", 1)]]
