@@ -365,6 +365,8 @@ def test_weights_are_read_and_replaced_by_their_checkpoint_name(model):
         model.replace({"model.layers.7.sinks": jnp.zeros(6)})
     with pytest.raises(ValueError, match=r"shape \(5,\) found, expected \(6,\)"):
         model.replace({"model.layers.1.self_attn.sinks": jnp.zeros(5)})
+    with pytest.raises(ValueError, match="model.layers.1.self_attn.q_proj.lora_a: no such weight"):
+        GptOss(CONFIG, weights | {"model.layers.1.self_attn.q_proj.lora_a": jnp.zeros((4, 64))})
 
 
 @pytest.mark.parametrize("cached", [False, True])

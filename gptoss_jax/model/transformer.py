@@ -117,7 +117,8 @@ class GptOss(nnx.Module):
     """The model: an nnx.Module and a pytree. A weight's path in it is its Hugging Face name, without the leading `model.`.
 
     weights: every array by Hugging Face name (`model.weights.declare`), experts packed or dense; or `arrays()` of a model. Activations have
-    the dtype of the embedding. mesh: where the weights lie, if on several devices; `jax.set_mesh` takes precedence.
+    the dtype of the embedding. mesh: where the weights lie, if on several devices; `jax.set_mesh` takes precedence. Raises ValueError for
+    a name that isn't the model's, KeyError for one that is missing.
     """
 
     def __init__(self, config: GptOssConfig, weights: Mapping[str, jax.Array], *, mesh=None):
@@ -127,6 +128,8 @@ class GptOss(nnx.Module):
         self.layers = nnx.List([Layer(config, i, weights) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(weights, "model.norm", config.rms_norm_eps)
         self.lm_head = Linear(weights, "lm_head")
+        if unknown := sorted(weights.keys() - self.arrays().keys()):  # an adapter's with a slip, say, would be of no effect
+            raise ValueError(f"{unknown[0]}: no such weight")
 
     def __call__(self, tokens, *, positions=None, segment_ids=None, cache=None, capture=()):
         """Return logits float32 [B, T, V]; then the new cache if one was given; then {name: activation} if `capture` asks for any.
