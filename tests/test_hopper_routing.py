@@ -108,5 +108,5 @@ def test_what_the_kernel_has_no_room_for_is_left_to_others():
             assert rows.bit_count() == 1 and 8 <= rows <= 64
 
     assert hopper_routing.takes(256, 128, 4) and hopper_routing.takes(128, 256, 8) and hopper_routing.takes(1, 4, 4)
-    for too_much in ((257, 32, 1), (129, 256, 4), (256, 128, 5), (1, 257, 4)):
+    for too_much in ((257, 32, 1), (25, 8, 1), (64, 8, 1), (129, 256, 4), (256, 128, 5), (1, 257, 4)):
         assert not hopper_routing.takes(*too_much)
