@@ -126,8 +126,10 @@ def measured(arguments, record, points: list[tuple[list[dict], Callable]]) -> No
     """Record measurements, or why there is none of something: what is out of memory, or not possible here, the next may be.
 
     points: (a row for each measurement, what compiles and returns what makes them, in that order). All are compiled beside each other, then measured one
-    by one; the first only, or none, where more would take longer than is left, by what each took so far.
+    by one; the first only, or none, where more would take longer than is left, by what each took so far. Raises GpuLost after one that hangs.
     """
+    from gptoss_jax.kernels import hopper
+
     begun = time.monotonic()
     most = len(points) if not arguments.took else max(0, min(len(points), int((arguments.end - begun) / arguments.took)))
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
@@ -139,6 +141,8 @@ def measured(arguments, record, points: list[tuple[list[dict], Callable]]) -> No
                     record(**({"skipped": NO_TIME} if future is None or time.monotonic() > arguments.end else future.result()[index]()) | row)
                 except Exception as error:
                     record(**row, failed=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+                    if isinstance(error, TimeoutError) and not hopper.usable():  # all else would wait for the GPU, and other lanes for this one
+                        raise hopper.GpuLost(f"the GPU does no more for this section after {row}") from error
     if most:
         arguments.took = max(arguments.took, (time.monotonic() - begun) / max(most, AT_ONCE // 2))  # one alone says little of others
 

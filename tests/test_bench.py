@@ -451,6 +451,22 @@ def test_the_gpu_script_compiles_again_what_found_no_process(gpu, said, tries):
     assert len(tried) == tries
 
 
+def test_the_gpu_script_ends_a_section_whose_kernel_hangs_while_it_gets_ready(gpu, monkeypatch):
+    class Never:
+        def is_ready(self):
+            return False
+
+    rows, points = [], [([{"what": "a"}], lambda: hopper.arrived([Never()])), ([{"what": "b"}], lambda: [lambda: {"seconds": 1}])]
+    arguments = argparse.Namespace(end=time.monotonic() + 100, took=0.0)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n" * 4))
+    for name, value in (("_NO_RESULT_AFTER", 0.1), ("_one", Never)):
+        monkeypatch.setattr(hopper, name, value)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(hopper.GpuLost, match="after {'what': 'a'}") as caught:
+        gpu.measured(arguments, lambda **row: rows.append(row), points)
+    assert rows == [{"what": "a", "failed": "TimeoutError: no result after 0.1 s"}] and caught.value.ends_process
+
+
 def test_the_gpu_script_begins_as_many_points_as_find_time_and_measures_ceilings_once_a_run(gpu, tmp_path, monkeypatch):
     arguments = argparse.Namespace(out=tmp_path / "rows.jsonl", section="torch", model="tiny", end=time.monotonic() + 10, took=4.0, checked=False, earlier=1)
     arguments.out.write_text('{"what": "ceilings", "gb_per_second": 7, "tflop_per_second": 7}\n')  # of an earlier run

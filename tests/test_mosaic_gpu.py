@@ -307,9 +307,9 @@ def test_a_kernel_that_never_ends_is_found_wrong_though_others_wait_for_it(monke
     checks = [lambda interpret: forever.wait(), lambda interpret: hopper.arrived(found)]
     assert hopper.first_disagreement(checks, None) == "a kernel that ends here (found no result after 0.1 s)"
     forever.set()
-    assert hopper._usable()
+    assert hopper.usable()
     monkeypatch.setattr(hopper, "_one", Result)
-    assert not hopper._usable()
+    assert not hopper.usable()
 
 
 @needs_new_jax
@@ -394,7 +394,7 @@ def test_kernels_found_right_are_not_looked_at_again_before_something_has_change
         assert hopper.wrong_here("decode_attention", False) is None and hopper.disagreement("decode_attention", False) == "wrong now"
         assert [ask("decode_attention", False) for _ in range(2)] == [1, 1]  # that it was right once is forgotten
         with monkeypatch.context() as patch:  # as after an illegal address
-            patch.setattr(hopper, "_usable", lambda: False)
+            patch.setattr(hopper, "usable", lambda: False)
             with pytest.raises(hopper.GpuLost, match="the decode_attention kernels left this NVIDIA H100 80GB HBM3 unusable for this process: they need wrong now;"):
                 hopper.disagreement("decode_attention", False)
             assert "does without them" in caplog.records[-1].message  # before anything waits for the GPU

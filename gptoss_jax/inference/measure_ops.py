@@ -231,9 +231,12 @@ def _arranged(case: Case, implementation: str) -> tuple:
 
 
 def compare(case: Case, implementation: str) -> float:
-    """Return the relative error (norm of the difference over the norm) against the reference; cache_write's reference is "xla"."""
+    """Return the relative error (norm of the difference over the norm) against the reference; cache_write's reference is "xla".
+
+    Raises TimeoutError for a kernel that hangs.
+    """
     reference = "reference" if "reference" in case.implementations else "xla"
-    expected, found = (np.asarray(jax.tree.leaves(jax.jit(functools.partial(case.run, how))(case.carry, *_arranged(case, how)))[0], np.float32)
+    expected, found = (jax.tree.leaves(hopper.now(functools.partial(case.run, how), case.carry, *_arranged(case, how)))[0]
                        for how in (reference, implementation))
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
@@ -243,7 +246,7 @@ def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: in
     call, so that no cache keeps them.
 
     The loop is of rounds of _ROUND calls, a number that XLA knows: on a GPU the host is asked whether to go on after each round only, which takes
-    as long as a small op.
+    as long as a small op. Raises TimeoutError for a kernel that hangs.
     """
 
     @jax.jit
@@ -262,7 +265,7 @@ def kernel(case: Case, implementation: str, limits: Ceilings, *, repetitions: in
         return jax.lax.fori_loop(0, rounds, round, carry)
 
     arrays = _arranged(case, implementation)
-    jax.block_until_ready(loop(1, case.carry, arrays))
+    jax.block_until_ready(hopper.arrived(loop(1, case.carry, arrays)))
 
     def once(rounds: int) -> float:
         return seconds_of(lambda: jax.block_until_ready(loop(rounds, case.carry, arrays)))

@@ -88,7 +88,7 @@ def disagreement(op: str, training: bool) -> str | None:
     log.warning("checking %s on %s, a few seconds", kernels, device)
     check = importlib.import_module(f"gptoss_jax.kernels.{op}.hopper_check")
     found = check.disagreement_of_training() if training else check.disagreement()
-    lost = found is not None and not _usable()
+    lost = found is not None and not usable()
     with contextlib.suppress(CpuLibraryError, OSError):  # looked at again, next time
         for true, mark in ((found is None, _mark(op, training)), (lost, _mark(op, training, "-lost"))):
             if true:
@@ -154,7 +154,7 @@ def _in_thread(function) -> concurrent.futures.Future:
     return answer
 
 
-def _usable() -> bool:
+def usable() -> bool:
     """Return whether the first device still does this process's work."""
     try:
         return _in_thread(lambda: arrived(_one())).result(_NO_RESULT_AFTER) == 1
