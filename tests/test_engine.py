@@ -189,11 +189,11 @@ def test_a_seed_reproduces_its_tokens_in_any_batch(engine):
     assert engine.generate(prompts[:1], Sampling(seed=99, top_p=0.9, top_k=50), max_new_tokens=20)[0].ids != together[0].ids
 
 
-def test_tokens_are_the_same_with_64_bit_types_enabled(model):
-    prompts, settings = [[7] * 20, [1, 2, 3]], [Sampling(seed=3, top_k=9, top_p=0.9), Sampling(seed=4)]
-    expected = Engine(model, prefill_chunk=16).generate(prompts, settings, max_new_tokens=4)
+def test_tokens_are_the_same_with_64_bit_types_enabled(model, engine):
+    asked = [[1, 2, 3]], Sampling(seed=3, top_p=0.9, top_k=50)
+    expected = engine.generate(*asked, max_new_tokens=20)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        found = Engine(model, prefill_chunk=16).generate(prompts, settings, max_new_tokens=4)
+        found = Engine(model, prefill_chunk=32).generate(*asked, max_new_tokens=20)
     assert [completion.ids for completion in found] == [completion.ids for completion in expected]
 
 

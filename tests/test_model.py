@@ -225,9 +225,9 @@ def test_chunks_of_any_size_with_a_cache_equal_one_forward(model, step, chunks):
 
 
 def test_a_cache_keeps_its_dtype_in_a_model_of_another(model, step):
-    tokens = tokens_of(2, 20)
+    tokens = tokens_of(2, 19)
     cache, parts = make_cache(CONFIG, 2, 64, "bfloat16"), []
-    for chunk in (tokens[:, :12], tokens[:, 12:19], tokens[:, 19:]):
+    for chunk in (tokens[:, :9], tokens[:, 9:18], tokens[:, 18:]):
         logits, cache = step(model, chunk, cache)
         parts.append(logits)
         assert {array.dtype for array in jax.tree.leaves(cache.layers)} == {jnp.dtype("bfloat16")}
@@ -412,12 +412,12 @@ def test_inputs_of_any_integer_dtype_compute_the_same(model, dtype):
 
 
 def test_with_64_bit_types_enabled_everything_computes_as_without(model, step):
-    tokens, norm, parts = np.asarray(tokens_of(2, 20)), model.weights()["model.norm.weight"], []
+    tokens, norm, parts = np.asarray(tokens_of(2, 19)), model.weights()["model.norm.weight"], []
     gradient = jax.jit(jax.grad(lambda norm, tokens: model.replace({"model.norm.weight": norm})(tokens).std()))
     expected = run(model, tokens), gradient(norm, tokens)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         cache = make_cache(CONFIG, 2, 64, "float32")
-        for chunk in np.split(tokens.astype(np.int64), [12, 19], axis=1):
+        for chunk in np.split(tokens.astype(np.int64), [9, 18], axis=1):
             logits, cache = step(model, chunk, cache)
             parts.append(logits)
         assert logits.dtype == jnp.float32 and cache.lengths.dtype == jnp.int32
