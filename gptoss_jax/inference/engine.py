@@ -83,14 +83,13 @@ class Engine:
         self.steps_per_dispatch = usual_steps(platform) if steps_per_dispatch is None else steps_per_dispatch
         if self.steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch is {steps_per_dispatch}, expected at least 1")
-        if isinstance(home, NamedSharding):  # of a model that isn't told its mesh: of any rank, where XLA puts it as it likes
-            home = NamedSharding(home.mesh, PartitionSpec())
         self.config, self.mesh = config, model.mesh or sharding.ambient_mesh()
-        self._everywhere = home if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        mesh = self.mesh or (home.mesh if isinstance(home, NamedSharding) else None)  # a model may lie on one that it isn't told of
+        self._everywhere = home if mesh is None else NamedSharding(mesh, PartitionSpec())
         self.stop_ids = frozenset(config.eos_token_ids if tokenizer is None else tokenizer.stop_ids)
         self.sampleable = config.vocab_size if tokenizer is None else min(tokenizer.sampleable, config.vocab_size)
         self.dtype = self.weights["model.embed_tokens.weight"].dtype
-        self._empty = jax.jit(self._empty_state, static_argnums=(0, 1), out_shardings=home if self.mesh is None else None)
+        self._empty = jax.jit(self._empty_state, static_argnums=(0, 1), out_shardings=self._everywhere if self.mesh is None else None)
         self._prefill = jax.jit(self._prefill_step, donate_argnums=(1,))
         read = None if self.mesh is None else self._everywhere  # what the host reads is whole in every process
         self._first = jax.jit(self._first_token, static_argnames=("kind",), out_shardings=read)

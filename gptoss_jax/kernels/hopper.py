@@ -174,7 +174,7 @@ def arrived(results):
         if time.monotonic() > end:
             raise TimeoutError(f"no result after {_NO_RESULT_AFTER:g} s")
         time.sleep(1e-3)
-    return results
+    return jax.block_until_ready(results)
 
 
 def now(function, *arguments):

@@ -160,20 +160,9 @@ class GptOss(nnx.Module):
         where it is used; remat is one of REMAT_POLICIES: what is kept for the backward pass, the rest being computed again;
         expert_transport: see `MoE`.
         """
-        if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens: {tokens.dtype}{list(tokens.shape)} found, expected integers [batch, tokens], one or more")
-        for name, array in (("positions", positions), ("segment_ids", segment_ids)):
-            if array is not None and array.shape != tokens.shape:
-                raise ValueError(f"{name}: shape {array.shape} found, expected that of tokens, {tokens.shape}")
+        _check_inputs(self.config, tokens, positions, segment_ids, cache)
         if positions is not None:
-            if not jnp.issubdtype(positions.dtype, jnp.integer):
-                raise ValueError(f"positions: {positions.dtype} found, expected integers")
             positions = positions.astype(jnp.int32)  # their differences are negative, and so are those of padding
-        if cache is not None:
-            fitting = [(len(tokens), self.config.num_key_value_heads, self.config.head_dim)] * self.config.num_hidden_layers
-            if (found := [(layer.keys.shape[0], *layer.keys.shape[2:]) for layer in cache.layers]) != fitting:
-                stated, expected = (f"{len(dims)} layers of {dims[0]}" for dims in (found, fitting))
-                raise ValueError(f"cache: {stated} found, expected {expected} (rows, key-value heads, head width)")
         capture = capture or Capture(())
         mesh = sharding.ambient_mesh() or self.mesh
         shift_B = lengths_B = chunk = None
@@ -243,6 +232,22 @@ class GptOss(nnx.Module):
             if value.shape != named[name].shape:
                 raise ValueError(f"{name}: shape {value.shape} found, expected {named[name].shape}")
         return GptOss(self.config, arrangement.exchanged(self.config, self.arrays(), weights), mesh=self.mesh)
+
+
+def _check_inputs(config: GptOssConfig, tokens, positions, segment_ids, cache) -> None:
+    """Raise ValueError for what `GptOss` can't take."""
+    if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens: {tokens.dtype}{list(tokens.shape)} found, expected integers [batch, tokens], one or more")
+    for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+        if array is not None and array.shape != tokens.shape:
+            raise ValueError(f"{name}: shape {array.shape} found, expected that of tokens, {tokens.shape}")
+    if positions is not None and not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions: {positions.dtype} found, expected integers")
+    if cache is not None:
+        fitting = [(len(tokens), config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
+        if (found := [(layer.keys.shape[0], *layer.keys.shape[2:]) for layer in cache.layers]) != fitting:
+            stated, expected = (f"{len(dims)} layers of {dims[0]}" for dims in (found, fitting))
+            raise ValueError(f"cache: {stated} found, expected {expected} (rows, key-value heads, head width)")
 
 
 _roll = jax.vmap(functools.partial(jnp.roll, axis=0))  # each row's tokens by its own shift

@@ -46,7 +46,7 @@ class DataConfig:
 
     Sources with weights are mixed endlessly; those without are one set, gone through `epochs` times or, where null, endlessly.
     Held aside for evaluation: the files of `eval_sources`, or `eval_fraction` of the records. The tokenizer is trained, with
-    `vocab_size` of the model, where `tokenizer` names none.
+    `vocab_size` of the model, where `tokenizer` names no file (tokenizer.json, .tiktoken or a SentencePiece .model).
     """
 
     tokenizer: str = ""

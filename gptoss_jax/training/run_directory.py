@@ -22,7 +22,7 @@ from gptoss_jax.training import vocabulary
 from gptoss_jax.training.config import TrainingConfig, TrainingConfigError
 from gptoss_jax.training.records import DataError, json_problem
 
-VOCABULARY_FILES = {".json": "tokenizer.json", ".tiktoken": "o200k_base.tiktoken"}  # by the suffix of data.tokenizer
+_VOCABULARY_FILES = {".json": "tokenizer.json", ".tiktoken": "o200k_base.tiktoken"}  # by the suffix of data.tokenizer
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -98,7 +98,7 @@ def load_vocabulary(config: TrainingConfig, directory: Path | None = None) -> To
 
 
 def _vocabulary_file(config: TrainingConfig, directory: Path) -> Path:
-    return directory / VOCABULARY_FILES.get(Path(config.data.tokenizer).suffix, "tokenizer.model")
+    return directory / _VOCABULARY_FILES.get(Path(config.data.tokenizer).suffix, "tokenizer.model")
 
 
 def _load_fitting(config: TrainingConfig, path: Path | str) -> Tokenizer:

@@ -45,9 +45,9 @@ class Routing(NamedTuple):
 
 def takes(tokens: int, experts: int, count: int) -> bool:
     """Return whether `route` takes so many tokens, experts and choices of a token."""
-    room = -(-tokens // _TOKENS) * _TOKENS
     if count == 1 and tokens > _TOKENS - 8:  # for which Mosaic GPU finds no layouts (jax 0.11.2 and 0.12)
         return False
+    room = -(-tokens // _TOKENS) * _TOKENS
     return tokens <= MOST_TOKENS and tokens * count <= MOST_PAIRS and experts <= MOST_EXPERTS and room * (-(-experts // 8) * 8) <= _MOST_SCORES
 
 
